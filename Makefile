@@ -1,0 +1,57 @@
+# Everything runs in .venv, which `make setup` makes; every target below calls it first.
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.statqat-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv and install the package with everything its tests need
+
+# A command of that name may exist and yet not start (pyenv shims) or lack ensurepip (Debian
+# without python3-venv), so each candidate is asked rather than looked up. Set PYTHON to choose.
+$(STAMP): pyproject.toml
+	@if [ ! -x $(BIN)/python ]; then \
+	  for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
+	    if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
+	      >/dev/null 2>&1; then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "error: no Python 3.11 or newer with the venv module was found" \
+	      "(tried python3.11, python3.12, python3.13, python3)." >&2; \
+	    echo "Install one (Debian and Ubuntu: also python3-venv), or name it:" \
+	      "make setup PYTHON=/path/to/python3" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "making $(VENV) with $$($$found --version)"; \
+	  $$found -m venv $(VENV); \
+	fi
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python torch torchvision --editable ".[dev]"
+	@touch $@
+
+demo: $(STAMP)  ## train, quantize and export a small network on scanned digits
+	$(BIN)/python examples/digits.py
+
+test: lint  ## linters, types and the quick tests
+	$(BIN)/python -m pytest -m "not cifar and not slow"
+
+test-all: lint  ## all tests, those that take long included
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what runs and tests left behind; .venv stays
+	rm -rf outputs exported lightning_logs wandb build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

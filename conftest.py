@@ -1,0 +1,72 @@
+"""What all tests share: fixed seeds, a working directory of their own, no network, few threads."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before any test module imports wandb or a tokenizer-like library reads its environment.
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+# The models of the tests are tiny: more threads cost more than they bring, and sums in another
+# order would make results depend on the machine.
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+# `derandomize` makes a run repeatable; no deadline, because shared cores stall now and then.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs the real images where they are not."""
+    if not (SHARED_DATA / "cifar10_jpeg.npz").exists():
+        missing = pytest.mark.skip(reason="the CIFAR-10 images of ../shared/data are not there")
+        for item in items:
+            if item.get_closest_marker("cifar"):
+                item.add_marker(missing)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run in an empty folder, so that loggers and checkpoints leave nothing in the repository."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_open_wandb_run() -> Iterator[None]:
+    """Close a W&B run a test leaves open: the next WandbLogger of the process would reuse it."""
+    yield
+    if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+        wandb.finish()
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with the real images; for tests marked `cifar`."""
+    return SHARED_DATA

@@ -1,0 +1,237 @@
+"""Time of a QAT training step beside the float step and torch.ao's, ResNet-20 on random images.
+
+Everything runs in one process, one step of each variant after the other in an order that changes
+every round, so that noise on a shared machine hits all alike. The ratio of a variant is the median
+over rounds of its time by the time of the float step of the same round. Every quantized step
+observes all inputs and chooses all scales anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import BasicBlock, ResNet20, positive
+
+from statqat_lightning import prepare
+from statqat_lightning.insertion import refresh, set_observing
+
+Step = Callable[[Tensor, Tensor], None]
+
+FORMATS = {  # name in the table: weights, activations
+    "StatQAT W8A8": ("int8", "int8"),
+    "StatQAT W4A4": ("int4", "int4"),
+    "StatQAT FP4": ("fp4_e2m1", "fp4_e2m1"),
+}
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+) -> None:
+    """The part of a step that all variants share."""
+    loss = F.cross_entropy(model(images), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    """The optimizer of the CIFAR-10 example, at a rate at which nothing diverges."""
+    return torch.optim.SGD(
+        model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, nesterov=True
+    )
+
+
+def float_step(model: nn.Module) -> Step:
+    optimizer = sgd(model)
+    return lambda images, labels: train_step(model, optimizer, images, labels)
+
+
+def statqat_step(model: nn.Module, weights: str, activations: str, images: Tensor) -> Step:
+    """Our step: what `StatQATCallback` does at the start and at the end of a batch, without Trainer."""
+    prepare(model, weights, activations)
+    set_observing(model, True)
+    model(images)  # calibration: makes all inputs ready
+    refresh(model)
+    optimizer = sgd(model)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        set_observing(model, True)
+        train_step(model, optimizer, images, labels)
+        set_observing(model, False)
+        refresh(model)
+
+    return step
+
+
+class TorchAoResNet20(nn.Module):
+    """ResNet-20 as torch.ao's eager mode wants it: stubs at both ends, sums and ReLUs as modules."""
+
+    def __init__(self, network: ResNet20) -> None:
+        super().__init__()
+        self.quant = torch.ao.quantization.QuantStub()
+        self.dequant = torch.ao.quantization.DeQuantStub()
+        self.stem = nn.Sequential(network.conv1, network.bn1, nn.ReLU())
+        stages = (network.layer1, network.layer2, network.layer3)
+        self.blocks = nn.Sequential(*(TorchAoBlock(block) for stage in stages for block in stage))
+        self.linear = network.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.stem(self.quant(x)))
+        return self.dequant(self.linear(x.mean((2, 3))))
+
+
+class TorchAoBlock(nn.Module):
+    def __init__(self, block: BasicBlock) -> None:
+        super().__init__()
+        self.first = nn.Sequential(block.conv1, block.bn1, nn.ReLU())
+        self.second = nn.Sequential(block.conv2, block.bn2)
+        self.sum = torch.ao.nn.quantized.FloatFunctional()
+        self.stride, self.new_channels = block.stride, block.new_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.first(x))
+        if self.new_channels:
+            half = self.new_channels // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, half))
+        return self.sum.add_relu(y, x)
+
+
+def torch_ao_step(network: ResNet20, *, fuse: bool) -> Step:
+    """torch.ao's eager `prepare_qat` with the default QAT configuration of its x86 backend.
+
+    Args:
+        network: The float network.
+        fuse: Whether convolution, batch norm and ReLU are fused before, as its tutorial does; this
+            saves fake quantizers and costs a second normalisation. Which is faster depends on the
+            machine, so both are measured and the faster one counts.
+    """
+    model: nn.Module = TorchAoResNet20(network).train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    if fuse:
+        for name, module in list(model.named_modules()):
+            if name == "stem" or name.endswith((".first", ".second")):
+                parts = [str(i) for i in range(len(module))]
+                torch.ao.quantization.fuse_modules_qat(module, parts, inplace=True)
+    torch.ao.quantization.prepare_qat(model, inplace=True)
+    optimizer = sgd(model)
+    return lambda images, labels: train_step(model, optimizer, images, labels)
+
+
+def measure(
+    steps: dict[str, Step], batches: list[tuple[Tensor, Tensor]], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round; the first batch warms up and is not counted."""
+    for step in steps.values():
+        for _ in range(3):
+            step(*batches[0])
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    shuffle = random.Random(0).shuffle  # who follows whom must not stay the same: caches are warm
+    for index in range(rounds):
+        shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            steps[name](*batches[index % len(batches)])
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--rounds", type=positive, default=60, help="steps of each variant")
+    parser.add_argument("--threads", type=positive, default=2, help="threads of torch")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images a step")
+    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2: quartiles are printed")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    # torch.ao announces its end, and where its successor lives, in every call.
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch.*")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.ao.*")
+    torch.manual_seed(0)
+    batches = [
+        (torch.randn(args.batch_size, 3, 32, 32), torch.randint(10, (args.batch_size,)))
+        for _ in range(4)
+    ]
+    network = ResNet20().train()
+
+    steps: dict[str, Step] = {"float": float_step(copy.deepcopy(network))}
+    for name, (weights, activations) in FORMATS.items():
+        steps[name] = statqat_step(copy.deepcopy(network), weights, activations, batches[0][0])
+    peers = {"torch.ao, fused": True, "torch.ao, not fused": False}
+    for name, fuse in peers.items():
+        steps[name] = torch_ao_step(copy.deepcopy(network), fuse=fuse)
+
+    seconds = measure(steps, batches, args.rounds)
+    per_round = {
+        name: [own / base for own, base in zip(values, seconds["float"], strict=True)]
+        for name, values in seconds.items()
+    }
+    ratios = {name: quantiles(values) for name, values in per_round.items()}
+    peer = min(peers, key=lambda name: ratios[name][1])
+    to_peer = {
+        name: statistics.median(
+            own / other for own, other in zip(seconds[name], seconds[peer], strict=True)
+        )
+        for name in FORMATS
+    }
+    print(
+        f"ResNet-20, batch {args.batch_size}, {args.threads} threads, {args.rounds} rounds, "
+        f"torch {torch.__version__}; float step {statistics.median(seconds['float']) * 1e3:.1f} ms"
+    )
+    print(f"{'variant':20}  ratio to float (quartiles)    ratio to {peer}")
+    for name, (low, middle, high) in ratios.items():
+        beside = f"{to_peer[name]:.3f}" if name in to_peer else ""
+        print(f"{name:20}  {middle:.3f} ({low:.3f} to {high:.3f})        {beside}")
+
+    if args.output:
+        results: dict[str, Any] = {
+            "network": "ResNet-20",
+            "batch_size": args.batch_size,
+            "threads": args.threads,
+            "rounds": args.rounds,
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "median_seconds": {name: statistics.median(v) for name, v in seconds.items()},
+            "ratio_to_float": {name: middle for name, (_, middle, _) in ratios.items()},
+            "quartiles": {name: [low, high] for name, (low, _, high) in ratios.items()},
+            "peer": peer,
+            "ratio_to_peer": to_peer,
+        }
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

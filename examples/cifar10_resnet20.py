@@ -1,0 +1,120 @@
+"""Quantization-aware training of ResNet-20 on CIFAR-10, starting from float weights.
+
+Without options: W4A4, one epoch, some minutes on two cores. The images come from the folder
+`../shared/data` beside the repository, or from a torchvision `CIFAR10` folder (`--data`), which
+torchvision downloads when `--download` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import common
+import torch
+from common import BatchedTensors, Compose, ImageClassifier, Normalize, RandomCropFlip, ResNet20
+from torch import Tensor
+
+SHARED_DATA = common.REPOSITORY.parent / "shared" / "data"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = common.argument_parser(
+        __doc__.splitlines()[0], output="outputs/cifar10", epochs=1, lr=0.02, batch_size=256
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data", type=Path, default=SHARED_DATA, help="folder of cifar10.py, or of torchvision"
+    )
+    data.add_argument("--download", action="store_true", help="let torchvision fill --data")
+    data.add_argument(
+        "--cache",
+        type=Path,
+        default=Path.home() / ".cache" / "statqat",
+        help="folder for the decoded images",
+    )
+    data.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="float state dict to start from; default: resnet20_cifar10.pt beside the data",
+    )
+    common.add_quantization_arguments(parser, weights="int4", activations="int4")
+    common.add_trainer_arguments(parser)
+    parser.add_argument("--float-test", action="store_true", help="test the float weights as well")
+    return parser.parse_args()
+
+
+def load_data(
+    folder: Path, cache: Path, *, download: bool = False
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """uint8 images `(n, 3, 32, 32)` and labels of the splits `train` and `test`."""
+    if (folder / "cifar10.py").exists() and not download:
+        reader = _import_file(folder / "cifar10.py")
+        if not (cache / "cifar10_train.npy").exists():
+            print(f"decoding 60 000 images, once; they are kept in {cache}")
+        return {split: reader.load(split, cache=cache) for split in ("train", "test")}
+    try:
+        from torchvision.datasets import CIFAR10
+
+        sets = {
+            s: CIFAR10(folder, train=s == "train", download=download) for s in ("train", "test")
+        }
+    except ModuleNotFoundError as error:
+        raise common.fail("torchvision is missing: pip install torchvision") from error
+    except RuntimeError as error:  # torchvision: not found or corrupted
+        raise common.fail(
+            f"no CIFAR-10 in {folder}. Expected the files of the project's shared data, or the "
+            "folder cifar-10-batches-py of torchvision; --download fetches the latter."
+        ) from error
+    return {
+        split: (
+            torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor(data.targets),
+        )
+        for split, data in sets.items()
+    }
+
+
+def _import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_network(checkpoint: Path) -> ResNet20:
+    """ResNet-20 with the weights of a state dict."""
+    if not checkpoint.exists():
+        raise common.fail(f"no float weights at {checkpoint}. Name a state dict with --checkpoint.")
+    network = ResNet20()
+    try:
+        network.load_state_dict(torch.load(checkpoint, weights_only=True))
+    except RuntimeError as error:
+        raise common.fail(f"{checkpoint} does not fit this ResNet-20: {error}") from error
+    return network
+
+
+def main() -> None:
+    args = parse_arguments()
+    checkpoint = args.checkpoint or args.data / "resnet20_cifar10.pt"
+    module = ImageClassifier(load_network(checkpoint), lr=args.lr)
+    data = load_data(args.data, args.cache, download=args.download)
+
+    normalize = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    train = BatchedTensors(*data["train"], Compose((RandomCropFlip(pad=4), normalize)))
+    test = BatchedTensors(*data["test"], normalize)
+    common.train_and_report(
+        args,
+        f"resnet20_{args.weights}_{args.activations}_{args.quantizer}",
+        module,
+        train.loader(args.batch_size, shuffle=True),
+        test.loader(500),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,661 @@
+"""What the examples share: arguments, data in memory, networks, the Trainer, the tables.
+
+`ImageClassifier` is a plain LightningModule. Nothing in it knows of quantization: that is added by
+the callbacks that `quantization_callbacks` returns, and by nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from statqat_lightning import ExportCallback, SNRMonitor, StatQATCallback, TensorSpec, get_format
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Values of --quantizer, and what the tables call them.
+METHODS = {"statqat": "StatQAT", "minmax": "min-max QAT"}
+
+Batch = tuple[Tensor, Tensor]
+
+
+def fail(message: str) -> SystemExit:
+    """An error for the user of a command: one line, no traceback. To be raised."""
+    return SystemExit(f"error: {message}")
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def argument_parser(
+    description: str, *, output: str, epochs: int, lr: float, batch_size: int
+) -> argparse.ArgumentParser:
+    """The options that every example has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
+    run.add_argument("--output", type=Path, default=Path(output), help="folder for what is written")
+    run.add_argument("--accelerator", default="auto", help="auto, cpu, gpu, ...")
+    run.add_argument("--fast-dev-run", action="store_true", help="one batch of everything")
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=positive, default=epochs, help="epochs of QAT")
+    training.add_argument("--lr", type=float, default=lr, help="highest learning rate of QAT")
+    training.add_argument("--batch-size", type=positive, default=batch_size, help="images a step")
+    return parser
+
+
+def add_quantization_arguments(
+    parser: argparse.ArgumentParser, *, weights: str, activations: str
+) -> None:
+    """Formats and the rule that chooses the scales."""
+    group = parser.add_argument_group("quantization")
+    group.add_argument("--weights", type=format_name, default=weights, help="format name, or none")
+    group.add_argument(
+        "--activations",
+        type=format_name,
+        default=activations,
+        help="format name, or none; intN is unsigned where the data is not negative",
+    )
+    group.add_argument(
+        "--quantizer",
+        choices=tuple(METHODS),
+        default="statqat",
+        help="scales of least error, or of the extremes (the usual baseline)",
+    )
+    group.add_argument(
+        "--first-last-bits", type=positive, default=8, help="least bits of first and last layer"
+    )
+
+
+def add_trainer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Bounds on the data, logging, and where to log."""
+    group = parser.add_argument_group("trainer")
+    for stage in ("train", "test"):
+        group.add_argument(
+            f"--limit-{stage}-batches",
+            type=batch_limit,
+            default=1.0,
+            help="number of batches, or a fraction such as 0.1",
+        )
+    group.add_argument("--log-every-n-steps", type=positive, default=10, help="cadence of logs")
+    group.add_argument(
+        "--wandb", choices=("off", "offline", "online"), default="off", help="log to W&B"
+    )
+    group.add_argument("--wandb-project", default="statqat-lightning", help="project in W&B")
+
+
+def near_misses(name: str, known: Sequence[str]) -> str:
+    """What the user may have meant, for the end of an error message."""
+    near = difflib.get_close_matches(name, known)
+    return f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(known)}."
+
+
+def positive(text: str) -> int:
+    """Argument type: an integer of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected an integer of at least 1")
+    return value
+
+
+def batch_limit(text: str) -> int | float:
+    """Argument type: `5` is a number of batches, `0.5` and `1.0` are fractions, as in Lightning."""
+    value = int(text) if text.isdigit() else float(text)
+    if value < 0 or (isinstance(value, float) and value > 1):
+        raise argparse.ArgumentTypeError(f"{text}: expected a count, or a fraction from 0.0 to 1.0")
+    return value
+
+
+def format_name(text: str) -> str | None:
+    """Argument type: a number format; checked here, so that a typo costs no waiting."""
+    if text == "none":
+        return None
+    try:
+        return get_format(text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+class BatchedTensors(Dataset[Batch]):
+    """Images and labels in memory, indexed and transformed by whole batches.
+
+    A DataLoader calls `__getitems__` once a batch, so there is no Python loop over images and two
+    cores suffice without worker processes.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, transform: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.transform(self.images[index : index + 1])[0], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        return self.transform(self.images[indices]), self.labels[indices]
+
+    def loader(self, batch_size: int, *, shuffle: bool = False) -> DataLoader[Batch]:
+        """Batches of tensors; when shuffled, the last incomplete one is dropped."""
+        return DataLoader(self, batch_size, shuffle=shuffle, drop_last=shuffle, collate_fn=_as_is)
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """uint8 images `(n, channels, height, width)` to float with given mean and deviation."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    highest: float = 255.0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        return images.float().sub_(mean * self.highest).div_(std * self.highest)
+
+
+@dataclass(frozen=True)
+class RandomCropFlip:
+    """Crop at random from the images padded with black, and mirror every second one."""
+
+    pad: int = 4
+
+    def __call__(self, images: Tensor) -> Tensor:
+        count, _, height, width = images.shape
+        padded = F.pad(images, (self.pad,) * 4)
+        top, left = torch.randint(2 * self.pad + 1, (2, count, 1))
+        rows, columns = top + torch.arange(height), torch.arange(width).expand(count, -1)
+        columns = left + torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
+        image = torch.arange(count).view(-1, 1, 1)
+        # One gather for the batch; the sliced dimension goes last and is moved back.
+        crops = padded[image, :, rows.unsqueeze(2), columns.unsqueeze(1)]
+        return crops.permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class Compose:
+    """One transform after the other."""
+
+    transforms: tuple[Callable[[Tensor], Tensor], ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        for transform in self.transforms:
+            images = transform(images)
+        return images
+
+
+# --- networks ------------------------------------------------------------------------------------
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.new_channels = stride, channels - in_channels
+
+    def add(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """The residual sum, on its own so that `step_time.py` can replace it."""
+        return x + shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        if self.new_channels:  # shortcut without parameters: half the new planes on each side
+            half = self.new_channels // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, half))
+        return F.relu(self.add(y, x))
+
+
+class ResNet20(nn.Module):
+    """The CIFAR network of He et al. 2015, section 4.2, with parameter-free shortcuts."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, stride=1)
+        self.layer2 = self._stage(16, 32, stride=2)
+        self.layer3 = self._stage(32, 64, stride=2)
+        self.linear = nn.Linear(64, num_classes)
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(
+            BasicBlock(in_channels, channels, stride),
+            BasicBlock(channels, channels, 1),
+            BasicBlock(channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+class ImageClassifier(L.LightningModule):
+    """Cross entropy, SGD with Nesterov momentum and OneCycle; any network that returns logits.
+
+    Args:
+        model: The network.
+        lr: Highest learning rate; reached after the first 20 % of the steps.
+        weight_decay: Weight decay of all parameters.
+        momentum: Nesterov momentum.
+    """
+
+    def __init__(
+        self, model: nn.Module, lr: float = 0.02, weight_decay: float = 1e-4, momentum: float = 0.9
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore="model")
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def _step(self, batch: Batch, stage: str, **log: Any) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        for name, value in {"loss": loss, "accuracy": accuracy}.items():
+            self.log(f"{stage}_{name}", value, batch_size=len(labels), **log)
+        return loss
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        return self._step(batch, "train", prog_bar=True)
+
+    def test_step(self, batch: Batch, batch_index: int) -> None:
+        self._step(batch, "test")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        lr = self.hparams["lr"]
+        optimizer = torch.optim.SGD(
+            self.parameters(),
+            lr,
+            momentum=self.hparams["momentum"],
+            weight_decay=self.hparams["weight_decay"],
+            nesterov=True,
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            lr,
+            # At least 2: OneCycle divides by the number of steps of each of its phases.
+            total_steps=max(2, int(self.trainer.estimated_stepping_batches)),
+            pct_start=0.2,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+# --- quantization and training -------------------------------------------------------------------
+
+
+@dataclass
+class Quantization:
+    """The three callbacks of one run, by name."""
+
+    qat: StatQATCallback
+    monitor: SNRMonitor
+    export: ExportCallback
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        return [self.qat, self.monitor, self.export]
+
+
+def quantization_callbacks(
+    weights: str | None,
+    activations: str | None,
+    export_path: Path,
+    *,
+    quantizer: str = "statqat",
+    **options: Any,
+) -> Quantization:
+    """The callbacks that turn a float run into a QAT run.
+
+    Args:
+        weights: Format of weights, or None.
+        activations: Format of layer inputs, or None.
+        export_path: The `.onnx` file to write.
+        quantizer: `statqat` for the defaults of the package, `minmax` for the baseline.
+        options: Further arguments of `StatQATCallback`.
+    """
+    specs: dict[str, str | TensorSpec | None] = {"weights": weights, "activations": activations}
+    if quantizer == "minmax":
+        specs = {role: name and _minmax(name, role) for role, name in specs.items()}
+    return Quantization(
+        StatQATCallback(**specs, **options), SNRMonitor(), ExportCallback(str(export_path))
+    )
+
+
+def _minmax(name: str, role: str) -> TensorSpec:
+    # A plain `int4` for activations adapts its sign to the data; the baseline gets the same.
+    adaptive = role == "activations" and name.startswith("int")
+    return TensorSpec(name, quantizer="minmax", unsigned_if_nonnegative=adaptive)
+
+
+def make_logger(
+    kind: str, output: Path, name: str, project: str, config: Mapping[str, Any]
+) -> Logger:
+    """A CSV logger, or W&B; offline runs need no account and no network."""
+    output.mkdir(parents=True, exist_ok=True)
+    if kind == "off":
+        return CSVLogger(output, name=name)
+    try:
+        from lightning.pytorch.loggers import WandbLogger
+
+        logger = WandbLogger(name=name, project=project, save_dir=output, offline=kind == "offline")
+    except ModuleNotFoundError as error:
+        raise fail("--wandb needs the package wandb: pip install wandb") from error
+    logger.log_hyperparams({k: str(v) if isinstance(v, Path) else v for k, v in config.items()})
+    return logger
+
+
+def _without_chatter(record: logging.LogRecord) -> bool:
+    """Drop what Lightning says about devices and limits, once for each Trainer."""
+    return not record.getMessage().startswith(("GPU ", "TPU ", "HPU ", "💡 Tip", "`Trainer."))
+
+
+def make_trainer(
+    output: Path, epochs: int, *, fast_dev_run: bool = False, quiet: bool = False, **options: Any
+) -> L.Trainer:
+    """A Trainer on one device, without what an example does not need.
+
+    Args:
+        output: Folder for logs and checkpoints.
+        epochs: Number of epochs.
+        fast_dev_run: One batch of everything, no logger, no checkpoint.
+        quiet: No progress bar.
+        options: Further arguments of the Trainer.
+    """
+    # The data lies in memory; workers would only copy it.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # Raised inside Lightning 2.6 by newer versions of torch.
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.* is deprecated.*")
+    # One filter object: adding it to the logger again changes nothing.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_without_chatter)
+    settings: dict[str, Any] = {
+        "accelerator": "auto",
+        "devices": 1,
+        "max_epochs": epochs,
+        "default_root_dir": output,
+        "fast_dev_run": fast_dev_run,
+        "enable_progress_bar": not quiet,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
+    return L.Trainer(**settings | options)
+
+
+def accuracy(trainer: L.Trainer, module: L.LightningModule, loader: Iterable[Batch]) -> float:
+    """Fraction of right predictions, by `Trainer.test`."""
+    return trainer.test(module, loader, verbose=False)[0]["test_accuracy"]
+
+
+def onnx_accuracy(path: Path, loader: Iterable[Batch]) -> float:
+    """Fraction of right predictions of an `.onnx` file in ONNX Runtime."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise fail("onnxruntime is missing: pip install onnxruntime") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Without this, some 4-bit products round their input to int8 on the way.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name, right, total = session.get_inputs()[0].name, 0, 0
+    for images, labels in loader:
+        logits = session.run(None, {name: images.numpy()})[0]
+        right += int((logits.argmax(1) == labels.numpy()).sum())
+        total += len(labels)
+    return right / total
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """One line of the table at the end; None prints as a dash."""
+
+    method: str
+    formats: str
+    accuracy: float
+    mean_snr_db: float | None = None
+    onnx_bytes: int | None = None
+    native_bytes: int | None = None
+    onnx_accuracy: float | None = None
+
+
+def measure(
+    method: str,
+    formats: str,
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    quantization: Quantization,
+    loader: Iterable[Batch],
+) -> Result:
+    """Test a trained run, and the file it exported; `loader` holds the test data."""
+    mean_snr = trainer.callback_metrics.get("snr_db/mean")  # before the test clears the metrics
+    result = Result(
+        method,
+        formats,
+        accuracy(trainer, module, loader),
+        None if mean_snr is None else float(mean_snr),
+    )
+    if (report := quantization.export.report) is not None:
+        result.onnx_bytes, result.native_bytes = report.onnx_bytes, report.native_bytes
+        result.onnx_accuracy = onnx_accuracy(Path(report.onnx_path), loader)
+    return result
+
+
+def print_results(results: Sequence[Result]) -> None:
+    """The table that ends an example."""
+
+    def cell(value: float | None, pattern: str, scale: float = 1.0) -> str:
+        return "-" if value is None else pattern.format(value * scale)
+
+    header = (
+        *("method", "weights/activations", "accuracy", "mean SNR"),
+        *(".onnx", ".safetensors", "ONNX Runtime accuracy"),
+    )
+    rows = [
+        (
+            result.method,
+            result.formats,
+            cell(result.accuracy, "{:.2f} %", 100),
+            cell(result.mean_snr_db, "{:.1f} dB"),
+            cell(result.onnx_bytes, "{:.1f} kB", 1e-3),
+            cell(result.native_bytes, "{:.1f} kB", 1e-3),
+            cell(result.onnx_accuracy, "{:.2f} %", 100),
+        )
+        for result in results
+    ]
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, tuple("-" * width for width in widths), *rows):
+        left = [text.ljust(width) for text, width in zip(row[:2], widths[:2], strict=True)]
+        right = [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
+        print("  ".join(left + right))
+
+
+def plot_snr(
+    histories: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]], path: Path
+) -> Path | None:
+    """Draw the SNR of each layer over training: a column for each run, weights over inputs.
+
+    Args:
+        histories: `SNRMonitor.history` of each run, by title.
+        path: The PNG file to write.
+
+    Returns:
+        `path`, or None if nothing was recorded or matplotlib is missing.
+    """
+    histories = {title: history for title, history in histories.items() if history}
+    if not histories:
+        return None
+    try:
+        import matplotlib as mpl
+    except ModuleNotFoundError:
+        print("No picture: matplotlib is missing (pip install matplotlib).", file=sys.stderr)
+        return None
+    mpl.use("Agg")  # writes files, needs no display
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        2,
+        len(histories),
+        figsize=(1.5 + 3.6 * len(histories), 5.6),
+        sharex="col",
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    names = list(
+        dict.fromkeys(
+            key.rpartition("/")[0]
+            for history in histories.values()
+            for _, values in history
+            for key in values
+        )
+    )
+    # Depth runs from dark to light; the lightest yellow is hard to see on white.
+    colors = {n: plt.cm.viridis(0.92 * i / max(1, len(names) - 1)) for i, n in enumerate(names)}
+    for column, (title, history) in enumerate(histories.items()):
+        for row, role in enumerate(("weight", "input")):
+            axis = axes[row, column]
+            for name in names:
+                points = [
+                    (step, v[f"{name}/{role}"]) for step, v in history if f"{name}/{role}" in v
+                ]
+                points = [(step, value) for step, value in points if math.isfinite(value)]
+                if points:
+                    axis.plot(*zip(*points, strict=True), color=colors[name], lw=1.3, label=name)
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0, column].set_title(title)
+        axes[1, column].set_xlabel("training step")
+    for row, role in enumerate(("weights", "layer inputs")):
+        axes[row, 0].set_ylabel(f"SNR of {role} [dB]")
+    handles = [plt.Line2D([], [], color=colors[name], lw=2, label=name) for name in names]
+    figure.legend(
+        handles=handles, loc="outside right center", frameon=False, fontsize=7, title="layer"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def print_paths(paths: Mapping[str, Path | str | None]) -> None:
+    """Say where the written files are, relative to the working directory where possible."""
+    width = max(len(what) for what in paths)
+    for what, path in paths.items():
+        if path is not None:
+            path = Path(path).resolve()
+            shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+            print(f"{what:{width}}  {shown}")
+
+
+# --- a whole run ---------------------------------------------------------------------------------
+
+
+def train_and_report(
+    args: argparse.Namespace,
+    name: str,
+    module: L.LightningModule,
+    train_loader: DataLoader[Batch],
+    test_loader: DataLoader[Batch],
+) -> Result:
+    """One QAT run from the arguments of the command line, up to the printed table."""
+    logger: Logger | None = None
+    if not args.fast_dev_run:
+        logger = make_logger(args.wandb, args.output, name, args.wandb_project, vars(args))
+    trainer_options = {"accelerator": args.accelerator, "fast_dev_run": args.fast_dev_run}
+    limits = {"limit_test_batches": args.limit_test_batches}
+    results = []
+    if getattr(args, "float_test", False):
+        tester = make_trainer(args.output, 1, quiet=True, **limits, **trainer_options)
+        results.append(Result("float", "W32A32", accuracy(tester, module, test_loader)))
+
+    L.seed_everything(args.seed, verbose=False)
+    run = args.output / name
+    quantization = quantization_callbacks(
+        args.weights,
+        args.activations,
+        run / "model.onnx",
+        quantizer=args.quantizer,
+        first_last_bits=args.first_last_bits,
+    )
+    trainer = make_trainer(
+        args.output,
+        args.epochs,
+        callbacks=quantization.callbacks,
+        logger=logger or False,
+        limit_train_batches=args.limit_train_batches,
+        log_every_n_steps=args.log_every_n_steps,
+        **limits,
+        **trainer_options,
+    )
+    start = time.perf_counter()
+    trainer.fit(module, train_loader)
+    print(f"trained in {time.perf_counter() - start:.0f} s")
+    method = METHODS[args.quantizer]
+    formats = f"{args.weights or 'float'}/{args.activations or 'float'}"
+    results.append(measure(method, formats, trainer, module, quantization, test_loader))
+    picture = plot_snr({f"{method} {formats}": quantization.monitor.history}, run / "snr.png")
+    print()
+    print_results(results)
+    print()
+    report = quantization.export.report
+    print_paths(
+        {
+            "ONNX": report and report.onnx_path,
+            "codes and scales": report and report.native_path,
+            "SNR per layer": picture,
+            "log": logger and log_folder(logger),
+        }
+    )
+    if args.wandb != "off" and not args.fast_dev_run:
+        import wandb
+
+        wandb.finish()
+    return results[-1]
+
+
+def log_folder(logger: Logger) -> str | None:
+    """Where a logger writes; that of W&B names only the folder all its runs share."""
+    if isinstance(logger, CSVLogger):
+        return logger.log_dir
+    return str(Path(logger.experiment.dir).parent)

@@ -1,0 +1,138 @@
+"""Quantization-aware training of a small network on scanned digits, in about a minute.
+
+Trains a float network on scikit-learn's 1 797 digits, then continues from the same weights with
+quantization at W4A4, FP4 and W2A2, and, for comparison, at W2A2 with scales from the extremes.
+Prints one table; `make demo` runs this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+import common
+import lightning as L
+import torch
+from common import BatchedTensors, ImageClassifier, Normalize, Result
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+RUNS = (  # method, what the table calls the formats, weights, activations
+    ("statqat", "W4A4", "int4", "int4"),
+    ("statqat", "FP4", "fp4_e2m1", "fp4_e2m1"),
+    ("statqat", "W2A2", "int2", "int2"),
+    ("minmax", "W2A2", "int2", "int2"),
+)
+
+
+def digits_network(width: int = 16) -> nn.Sequential:
+    """Four convolutions and a linear layer for images of 8 x 8 pixels."""
+
+    def block(in_channels: int, channels: int, stride: int = 1) -> list[nn.Module]:
+        conv = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        return [conv, nn.BatchNorm2d(channels), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(1, width),
+        *block(width, 2 * width),
+        *block(2 * width, 2 * width, stride=2),
+        *block(2 * width, 4 * width, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, 10),
+    )
+
+
+def load_data() -> tuple[BatchedTensors, BatchedTensors]:
+    """Training and held-out digits; the split is the same for every seed."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.uint8).unsqueeze(1)
+    labels = torch.tensor(digits.target)
+    train, test = train_test_split(
+        torch.arange(len(labels)).numpy(), test_size=0.3, stratify=labels.numpy(), random_state=0
+    )
+    normalize = Normalize(mean=(0.305,), std=(0.376,), highest=16.0)
+    return (
+        BatchedTensors(images[train], labels[train], normalize),
+        BatchedTensors(images[test], labels[test], normalize),
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = common.argument_parser(
+        __doc__.splitlines()[0], output="outputs/digits", epochs=10, lr=0.05, batch_size=64
+    )
+    parser.add_argument(
+        "--float-epochs", type=common.positive, default=15, help="of float training"
+    )
+    parser.add_argument("--float-lr", type=float, default=0.2, help="highest rate of it")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    start = time.perf_counter()
+    trainer_options = {
+        "accelerator": args.accelerator,
+        "fast_dev_run": args.fast_dev_run,
+        "quiet": True,
+        "log_every_n_steps": 5,
+    }
+    train, test = load_data()
+    test_loader = test.loader(256)
+    print(f"{len(train)} digits to train on, {len(test)} held out")
+
+    L.seed_everything(args.seed, verbose=False)
+    float_module = ImageClassifier(digits_network(), lr=args.float_lr)
+    trainer = common.make_trainer(args.output, args.float_epochs, **trainer_options)
+    trainer.fit(float_module, train.loader(args.batch_size, shuffle=True))
+    args.output.mkdir(parents=True, exist_ok=True)
+    float_path = args.output / "float.safetensors"
+    save_file(float_module.model.state_dict(), float_path)
+    results = [
+        Result(
+            "float",
+            "W32A32",
+            common.accuracy(trainer, float_module, test_loader),
+            native_bytes=float_path.stat().st_size,
+        )
+    ]
+    print(f"float: {results[0].accuracy:.2%} of the held-out digits")
+
+    histories, paths = {}, {"float weights": float_path}
+    for method, formats, weights, activations in RUNS:
+        title = f"{common.METHODS[method]} {formats}"
+        print(f"\n{title}")
+        # Every run starts from the same weights and sees the same order of the data.
+        L.seed_everything(args.seed, verbose=False)
+        module = ImageClassifier(copy.deepcopy(float_module.model), lr=args.lr)
+        export_path = args.output / f"{method}_{formats.lower()}" / "model.onnx"
+        quantization = common.quantization_callbacks(
+            weights, activations, export_path, quantizer=method
+        )
+        trainer = common.make_trainer(
+            args.output, args.epochs, callbacks=quantization.callbacks, **trainer_options
+        )
+        trainer.fit(module, train.loader(args.batch_size, shuffle=True))
+        results.append(
+            common.measure(
+                common.METHODS[method], formats, trainer, module, quantization, test_loader
+            )
+        )
+        histories[title] = quantization.monitor.history
+        if (report := quantization.export.report) is not None:
+            paths[title] = Path(report.onnx_path).parent
+
+    picture = common.plot_snr(histories, args.output / "snr_per_layer.png")
+    print(f"\nHeld-out accuracy after {time.perf_counter() - start:.0f} s")
+    common.print_results(results)
+    print()
+    common.print_paths({**paths, "SNR per layer": picture})
+
+
+if __name__ == "__main__":
+    main()

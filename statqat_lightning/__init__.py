@@ -1,0 +1,10 @@
+"""Quantization-aware training whose scales come from statistics, as PyTorch Lightning callbacks."""
+
+from statqat_lightning.formats import get_format as get_format
+from statqat_lightning.functional import fake_quantize as fake_quantize
+from statqat_lightning.functional import snr_db as snr_db
+from statqat_lightning.insertion import prepare as prepare
+from statqat_lightning.insertion import remove as remove
+from statqat_lightning.recipe import QuantRecipe as QuantRecipe
+from statqat_lightning.recipe import QuantRule as QuantRule
+from statqat_lightning.recipe import TensorSpec as TensorSpec

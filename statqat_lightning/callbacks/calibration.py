@@ -1,0 +1,132 @@
+"""Batches for calibration that the training run never notices."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+
+from statqat_lightning.insertion import (
+    load_quantizer_state,
+    quantizer_state,
+    refresh,
+    set_enabled,
+    set_observing,
+)
+from statqat_lightning.observers import Reduce
+
+
+class CannotCalibrate(Exception):
+    """Calibration ahead of training is impossible; the message is the reason, as the end of a sentence."""
+
+
+def calibrate(
+    trainer: Trainer, pl_module: LightningModule, num_batches: int, reduce: Reduce | None
+) -> None:
+    """Run training batches through a copy of the module, and take over the statistics that its quantizers gathered.
+
+    The copy takes all side effects: BatchNorm statistics, metrics, counters. Batches come from the
+    user's dataset through a copy of the user's sampler, so neither the loader nor the order of its
+    data is touched, and the state of all random number generators is put back. The first batch runs
+    in float, the following ones with the scales known so far.
+
+    Args:
+        trainer: The Trainer, at the start of training.
+        pl_module: The module; only its quantizers change.
+        num_batches: Largest number of batches.
+        reduce: Reduction over ranks.
+
+    Raises:
+        CannotCalibrate: With the reason; nothing has changed then.
+    """
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise CannotCalibrate(f"{type(trainer.strategy).__name__} shards the module")
+    if not pl_module.automatic_optimization:
+        raise CannotCalibrate("with manual optimization, training_step updates the weights")
+    try:
+        with isolate_rng():
+            twin = _twin(pl_module)
+            batches = _batches(trainer, num_batches)
+            progress = tqdm(
+                batches,
+                desc="StatQAT calibration",
+                total=num_batches,
+                leave=False,
+                disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
+            )
+            _run(trainer, twin, progress, reduce)
+            load_quantizer_state(pl_module, quantizer_state(twin))
+    except CannotCalibrate:
+        raise
+    except Exception as error:
+        raise CannotCalibrate(
+            f"a batch could not be run ahead of training ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _twin(pl_module: LightningModule) -> LightningModule:
+    """A copy in which logging does nothing. Without a Trainer, `self.trainer` raises, which ends calibration cleanly."""
+    twin = copy.deepcopy(pl_module)
+    silent: Callable[..., None] = _ignore
+    twin.log = twin.log_dict = silent  # type: ignore[assignment, method-assign]
+    return twin
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Take any arguments, do nothing."""
+
+
+def _run(trainer: Trainer, twin: LightningModule, batches: Any, reduce: Reduce | None) -> None:
+    set_enabled(twin, weights=False, inputs=False)
+    with torch.no_grad(), trainer.precision_plugin.train_step_context():
+        for index, batch in enumerate(batches):
+            batch = twin._apply_batch_transfer_handler(
+                _before_transfer(twin, batch), trainer.strategy.root_device
+            )
+            set_observing(twin, True)
+            twin.training_step(*_step_arguments(twin, batch, index))
+            set_observing(twin, False)
+            refresh(twin, weights=False, reduce=reduce)
+            set_enabled(twin, weights=True, inputs=True)
+
+
+def _before_transfer(twin: LightningModule, batch: Any) -> Any:
+    return twin.on_before_batch_transfer(batch, 0)
+
+
+def _step_arguments(twin: LightningModule, batch: Any, index: int) -> list[Any]:
+    """`training_step` may take `batch`, or `batch` and `batch_idx`."""
+    code = getattr(twin.training_step, "__code__", None)
+    takes_index = code is None or code.co_argcount > 2 or bool(code.co_flags & 0x04)
+    return [batch, index] if takes_index else [batch]
+
+
+def _batches(trainer: Trainer, num_batches: int) -> Iterator[Any]:
+    """Batches in the structure that `training_step` gets, from fresh loaders over the same datasets."""
+    loaders, structure = tree_flatten(trainer.train_dataloader)
+    iterators = [islice(_fresh_loader(loader), num_batches) for loader in loaders]
+    return (tree_unflatten(list(parts), structure) for parts in zip(*iterators, strict=False))
+
+
+def _fresh_loader(loader: Any) -> Any:
+    if not isinstance(loader, DataLoader):
+        raise CannotCalibrate(f"a {type(loader).__name__} may be readable only once")
+    if isinstance(loader.dataset, IterableDataset):
+        raise CannotCalibrate("an IterableDataset may be readable only once")
+    own = {id(loader.dataset): loader.dataset}  # samplers refer to the dataset; it is not copied
+    common: dict[str, Any] = {"collate_fn": loader.collate_fn, "generator": torch.Generator()}
+    if loader.batch_sampler is None:
+        sampler = copy.deepcopy(loader.sampler, own)
+        return DataLoader(loader.dataset, batch_size=None, sampler=sampler, **common)
+    return DataLoader(
+        loader.dataset, batch_sampler=copy.deepcopy(loader.batch_sampler, own), **common
+    )

@@ -1,0 +1,377 @@
+"""`StatQATCallback`: decides when quantizers are inserted, observe, are refreshed, and are frozen."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from statqat_lightning.callbacks.calibration import CannotCalibrate, calibrate
+from statqat_lightning.insertion import (
+    InsertionReport,
+    input_quantizers,
+    load_quantizer_state,
+    prepare,
+    quantized_layers,
+    quantizer_state,
+    refresh,
+    set_enabled,
+    set_frozen,
+    set_observing,
+)
+from statqat_lightning.observers import ObserverConfig, Reduce
+from statqat_lightning.recipe import QuantRecipe, TensorSpec
+
+CHECKPOINT_KEY = "statqat_lightning"
+
+
+class StatQATWarning(UserWarning):
+    """Something in the data or the run makes quantization worse than it could be; training goes on."""
+
+
+class StatQATCallback(Callback):
+    """Turn the training of any LightningModule into quantization-aware training.
+
+    Layers get fake quantizers after `LightningModule.setup` and `configure_model`, for every stage
+    of the Trainer. Before the first step, a few training batches calibrate the inputs. At the end
+    of every batch, the statistics that inputs have gathered are summed over the ranks, and all
+    scales are chosen anew. Nothing is observed in validation, test or prediction.
+
+    The module keeps its parameters, buffers, names and `state_dict` keys. Statistics and scales
+    travel in the checkpoint under a key of their own, so float and quantized checkpoints load into
+    each other strictly.
+
+    Example:
+        >>> callback = StatQATCallback(weights="int4", activations="int4")
+
+    Args:
+        weights: Format name or `TensorSpec` of all weights; None leaves them in float. Default
+            `int8`: with per-channel scales it costs no accuracy worth mentioning.
+        activations: Format name or `TensorSpec` of the inputs of all layers. Default `int8`; a
+            plain integer name stands for that width, *unsigned where the data is non-negative*,
+            which wins a bit after a ReLU.
+        recipe: A `QuantRecipe`, or the path of one in YAML; it replaces `weights`, `activations`,
+            `exclude` and `first_last_bits`.
+        exclude: Patterns of layers that stay in float.
+        first_last_bits: Least width of the first and last layer, 8 by default: they hold few
+            weights, and errors there cost most.
+        calibration_batches: Batches that calibrate inputs before the first step. Default 8: enough
+            for a scale, and a small part of an epoch. Where the data can be read only once, as many
+            first steps observe instead.
+        freeze_at: Share of the training after which scales and statistics stop, so that the last
+            steps train the weights for exactly the quantizers that are exported. Default 0.9; None
+            never freezes.
+        refresh_every: Batches between two refreshes. Default 1: a refresh costs about as much as
+            min-max.
+        momentum: Weight of the newest batch in the running statistics. Default 0.1, a window of
+            about 20 batches.
+        max_observed: Values of each input and batch that enter the statistics, default 32 768.
+        enabled: False inserts, observes and reports, but changes no number: the run is the float
+            run, bit for bit.
+        verbose: Print the insertion report.
+
+    Raises:
+        ValueError: If an argument is out of range or names something unknown.
+    """
+
+    def __init__(
+        self,
+        weights: str | TensorSpec | None = "int8",
+        activations: str | TensorSpec | None = "int8",
+        recipe: QuantRecipe | str | Path | None = None,
+        exclude: Sequence[str] = (),
+        first_last_bits: int | None = 8,
+        calibration_batches: int = 8,
+        freeze_at: float | None = 0.9,
+        refresh_every: int = 1,
+        momentum: float = 0.1,
+        max_observed: int = 32768,
+        enabled: bool = True,
+        verbose: bool = True,
+    ) -> None:
+        if isinstance(weights, QuantRecipe):
+            raise TypeError("StatQATCallback: got a QuantRecipe as weights; pass it as recipe=....")
+        if calibration_batches < 1:
+            raise ValueError(
+                f"StatQATCallback: got calibration_batches={calibration_batches!r}; expected at least 1."
+            )
+        if refresh_every < 1:
+            raise ValueError(
+                f"StatQATCallback: got refresh_every={refresh_every!r}; expected at least 1."
+            )
+        if freeze_at is not None and not 0 < freeze_at <= 1:
+            raise ValueError(
+                f"StatQATCallback: got freeze_at={freeze_at!r}; expected a share of the training in (0, 1], or None."
+            )
+        if recipe is None:
+            recipe = QuantRecipe.default(weights, activations, exclude, first_last_bits)
+        elif not isinstance(recipe, QuantRecipe):
+            recipe = QuantRecipe.from_yaml(recipe)
+        self.recipe = recipe
+        self.calibration_batches = calibration_batches
+        self.freeze_at = freeze_at
+        self.refresh_every = refresh_every
+        self.observer_config = ObserverConfig(momentum, max_observed)
+        self.enabled = enabled
+        self.verbose = verbose
+        self.report: InsertionReport | None = None
+        self._patched: list[tuple[LightningModule, str]] = []
+        self._weights_are_new = True
+        self._last_step = -1
+        self._frozen = False
+        self._overflow: Tensor | None = None
+        self._warned: set[tuple[str, str]] = set()
+
+    # Insertion and checkpoints, in every stage
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning calls LightningModule.setup and configure_model after this hook and loads
+        # weights after those, with no hook of ours in between: so the module's own hooks are
+        # wrapped on the instance.
+        self._unpatch()
+        last = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
+        self._patch(pl_module, last, after=self._insert)
+        self._patch(pl_module, "on_save_checkpoint", after=self._write_state)
+        self._patch(pl_module, "on_load_checkpoint", before=self._read_state)
+
+    def _insert(self, pl_module: LightningModule, *_: Any) -> None:
+        inserted_before = bool(quantized_layers(pl_module))
+        self.report = prepare(pl_module, recipe=self.recipe, observer=self.observer_config)
+        set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
+        if self.verbose and not inserted_before:
+            rank_zero_info(f"StatQAT inserted fake quantizers:\n{self.report}")
+
+    def _write_state(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CHECKPOINT_KEY] = {
+            "version": 1,
+            "recipe": self.recipe.to_dict(),
+            "quantizers": quantizer_state(pl_module),
+        }
+
+    def _read_state(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get(CHECKPOINT_KEY)
+        if state is None:
+            self._weights_are_new = True
+            return
+        if state["recipe"] != self.recipe.to_dict():
+            difference = _difference(state["recipe"], self.recipe.to_dict())
+            raise ValueError(
+                "StatQATCallback: the checkpoint was made with another recipe. Use the same, or load only its weights "
+                f"(they are those of the float model). Checkpoint (-) and callback (+):\n{difference}"
+            )
+        load_quantizer_state(pl_module, state["quantizers"])
+        self._weights_are_new = False
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # The wrapped module hook is gone once the Trainer has finished; trainer.save_checkpoint
+        # still comes here.
+        self._write_state(pl_module, checkpoint)
+
+    def state_dict(self) -> dict[str, Any]:
+        # Not empty, so that Lightning tells whoever resumes without this callback what is missing.
+        return {"recipe": self.recipe.to_dict()}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        set_observing(pl_module, False)
+        self._unpatch()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        set_observing(pl_module, False)
+        self._unpatch()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+
+    def _start(self, pl_module: LightningModule) -> None:
+        """Weights may have been loaded without quantizer state since insertion: their scales must fit them."""
+        self._unpatch("setup", "configure_model")
+        if self._weights_are_new:
+            refresh(pl_module, inputs=False)
+            self._weights_are_new = False
+
+    # Training
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step
+        self._frozen = False
+        quantizers = input_quantizers(pl_module)
+        if not quantizers or all(q.ready for q in quantizers):
+            return
+        try:
+            calibrate(trainer, pl_module, self.calibration_batches, _reduction(trainer))
+        except CannotCalibrate as reason:
+            rank_zero_info(
+                f"StatQAT: no calibration ahead of training: {reason}. Inputs stay in float for the first batch and are "
+                "quantized from the statistics of the batches so far from then on."
+            )
+        set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
+        self._warn_of_idle_layers(pl_module)
+        self._warn_of_negatives(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        frozen = self._is_frozen(trainer, batch_idx)
+        if frozen != self._frozen:
+            set_frozen(pl_module, frozen)
+            self._frozen = frozen
+            if frozen:
+                rank_zero_info(
+                    f"StatQAT: scales and statistics frozen at step {trainer.global_step}."
+                )
+        set_observing(pl_module, True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        set_observing(pl_module, False)
+        if (batch_idx + 1) % self.refresh_every:
+            return
+        stepped = trainer.global_step != self._last_step
+        self._last_step = trainer.global_step
+        overflow = refresh(
+            pl_module, weights=stepped and not self._frozen, reduce=_reduction(trainer)
+        )
+        self._overflow = overflow if self._overflow is None else self._overflow | overflow
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            self._warn_of_overflow(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warn_of_overflow(pl_module)
+        self._warn_of_negatives(pl_module)
+
+    def _is_frozen(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Whether this batch lies in the frozen last part: derived from the step, so a resumed run agrees with itself."""
+        if self.freeze_at is None:
+            return False
+        shares = [0.0]
+        if trainer.max_steps != -1:
+            shares.append(trainer.global_step / max(trainer.max_steps, 1))
+        per_epoch = trainer.num_training_batches
+        if trainer.max_epochs not in (None, -1) and per_epoch != float("inf"):
+            shares.append(
+                (trainer.current_epoch + batch_idx / per_epoch) / max(trainer.max_epochs, 1)
+            )
+        return max(shares) >= self.freeze_at
+
+    def _warn_of_overflow(self, pl_module: LightningModule) -> None:
+        if self._overflow is None:
+            return
+        for quantizer, happened in zip(
+            input_quantizers(pl_module), self._overflow.tolist(), strict=True
+        ):
+            if happened:
+                self._warn_once(
+                    quantizer.name,
+                    "overflow",
+                    "holds NaN, infinite or extremely large values. They are kept out of the statistics.",
+                )
+        self._overflow = None
+
+    def _warn_of_negatives(self, pl_module: LightningModule) -> None:
+        for quantizer in input_quantizers(pl_module):
+            if not quantizer.fmt.is_signed and quantizer.negative_share > 0:
+                self._warn_once(
+                    quantizer.name,
+                    "negative",
+                    f"{100 * quantizer.negative_share:.3g} % of the values are negative, and {quantizer.fmt.name} sets them "
+                    f"to zero. Use a signed format for this input, for example int{quantizer.fmt.bits}.",
+                )
+
+    def _warn_of_idle_layers(self, pl_module: LightningModule) -> None:
+        idle = [q.name for q in input_quantizers(pl_module) if not q.ready]
+        if idle and len(idle) < len(input_quantizers(pl_module)):
+            self._warn_once(
+                ", ".join(idle), "idle", "did not run in calibration; unquantized until they do."
+            )
+
+    def _warn_once(self, name: str, kind: str, message: str) -> None:
+        if (name, kind) not in self._warned:
+            self._warned.add((name, kind))
+            rank_zero_warn(f"StatQAT {name}: {message}", category=StatQATWarning)
+
+    # The module's own hooks
+
+    def _patch(
+        self,
+        pl_module: LightningModule,
+        name: str,
+        before: Callable[..., None] | None = None,
+        after: Callable[..., None] | None = None,
+    ) -> None:
+        pl_module.__dict__[name] = _WrappedHook(pl_module, name, before, after)
+        self._patched.append((pl_module, name))
+
+    def _unpatch(self, *names: str) -> None:
+        """Take off the wrappers of these hooks, of all hooks if none is named."""
+        for pl_module, name in self._patched:
+            if not names or name in names:
+                pl_module.__dict__.pop(name, None)
+        self._patched = [entry for entry in self._patched if names and entry[1] not in names]
+
+
+class _WrappedHook:
+    """A hook of a module with something before or after it; unlike a closure it can be pickled and deep-copied."""
+
+    def __init__(
+        self,
+        pl_module: LightningModule,
+        name: str,
+        before: Callable[..., None] | None,
+        after: Callable[..., None] | None,
+    ) -> None:
+        self.pl_module = pl_module
+        self.name = name
+        self.before = before
+        self.after = after
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        # Lightning follows this name when it asks whether a hook is overridden.
+        hook: Callable[..., Any] = getattr(type(self.pl_module), self.name)
+        return hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.before is not None:
+            self.before(self.pl_module, *args)
+        result = self.__wrapped__(self.pl_module, *args, **kwargs)
+        if self.after is not None:
+            self.after(self.pl_module, *args)
+        return result
+
+
+def _reduction(trainer: Trainer) -> Reduce | None:
+    if trainer.world_size == 1:
+        return None
+
+    def reduce(tensor: Tensor, operation: str) -> Tensor:
+        reduced = trainer.strategy.reduce(tensor, reduce_op=operation)
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    return reduce
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    lines = [yaml.safe_dump(recipe, sort_keys=False).splitlines() for recipe in (old, new)]
+    return "\n".join(difflib.unified_diff(*lines, lineterm="", n=1))

@@ -1,0 +1,86 @@
+"""`SNRMonitor`: publishes the signal-to-quantization-noise ratio of every layer while training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from statqat_lightning.report import SNRSummary, snr_by_tensor
+
+PREFIX = "snr_db"
+
+
+class SNRMonitor(Callback):
+    """Log the SNR in dB of every quantized weight and input, and what the worst layer is.
+
+    At the Trainer's own cadence (`log_every_n_steps`) every logger gets `snr_db/{layer}/weight` and
+    `snr_db/{layer}/input`, with `snr_db/mean` and `snr_db/min` over all of them. The two aggregates
+    are in `trainer.callback_metrics` as tensors, for ModelCheckpoint, EarlyStopping and the
+    progress bar; `snr_db/worst_layer` is there as text.
+
+    Place it after `StatQATCallback` in the list of callbacks, so that it sees the scales of the
+    same step.
+
+    Args:
+        prog_bar: Show mean and minimum in the progress bar.
+        layers: Log every layer; False logs the aggregates alone.
+
+    Attributes:
+        history: `(step, {"{layer}/{weight|input}": dB})` for each time it logged.
+        summary: The latest aggregates, None before the first.
+    """
+
+    def __init__(self, prog_bar: bool = False, layers: bool = True) -> None:
+        self.prog_bar = prog_bar
+        self.layers = layers
+        self.history: list[tuple[int, dict[str, float]]] = []
+        self.summary: SNRSummary | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A resumed run has logged its earlier steps already; a new fit starts anew.
+        self.history = [(step, row) for step, row in self.history if step < trainer.global_step]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not (_is_logging_step(trainer, batch_idx) or trainer.fast_dev_run):
+            return
+        decibels = snr_by_tensor(pl_module)
+        if not decibels:
+            return
+        self.summary = summary = SNRSummary.of(decibels)
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self.history.append((step, decibels))
+        aggregates = {f"{PREFIX}/mean": summary.mean, f"{PREFIX}/min": summary.min}
+        metrics = aggregates | {
+            f"{PREFIX}/{name}": value for name, value in decibels.items() if self.layers
+        }
+        for logger in trainer.loggers:
+            # Directly: `self.log` for hundreds of layers costs more than a training step.
+            logger.log_metrics(metrics, step=step)
+        if not trainer.barebones:
+            pl_module.log_dict(
+                {name: torch.tensor(value) for name, value in aggregates.items()},
+                prog_bar=self.prog_bar,
+                logger=False,
+                on_step=True,
+                on_epoch=False,
+                batch_size=1,
+            )
+            trainer.callback_metrics[f"{PREFIX}/worst_layer"] = summary.worst  # type: ignore[assignment]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": [[step, dict(row)] for step, row in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [(int(step), dict(row)) for step, row in state_dict["history"]]
+
+
+def _is_logging_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the Trainer logs at this step, by its own rule."""
+    connector = getattr(trainer, "_logger_connector", None)
+    if connector is not None:
+        return bool(connector.should_update_logs)
+    return (batch_idx + 1) % max(trainer.log_every_n_steps, 1) == 0

@@ -1,0 +1,9 @@
+"""What quantization costs: exactly under a density, and predicted from the energy spectrum of data."""
+
+from statqat_lightning.error_analysis.densities import Density as Density
+from statqat_lightning.error_analysis.densities import get_density as get_density
+from statqat_lightning.error_analysis.exact import expected_mse as expected_mse
+from statqat_lightning.error_analysis.exact import expected_snr_db as expected_snr_db
+from statqat_lightning.error_analysis.exact import optimal_scale as optimal_scale
+from statqat_lightning.error_analysis.spectrum import EnergySpectrum as EnergySpectrum
+from statqat_lightning.error_analysis.spectrum import ErrorCurve as ErrorCurve

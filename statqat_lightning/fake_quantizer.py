@@ -1,0 +1,286 @@
+"""The objects that join a format, a granularity, a quantizer and statistics for one tensor of one layer.
+
+They are not modules: a layer holds them as plain attributes, so that parameters, buffers,
+`state_dict` keys and module names stay those of the float model. Their tensors are float32 whatever
+precision the model runs in, and follow the layer from device to device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statqat_lightning.formats import Format, IntFormat, get_format
+from statqat_lightning.functional import QParams, fake_quantize
+from statqat_lightning.granularity import Granularity, PerTensor, get_granularity
+from statqat_lightning.observers import (
+    NEGATIVE,
+    NOISE,
+    QUANTIZED,
+    SIGNAL,
+    InputObserver,
+    ObserverConfig,
+    Reduce,
+    fold,
+    statistics_of,
+)
+from statqat_lightning.quantizers import Quantizer, get_quantizer
+from statqat_lightning.recipe import TensorSpec
+
+WEIGHT, INPUT = "weight", "input"
+
+
+class FakeQuantizer:
+    """Fake quantization of one tensor with the scale in force.
+
+    Attributes:
+        name: The layer's name and the tensor's role, for messages and log keys.
+        fmt: The number format in use.
+        scale: float32, in the shape of its granularity.
+        ready: Whether the scale is known; until then tensors pass unchanged.
+        enabled: Switch for quantization.
+    """
+
+    role: str
+
+    def __init__(
+        self,
+        layer: str,
+        spec: TensorSpec,
+        granularity: Granularity,
+        quantizer: Quantizer,
+        shape: tuple[int, ...],
+    ) -> None:
+        self.layer = layer
+        self.spec = spec
+        self.fmt: Format = get_format(spec.format)
+        self.granularity = granularity
+        self.quantizer = quantizer
+        self.scale = torch.ones(granularity.scale_shape(shape), dtype=torch.float32, device="cpu")
+        self.ready = False
+        self.enabled = True
+
+    @property
+    def name(self) -> str:
+        """`{layer}/{weight|input}`, as in log keys."""
+        return f"{self.layer}/{self.role}" if self.layer else self.role
+
+    @property
+    def qparams(self) -> QParams:
+        """Scale and zero point in force."""
+        return QParams(self.scale, None, self.granularity)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """`x` fake-quantized, or `x` itself while switched off or without a scale."""
+        if not (self.enabled and self.ready and x.is_floating_point()):
+            return x
+        return fake_quantize(x, self.qparams, self.fmt, self.spec.gradient)
+
+    def to(self, device: torch.device) -> None:
+        """Move all tensors to `device`; their dtype stays float32."""
+        self.scale = self.scale.to(device)
+
+    def follow(self, apply: Callable[[Tensor], Tensor]) -> None:
+        """Follow what `Module._apply` does to a layer, in device but not in dtype.
+
+        A probe tells the device. So `to_empty` leaves the values intact, and nothing moves to the
+        meta device, where they would be lost.
+        """
+        device = apply(torch.empty(0, dtype=torch.float32, device=self.scale.device)).device
+        if device.type != "meta":
+            self.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as plain data and CPU tensors."""
+        return {
+            "format": self.fmt.name,
+            "ready": self.ready,
+            "scale": self.scale.detach().cpu().clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.fmt = get_format(state["format"])
+        self.ready = bool(state["ready"])
+        self.scale.copy_(state["scale"])
+
+
+class WeightFakeQuantizer(FakeQuantizer):
+    """Fake quantization of a weight; its scale comes from the weight itself."""
+
+    role = WEIGHT
+    full_search_every = 16
+    """Refreshes between two searches; in between the scale follows the weight by `Quantizer.track`."""
+
+    def __init__(self, layer: str, spec: TensorSpec, weight: Tensor, axis: int = 0) -> None:
+        granularity = get_granularity(spec.granularity or "per_channel", axis)
+        quantizer = get_quantizer(spec.quantizer or "analytic", **dict(spec.options))
+        try:
+            super().__init__(layer, spec, granularity, quantizer, tuple(weight.shape))
+        except ValueError as error:
+            raise ValueError(f"{layer}/{WEIGHT}: {error}") from error
+        self.num_refreshes = 0
+        self.to(weight.device if weight.device.type != "meta" else torch.device("cpu"))
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return self.quantize(weight)
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Choose the scale anew for the weight as it is now; it starts from the scale in force."""
+        rows = self.granularity.rows(weight.detach().to(torch.float32))
+        warm = self.scale.view(-1) if self.ready else None
+        if warm is not None and self.num_refreshes % self.full_search_every:
+            scale = self.quantizer.track(rows, self.fmt, warm)
+        else:
+            scale = self.quantizer.from_rows(rows, self.fmt, warm)
+        self.scale.copy_(scale.view_as(self.scale))
+        self.num_refreshes += 1
+        self.ready = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"num_refreshes": self.num_refreshes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.num_refreshes = int(state["num_refreshes"])
+
+    @torch.no_grad()
+    def energies(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Energy of the weight and of its quantization error, float32 scalars."""
+        wide = weight.detach().to(torch.float32)
+        return wide.square().sum(), (wide - self.quantize(wide)).square().sum()
+
+
+class InputFakeQuantizer(FakeQuantizer):
+    """Fake quantization of a layer's input, with running statistics.
+
+    Attributes:
+        observing: Whether forward passes add to the observer: to the sums behind the SNR, and
+            unless `frozen` to the statistics behind the scale.
+        frozen: Whether statistics and scale are kept as they are.
+        warned: Events that were already reported.
+    """
+
+    role = INPUT
+
+    def __init__(
+        self, layer: str, spec: TensorSpec, config: ObserverConfig, device: torch.device
+    ) -> None:
+        quantizer = get_quantizer(spec.quantizer or "iterative", **dict(spec.options))
+        super().__init__(layer, spec, PerTensor(), quantizer, ())
+        # The spectrum tells the sign of the data as well, so whoever must decide on the sign needs
+        # one of the two.
+        self.observer = InputObserver(config, quantizer.needs_spectrum, quantizer.needs_range)
+        self.observing = False
+        self.frozen = False
+        self.warned: set[str] = set()
+        if device.type != "meta":
+            self.to(device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x_hat = self.quantize(x)
+        if self.observing and x.is_floating_point() and not _recomputing():
+            self.observer.add(
+                x,
+                None if x_hat is x else x_hat,
+                statistics=not self.frozen,
+                count_negatives=not self.fmt.is_signed,
+            )
+        return x_hat
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        for name in self.observer.tensors():
+            setattr(self.observer, name, getattr(self.observer, name).to(device))
+
+    def settle(self) -> bool:
+        """Make the quantizer ready if its statistics allow it, and choose the sign of its format.
+
+        Reads from the device, so it is called at the end of calibration and not at every step.
+
+        Returns:
+            Whether the quantizer is ready.
+        """
+        if not self.ready and self.observer.num_batches.item() > 0:
+            statistics = statistics_of([self.observer])
+            if self.spec.unsigned_if_nonnegative and isinstance(self.fmt, IntFormat):
+                self.fmt = IntFormat(self.fmt.width, signed=bool(statistics.has_negative.item()))
+            self.scale.copy_(self.quantizer.from_statistics(statistics, self.fmt).squeeze(0))
+            self.ready = True
+        return self.ready
+
+    @property
+    def negative_share(self) -> float:
+        """Share of observed values that an unsigned format set to zero because they were negative; reads from the device."""
+        return float(self.observer.running_sums[NEGATIVE])
+
+    def mean_energies(self) -> tuple[Tensor, Tensor]:
+        """Running mean square of the input and of its quantization error; NaN before anything was quantized."""
+        sums = self.observer.running_sums
+        known = sums[QUANTIZED] > 0
+        return torch.where(known, sums[SIGNAL], torch.nan), torch.where(
+            known, sums[NOISE], torch.nan
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        running = {
+            name: getattr(self.observer, name).detach().cpu().clone()
+            for name in self.observer.RUNNING
+        }
+        return super().state_dict() | running
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for name in self.observer.RUNNING:
+            getattr(self.observer, name).copy_(state[name])
+        self.observer.reset_accumulators()
+
+
+def _recomputing() -> bool:
+    """Whether this forward is the recomputation of a checkpointed segment during a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@torch.no_grad()
+def refresh_inputs(
+    quantizers: Sequence[InputFakeQuantizer], reduce: Reduce | None = None
+) -> Tensor:
+    """Fold what all inputs added since the last call into their statistics, and choose their scales anew.
+
+    One reduction over ranks for all layers, one batched search for all layers of a kind, and no
+    host synchronisation once every quantizer is ready.
+
+    Args:
+        quantizers: Input quantizers of one model, in the same order on every rank.
+        reduce: Reduction over ranks, None for a single process.
+
+    Returns:
+        bool `(len(quantizers),)`: which inputs held NaN or infinite values in this step.
+    """
+    if not quantizers:
+        return torch.zeros(0, dtype=torch.bool)
+    statistics = not quantizers[0].frozen
+    overflow = fold([q.observer for q in quantizers], statistics, reduce)
+    if statistics:
+        refresh_scales([q for q in quantizers if q.ready])
+    for quantizer in quantizers:
+        quantizer.settle()
+    return overflow
+
+
+def refresh_scales(quantizers: Sequence[InputFakeQuantizer]) -> None:
+    """Choose the scales of ready quantizers from their running statistics, all of a kind at once."""
+    kinds: dict[tuple[Any, ...], list[InputFakeQuantizer]] = {}
+    for quantizer in quantizers:
+        spec = quantizer.spec
+        kinds.setdefault((quantizer.fmt, spec.quantizer, spec.options), []).append(quantizer)
+    for group in kinds.values():
+        first = group[0]
+        statistics = statistics_of([q.observer for q in group])
+        warm = torch.stack([q.scale for q in group])
+        scales = first.quantizer.from_statistics(statistics, first.fmt, warm)
+        torch._foreach_copy_([q.scale for q in group], list(scales.unbind()))

@@ -1,0 +1,136 @@
+"""Which elements of a tensor share a scale: all, one slice along an axis, or runs of a row.
+
+Every granularity can view a tensor in two ways: as `rows` (one row a scale, what quantizers work
+on) and as a `broadcastable` view (what fake quantization multiplies with).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+class Granularity(ABC):
+    """How a tensor's elements are shared out among scales."""
+
+    @abstractmethod
+    def rows(self, x: Tensor) -> Tensor:
+        """`x` as `(num_scales, elements_per_scale)`; a view where the memory layout allows."""
+
+    @abstractmethod
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scale of a tensor of `shape`: it broadcasts against `view(x)`."""
+
+    def view(self, x: Tensor) -> Tensor:
+        """`x` in the shape against which the scale broadcasts."""
+        return x
+
+
+@dataclass(frozen=True)
+class PerTensor(Granularity):
+    """One scale for the whole tensor; its shape is `()`."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x.reshape(1, -1)
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return ()
+
+    def __str__(self) -> str:
+        return "per_tensor"
+
+
+@dataclass(frozen=True)
+class PerChannel(Granularity):
+    """One scale for each index along `axis`, the axis that is *kept*."""
+
+    axis: int = 0
+
+    def _axis(self, num_dims: int) -> int:
+        if not -num_dims <= self.axis < num_dims:
+            raise ValueError(
+                f"PerChannel: got axis={self.axis}; expected {-num_dims} to {num_dims - 1} for a tensor of "
+                f"{num_dims} dimensions."
+            )
+        return self.axis % num_dims
+
+    def rows(self, x: Tensor) -> Tensor:
+        axis = self._axis(x.dim())
+        return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        axis = self._axis(len(shape))
+        return tuple(size if i == axis else 1 for i, size in enumerate(shape))
+
+    def __str__(self) -> str:
+        return "per_channel"
+
+
+@dataclass(frozen=True)
+class PerGroup(Granularity):
+    """One scale for each run of `size` elements of a row, a row being all elements of one index of axis 0.
+
+    A group never crosses rows: the row length must be a multiple of `size`.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"PerGroup: got size={self.size!r}; expected a positive number.")
+
+    def rows(self, x: Tensor) -> Tensor:
+        return self.view(x).reshape(-1, self.size)
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0], self._groups(shape), 1)
+
+    def view(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], self._groups(tuple(x.shape)), self.size)
+
+    def _groups(self, shape: tuple[int, ...]) -> int:
+        if len(shape) < 2:
+            raise ValueError(
+                f"PerGroup: got a tensor of shape {shape}; expected two dimensions or more."
+            )
+        row = math.prod(shape[1:])
+        if row % self.size:
+            raise ValueError(
+                f"PerGroup: got size={self.size} for rows of {row} elements (shape {shape}); expected a divisor "
+                "of the row length."
+            )
+        return row // self.size
+
+    def __str__(self) -> str:
+        return f"per_group:{self.size}"
+
+
+def get_granularity(name: str | Granularity, axis: int = 0) -> Granularity:
+    """The granularity called `per_tensor`, `per_channel` or `per_group:SIZE`.
+
+    Args:
+        name: The name; a `Granularity` is returned as it is.
+        axis: The kept axis of `per_channel`.
+
+    Raises:
+        ValueError: If there is no such granularity.
+    """
+    if isinstance(name, Granularity):
+        return name
+    if name == "per_tensor":
+        return PerTensor()
+    if name == "per_channel":
+        return PerChannel(axis)
+    if isinstance(name, str) and (match := re.fullmatch(r"per_group:(\d+)", name)):
+        return PerGroup(int(match[1]))
+    known = ["per_tensor", "per_channel", "per_group:32"]
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"granularity: got {name!r}.{hint} Expected per_tensor, per_channel or per_group:SIZE."
+    )

@@ -1,0 +1,465 @@
+"""Putting fake quantizers into a model and taking them out: the model stays the user's model.
+
+A layer's *class* is changed in place to a cached subclass that overrides only `forward`; its
+quantizers hang on the instance as plain attributes. Module names, parameters, buffers, `state_dict`
+keys, `isinstance`, optimizers and checkpoints stay those of the float model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from statqat_lightning.fake_quantizer import (
+    FakeQuantizer,
+    InputFakeQuantizer,
+    WeightFakeQuantizer,
+    refresh_inputs,
+)
+from statqat_lightning.observers import ObserverConfig, Reduce
+from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+
+_WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+_FUNCTIONALS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Tensor]] = {
+    nn.Linear: lambda m, x, w: F.linear(x, w, m.bias),
+    nn.Conv1d: lambda m, x, w: m._conv_forward(x, w, m.bias),
+    nn.Conv2d: lambda m, x, w: m._conv_forward(x, w, m.bias),
+    nn.Conv3d: lambda m, x, w: m._conv_forward(x, w, m.bias),
+}
+# MultiheadAttention reads the weight of this child and never calls it.
+_BYPASSED = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
+_NORMALISATION = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
+
+
+class LayerReport(NamedTuple):
+    """What happened to one layer.
+
+    Attributes:
+        name: Its name in the model.
+        type: Its class.
+        parameters: How many parameters it holds itself.
+        weight: Format, granularity and quantizer of its weight; None for float.
+        input: The same of its input.
+        reason: Why it was left in float; empty if it was not.
+    """
+
+    name: str
+    type: str
+    parameters: int
+    weight: str | None = None
+    input: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class InsertionReport:
+    """What was done to each layer with parameters, in the order of the model; prints as a table."""
+
+    rows: tuple[LayerReport, ...]
+
+    @property
+    def num_quantized(self) -> int:
+        """Number of layers with quantizers."""
+        return sum(not row.reason for row in self.rows)
+
+    def __str__(self) -> str:
+        header = ("layer", "type", "parameters", "weight", "input")
+        cells = [
+            (row.name or "(model)", row.type, f"{row.parameters:,}")
+            + (
+                (f"float: {row.reason}", "")
+                if row.reason
+                else (row.weight or "float", row.input or "float")
+            )
+            for row in self.rows
+        ]
+        # A reason may reach into the last column.
+        widths = [
+            max(len(line[i]) for line in [header, *(c for c in cells if i != 3 or c[4])])
+            for i in range(len(header))
+        ]
+        lines = [
+            "  ".join(
+                text.rjust(width) if i == 2 else text.ljust(width)
+                for i, (text, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in [header, *cells]
+        ]
+        total = sum(row.parameters for row in self.rows)
+        inside = sum(row.parameters for row in self.rows if not row.reason)
+        lines.append(
+            f"{self.num_quantized} of {len(self.rows)} layers with parameters are quantized; they hold "
+            f"{inside:,} of {total:,} parameters ({100 * inside / max(total, 1):.1f} %)."
+        )
+        return "\n".join(lines)
+
+
+class LayerQuantizers:
+    """The quantizers of one layer; either may be None."""
+
+    def __init__(
+        self, weight: WeightFakeQuantizer | None, inputs: InputFakeQuantizer | None
+    ) -> None:
+        self.weight = weight
+        self.input = inputs
+
+    def present(self) -> list[FakeQuantizer]:
+        """Those that are not None: weight, then input."""
+        return [q for q in (self.weight, self.input) if q is not None]
+
+
+class QuantizedLayer(NamedTuple):
+    """A layer with quantizers, by its name in the model."""
+
+    name: str
+    module: nn.Module
+    quantizers: LayerQuantizers
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class a layer had before insertion."""
+    base: type[nn.Module] = getattr(type(module), "_statqat_base", type(module))
+    return base
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer carries quantizers."""
+    return hasattr(type(module), "_statqat_base")
+
+
+def quantized_layers(model: nn.Module) -> list[QuantizedLayer]:
+    """All layers with quantizers, in the order of `named_modules`."""
+    return [
+        QuantizedLayer(_plain_name(name), module, module._statqat)
+        for name, module in model.named_modules()
+        if is_quantized(module)
+    ]
+
+
+def input_quantizers(model: nn.Module) -> list[InputFakeQuantizer]:
+    """The input quantizers of a model, in layer order."""
+    return [q.input for _, _, q in quantized_layers(model) if q.input is not None]
+
+
+def prepare(
+    model: nn.Module,
+    weights: str | TensorSpec | None = "int8",
+    activations: str | TensorSpec | None = "int8",
+    *,
+    recipe: QuantRecipe | None = None,
+    exclude: Sequence[str] = (),
+    first_last_bits: int | None = 8,
+    observer: ObserverConfig | None = None,
+) -> InsertionReport:
+    """Give the layers of a model their fake quantizers, in place; layers that have them keep them.
+
+    Weight scales are chosen at once, from the weights. Inputs pass unchanged until their statistics
+    are known: run batches between `set_observing(model, True)` and `refresh(model)`.
+
+    Args:
+        model: Any module.
+        weights: Format or specification of weights, see `QuantRecipe.default`.
+        activations: Format or specification of inputs, likewise.
+        recipe: Which layers get what; replaces the arguments before and after it.
+        exclude: Patterns of layers that stay in float.
+        first_last_bits: Least width of the first and the last layer.
+        observer: How inputs are observed.
+
+    Returns:
+        What was done to every layer with parameters, and what was left in float and why.
+
+    Raises:
+        ValueError: If no layer is quantized, if a pattern matches nothing, or if a layer is not
+            initialised yet.
+    """
+    recipe = recipe or QuantRecipe.default(weights, activations, exclude, first_last_bits)
+    layers = dict(_named_layers(model))
+    candidates = {name: module for name, module in layers.items() if _supported_class(module)}
+    if not candidates:
+        there = ", ".join(
+            f"{name or '(the model itself)'} ({type(m).__name__})" for name, m in layers.items()
+        )
+        raise ValueError(
+            f"{type(model).__name__}: no layer can be quantized. Supported are {', '.join(c.__name__ for c in _FUNCTIONALS)} "
+            f"and their subclasses. Layers with parameters here: {there or 'none'}."
+        )
+    assigned = recipe.assign(candidates)
+    chosen = {
+        name: rule for name, rule in assigned.items() if rule and (rule.weights or rule.inputs)
+    }
+    if not chosen:
+        raise ValueError(
+            f"{type(model).__name__}: the recipe leaves all layers in float: {', '.join(candidates)}. "
+            "Give at least one of them a format."
+        )
+    _refuse_uninitialised({name: candidates[name] for name in chosen})
+    for name, rule in chosen.items():
+        if not is_quantized(candidates[name]):
+            _attach(name, candidates[name], rule, observer or ObserverConfig())
+    return InsertionReport(
+        tuple(
+            _quantized_row(name, module)
+            if name in chosen
+            else _float_row(name, module, assigned.get(name), name in candidates)
+            for name, module in layers.items()
+        )
+    )
+
+
+def remove(model: nn.Module) -> None:
+    """Take all fake quantizers out of a model, in place; it is then the float model it was."""
+    for _, module, _ in quantized_layers(model):
+        module.__class__ = base_class(module)
+        del module._statqat  # type: ignore[attr-defined]
+
+
+def set_observing(model: nn.Module, observing: bool) -> None:
+    """Switch observation of all inputs on or off."""
+    for quantizer in input_quantizers(model):
+        quantizer.observing = observing
+
+
+def set_frozen(model: nn.Module, frozen: bool) -> None:
+    """Freeze or release the statistics and scales of all inputs."""
+    for quantizer in input_quantizers(model):
+        quantizer.frozen = frozen
+
+
+def set_enabled(model: nn.Module, weights: bool | None = None, inputs: bool | None = None) -> None:
+    """Switch quantization of all weights and of all inputs on or off; None leaves them as they are."""
+    for _, _, quantizers in quantized_layers(model):
+        if weights is not None and quantizers.weight is not None:
+            quantizers.weight.enabled = weights
+        if inputs is not None and quantizers.input is not None:
+            quantizers.input.enabled = inputs
+
+
+@torch.no_grad()
+def refresh(
+    model: nn.Module, weights: bool = True, inputs: bool = True, reduce: Reduce | None = None
+) -> Tensor:
+    """Bring the scales up to date: of inputs from what was observed since the last call, of weights from themselves.
+
+    Args:
+        model: A model with quantizers.
+        weights: Whether to choose the scales of weights anew.
+        inputs: Whether to fold what inputs have added; frozen inputs keep statistics and scale.
+        reduce: Reduction over ranks, see `observers.Reduce`; None for a single process.
+
+    Returns:
+        bool `(number of input quantizers,)`, in the order of `input_quantizers`: which held NaN or
+        infinite values.
+    """
+    layers = quantized_layers(model)
+    if weights:
+        for _, module, quantizers in layers:
+            if quantizers.weight is not None:
+                quantizers.weight.refresh(weight_of(module))
+    observed = [q.input for _, _, q in layers if q.input is not None] if inputs else []
+    return refresh_inputs(observed, reduce)
+
+
+def quantizer_state(model: nn.Module) -> dict[str, Any]:
+    """State of all quantizers of a model by name: plain data and CPU tensors."""
+    return {
+        q.name: q.state_dict() for _, _, layer in quantized_layers(model) for q in layer.present()
+    }
+
+
+def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give the quantizers of a model the state that `quantizer_state` returned.
+
+    Raises:
+        ValueError: If the names differ; nothing is changed then.
+    """
+    quantizers = {q.name: q for _, _, layer in quantized_layers(model) for q in layer.present()}
+    if set(quantizers) != set(state):
+        raise ValueError(
+            f"Quantizer state: only in the model: {sorted(set(quantizers) - set(state))}; "
+            f"only in the state: {sorted(set(state) - set(quantizers))}. Use the recipe and the model it was saved with."
+        )
+    for name, quantizer in quantizers.items():
+        quantizer.load_state_dict(state[name])
+
+
+def _attach(name: str, module: nn.Module, rule: QuantRule, config: ObserverConfig) -> None:
+    weight = weight_of(module)
+    weight_quantizer = input_quantizer = None
+    if isinstance(rule.weights, TensorSpec):
+        weight_quantizer = WeightFakeQuantizer(name, rule.weights, weight)
+        if weight.device.type != "meta":
+            weight_quantizer.refresh(weight)
+    if isinstance(rule.inputs, TensorSpec):
+        input_quantizer = InputFakeQuantizer(name, rule.inputs, config, weight.device)
+    module._statqat = LayerQuantizers(weight_quantizer, input_quantizer)  # type: ignore[assignment]
+    module.__class__ = _quantized_class(type(module))
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a supported layer, as its forward sees it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor), "supported layers have a weight"
+    return weight
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _quantized_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` whose forward quantizes; made once for each class."""
+    if base in _CLASSES:
+        return _CLASSES[base]
+    supported = next(cls for cls in _FUNCTIONALS if issubclass(base, cls))
+    functional = _FUNCTIONALS[supported]
+
+    def explicit_forward(self: Any, x: Tensor) -> Tensor:
+        weight, inputs = self._statqat.weight, self._statqat.input
+        return functional(
+            self,
+            x if inputs is None else inputs(x),
+            self.weight if weight is None else weight(self.weight),
+        )
+
+    def shadowing_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The user's own forward reads `self.weight`: an instance attribute hides the parameter
+        # meanwhile.
+        weight, inputs = self._statqat.weight, self._statqat.input
+        attributes = self.__dict__
+        missing = object()
+        previous = attributes.get("weight", missing)
+        if weight is not None:
+            attributes["weight"] = weight(self.weight)
+        try:
+            return base.forward(self, x if inputs is None else inputs(x), *args, **kwargs)
+        finally:
+            if previous is not missing:
+                attributes["weight"] = previous
+            elif weight is not None:
+                attributes.pop("weight", None)
+
+    def apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        result = base._apply(self, fn, recurse)
+        for quantizer in self._statqat.present():
+            quantizer.follow(fn)
+        return result
+
+    def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (base,), self.__getstate__()
+
+    own_forward = base.forward is not supported.forward
+    _CLASSES[base] = type(
+        f"FakeQuantized{base.__name__}",
+        (base,),
+        {
+            "__module__": __name__,
+            "__doc__": f"{base.__name__} whose weight and input are fake-quantized.",
+            "_statqat_base": base,
+            "forward": shadowing_forward if own_forward else explicit_forward,
+            "_apply": apply,
+            "__reduce_ex__": reduce_ex,
+        },
+    )
+    return _CLASSES[base]
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    """An empty instance of the quantized class of `base`, for pickle and deepcopy."""
+    cls = _quantized_class(base)
+    return cls.__new__(cls)
+
+
+def _named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with parameters of their own, and all that can be quantized, by plain name."""
+    for name, module in model.named_modules():
+        if _supported_class(module) is not None or any(
+            True for _ in module.parameters(recurse=False)
+        ):
+            yield _plain_name(name), module
+
+
+def _plain_name(name: str) -> str:
+    """The name without the parts that compile and sharding wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def _supported_class(module: nn.Module) -> type[nn.Module] | None:
+    """The supported class that a layer is an instance of."""
+    if isinstance(module, _BYPASSED):
+        return None
+    return next((cls for cls in _FUNCTIONALS if isinstance(module, cls)), None)
+
+
+def _refuse_uninitialised(layers: Mapping[str, nn.Module]) -> None:
+    lazy = [
+        name
+        for name, module in layers.items()
+        if any(
+            isinstance(p, nn.parameter.UninitializedTensorMixin)
+            for p in module.parameters(recurse=False)
+        )
+    ]
+    if lazy:
+        raise ValueError(
+            f"Layers {', '.join(lazy)} are lazy and not initialised yet; quantizers need their shapes. "
+            "Run one batch through the model before, or give the layers their sizes."
+        )
+
+
+def _why_float(name: str, module: nn.Module, rule: QuantRule | None, candidate: bool) -> str:
+    if candidate:
+        return "no rule matches" if rule is None else f"left in float by rule {rule.pattern!r}"
+    if isinstance(module, _NORMALISATION):
+        return "normalisation stays in float"
+    if isinstance(module, _BYPASSED):
+        return "its parent reads the weight without calling it"
+    return "type not supported"
+
+
+def _float_row(
+    name: str, module: nn.Module, rule: QuantRule | None, candidate: bool
+) -> LayerReport:
+    return LayerReport(
+        name,
+        base_class(module).__name__,
+        _count(module),
+        reason=_why_float(name, module, rule, candidate),
+    )
+
+
+def _quantized_row(name: str, module: nn.Module) -> LayerReport:
+    quantizers: LayerQuantizers = module._statqat  # type: ignore[assignment]
+    return LayerReport(
+        name,
+        base_class(module).__name__,
+        _count(module),
+        *(quantizer and describe(quantizer) for quantizer in (quantizers.weight, quantizers.input)),
+    )
+
+
+def describe(quantizer: FakeQuantizer) -> str:
+    """Format, granularity and quantizer of one tensor in a few words."""
+    fmt = quantizer.fmt.name
+    if (
+        isinstance(quantizer, InputFakeQuantizer)
+        and not quantizer.ready
+        and quantizer.spec.unsigned_if_nonnegative
+    ):
+        fmt = f"{fmt} or u{fmt}"
+    return f"{fmt} {quantizer.granularity} {quantizer.quantizer.name}"
+
+
+def _count(module: nn.Module) -> int:
+    return sum(math.prod(p.shape) for p in module.parameters(recurse=False))

@@ -1,0 +1,30 @@
+"""The baseline: the largest magnitude of the data becomes the largest value of the grid."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from statqat_lightning.formats import Format
+from statqat_lightning.quantizers.base import Quantizer, Statistics, positive_or_one
+
+
+class MinMax(Quantizer):
+    """Scale `max|x| / fmt.max`: nothing is clipped, and one outlier sets the error of all values.
+
+    From a running statistic it is the moving-average min-max of most training tools.
+    """
+
+    name = "minmax"
+    needs_range = True
+
+    def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
+        limit = rows.abs().amax(1) if fmt.is_signed else rows.amax(1)
+        return positive_or_one(limit / fmt.max)
+
+    def from_statistics(
+        self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
+    ) -> Tensor:
+        low, high = statistics.low, statistics.high
+        assert low is not None and high is not None, "MinMax asks for the range"
+        limit = high.maximum(-low) if fmt.is_signed else high
+        return positive_or_one(limit / fmt.max)

@@ -1,0 +1,317 @@
+"""Which layers get what: tensor specifications and ordered rules, as data that YAML can hold."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from statqat_lightning.formats import Format, IntFormat, at_least_bits, get_format
+from statqat_lightning.functional import GRADIENTS
+from statqat_lightning.granularity import get_granularity
+from statqat_lightning.quantizers import get_quantizer
+
+
+@dataclass(frozen=True, init=False)
+class TensorSpec:
+    """How one tensor of a layer is quantized.
+
+    Args:
+        format: Name of a number format, see `get_format`.
+        granularity: `per_tensor`, `per_channel` or `per_group:SIZE`; None for the default of the
+            role: weights per output channel, inputs per tensor.
+        quantizer: `analytic`, `iterative` or `minmax`; None for the default of the role: weights
+            analytic (they are Gaussian-like), inputs iterative (they can be anything).
+        unsigned_if_nonnegative: Use the unsigned integers of the same width where calibration sees
+            no negative value: after a ReLU that is one bit won.
+        gradient: Straight-through gradient, see `fake_quantize`.
+        **options: Options of the quantizer.
+
+    Raises:
+        ValueError: If a name or an option is unknown, or the sign option comes with a float format.
+    """
+
+    format: str
+    granularity: str | None = None
+    quantizer: str | None = None
+    unsigned_if_nonnegative: bool = False
+    gradient: str = "clipped"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __init__(
+        self,
+        format: str,
+        granularity: str | None = None,
+        quantizer: str | None = None,
+        unsigned_if_nonnegative: bool = False,
+        gradient: str = "clipped",
+        **options: Any,
+    ) -> None:
+        fmt = get_format(format)
+        if granularity is not None:
+            get_granularity(granularity)
+        if quantizer is not None:
+            get_quantizer(quantizer, **options)
+        elif options:
+            raise ValueError(
+                f"TensorSpec: got options {[*options]} without a quantizer; name the quantizer they belong to."
+            )
+        if unsigned_if_nonnegative and not (isinstance(fmt, IntFormat) and fmt.signed):
+            raise ValueError(
+                f"TensorSpec: got unsigned_if_nonnegative=True with format {fmt.name!r}; expected a signed integer format."
+            )
+        if gradient not in GRADIENTS:
+            raise ValueError(
+                f"TensorSpec: got gradient={gradient!r}; expected one of {', '.join(GRADIENTS)}."
+            )
+        values = {
+            "format": fmt.name,
+            "granularity": granularity,
+            "quantizer": quantizer,
+            "unsigned_if_nonnegative": unsigned_if_nonnegative,
+            "gradient": gradient,
+            "options": tuple(sorted(options.items())),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def with_format(self, fmt: Format) -> TensorSpec:
+        """The same specification in another format; the sign option is dropped where it has no meaning."""
+        adapts = self.unsigned_if_nonnegative and isinstance(fmt, IntFormat) and fmt.signed
+        return TensorSpec(
+            fmt.name, self.granularity, self.quantizer, adapts, self.gradient, **dict(self.options)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the entries that hold their defaults."""
+        entries: dict[str, Any] = {"format": self.format}
+        if self.granularity is not None:
+            entries["granularity"] = self.granularity
+        if self.quantizer is not None:
+            entries["quantizer"] = self.quantizer
+        if self.unsigned_if_nonnegative:
+            entries["unsigned_if_nonnegative"] = True
+        if self.gradient != "clipped":
+            entries["gradient"] = self.gradient
+        return entries | dict(self.options)
+
+
+def input_spec(spec: str | TensorSpec | None) -> TensorSpec | None:
+    """A specification for inputs: a plain name such as `int8` stands for 8 bits, unsigned where nothing is negative."""
+    if not isinstance(spec, str):
+        return spec
+    fmt = get_format(spec)
+    return TensorSpec(spec, unsigned_if_nonnegative=isinstance(fmt, IntFormat) and fmt.signed)
+
+
+def weight_spec(spec: str | TensorSpec | None) -> TensorSpec | None:
+    """A specification for weights: a plain name stands for that format."""
+    return TensorSpec(spec) if isinstance(spec, str) else spec
+
+
+@dataclass(frozen=True)
+class QuantRule:
+    """What the layers that a pattern matches get.
+
+    Args:
+        pattern: A glob over layer names (`backbone.*`), a regular expression (`re:layer[12]\\..*`),
+            a layer type or one of its base classes (`type:Conv2d`), or a position among the layers
+            that can be quantized (`position:first`, `position:last`).
+        weights: Specification of the weight, a format name, or None for float.
+        inputs: Specification of the input, likewise.
+    """
+
+    pattern: str
+    weights: TensorSpec | str | None = None
+    inputs: TensorSpec | str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", weight_spec(self.weights))
+        object.__setattr__(self, "inputs", input_spec(self.inputs))
+        if self.pattern.startswith("position:") and self.pattern not in (
+            "position:first",
+            "position:last",
+        ):
+            raise ValueError(
+                f"QuantRule: got pattern {self.pattern!r}; expected position:first or position:last."
+            )
+        if self.pattern.startswith("re:"):
+            try:
+                re.compile(self.pattern[3:])
+            except re.error as error:
+                raise ValueError(f"QuantRule: got pattern {self.pattern!r}: {error}.") from error
+        for role, spec in (("weights", self.weights), ("inputs", self.inputs)):
+            _check_role(role, spec)
+
+    def matches(self, name: str, module: nn.Module, position: int, num_layers: int) -> bool:
+        """Whether the pattern matches a layer, given its place among the `num_layers` candidates."""
+        if self.pattern == "position:first":
+            return position == 0
+        if self.pattern == "position:last":
+            return position == num_layers - 1
+        if self.pattern.startswith("re:"):
+            return re.fullmatch(self.pattern[3:], name) is not None
+        if self.pattern.startswith("type:"):
+            return self.pattern[5:] in (cls.__name__ for cls in type(module).__mro__)
+        return fnmatch.fnmatchcase(name, self.pattern)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        entries: dict[str, Any] = {"pattern": self.pattern}
+        for role in ("weights", "inputs"):
+            spec = getattr(self, role)
+            if spec is not None:
+                entries[role] = spec.to_dict()
+        return entries
+
+
+def _check_role(role: str, spec: TensorSpec | str | None) -> None:
+    if spec is None:
+        return
+    assert isinstance(spec, TensorSpec)
+    if role == "inputs" and spec.granularity not in (None, "per_tensor"):
+        raise ValueError(
+            f"QuantRule: got granularity {spec.granularity!r} for inputs; expected per_tensor: a scale that differs along "
+            "the summed dimension cannot be taken out of an integer product."
+        )
+    if role == "weights" and spec.unsigned_if_nonnegative:
+        raise ValueError(
+            "QuantRule: got unsigned_if_nonnegative for weights; expected it for inputs only."
+        )
+
+
+@dataclass(frozen=True)
+class QuantRecipe:
+    """Ordered rules; the first that matches a layer wins, and a layer that none matches stays in float.
+
+    Args:
+        rules: The rules.
+    """
+
+    rules: Sequence[QuantRule] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        if not self.rules:
+            raise ValueError("QuantRecipe: got no rules; expected at least one.")
+
+    @classmethod
+    def default(
+        cls,
+        weights: str | TensorSpec | None = "int8",
+        activations: str | TensorSpec | None = "int8",
+        exclude: Sequence[str] = (),
+        first_last_bits: int | None = 8,
+    ) -> QuantRecipe:
+        """One specification for all layers, with the first and the last at no less than `first_last_bits`.
+
+        Args:
+            weights: Format or specification of every weight; None leaves weights in float.
+            activations: Format or specification of every input, likewise.
+            exclude: Patterns of layers that stay in float.
+            first_last_bits: Least width of the first and last layer; None treats them like the
+                others.
+        """
+        if weights is None and activations is None:
+            raise ValueError("got weights=None and activations=None; expected at least one format.")
+        weight, inputs = weight_spec(weights), input_spec(activations)
+        rules = [QuantRule(pattern) for pattern in exclude]
+        if first_last_bits is not None:
+            wide = [
+                spec and spec.with_format(at_least_bits(get_format(spec.format), first_last_bits))
+                for spec in (weight, inputs)
+            ]
+            if wide != [weight, inputs]:
+                rules += [QuantRule(f"position:{place}", *wide) for place in ("first", "last")]
+        return cls([*rules, QuantRule("*", weight, inputs)])
+
+    def assign(self, layers: Mapping[str, nn.Module]) -> dict[str, QuantRule | None]:
+        """The rule of each layer, None where no rule matches.
+
+        Args:
+            layers: Layers that can be quantized, by name, in the order in which the model registers
+                them.
+
+        Raises:
+            ValueError: If a rule matches no layer at all; the message names near misses and the
+                layers there are.
+        """
+        entries = list(layers.items())
+        matched: dict[QuantRule, bool] = dict.fromkeys(self.rules, False)
+        assigned: dict[str, QuantRule | None] = {}
+        for position, (name, module) in enumerate(entries):
+            assigned[name] = None
+            for rule in self.rules:
+                if rule.matches(name, module, position, len(entries)):
+                    matched[rule] = True
+                    if assigned[name] is None:
+                        assigned[name] = rule
+        unused = [rule.pattern for rule, used in matched.items() if not used]
+        if unused:
+            types = {f"type:{type(module).__name__}" for module in layers.values()}
+            near = difflib.get_close_matches(unused[0], [*layers, *types], n=3)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise ValueError(
+                f"Patterns {unused} matched no layer.{hint} Fix or drop them. Layers: {', '.join(layers)}."
+            )
+        return assigned
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: lists, dicts, strings and numbers."""
+        return {"rules": [rule.to_dict() for rule in self.rules]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantRecipe:
+        """The recipe of `to_dict`'s data.
+
+        Raises:
+            ValueError: If an entry is missing or unknown.
+        """
+        _expect_keys("recipe", data, {"rules"}, required={"rules"})
+        rules = []
+        for number, entry in enumerate(data["rules"]):
+            _expect_keys(
+                f"rule {number}", entry, {"pattern", "weights", "inputs"}, required={"pattern"}
+            )
+            specs = {role: _spec_from(entry.get(role)) for role in ("weights", "inputs")}
+            rules.append(QuantRule(entry["pattern"], **specs))
+        return cls(rules)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the recipe to a YAML file."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> QuantRecipe:
+        """Read a recipe from a YAML file.
+
+        Raises:
+            ValueError: If the file does not hold a recipe; the message names the file.
+        """
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        try:
+            return cls.from_dict(data)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _spec_from(entry: Any) -> TensorSpec | str | None:
+    return TensorSpec(**entry) if isinstance(entry, Mapping) else entry
+
+
+def _expect_keys(where: str, data: Any, known: set[str], required: set[str]) -> None:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where}: got {data!r}; expected a mapping with {sorted(known)}.")
+    if unknown := set(data) - known:
+        raise ValueError(
+            f"{where}: got unknown entries {sorted(unknown)}; expected {sorted(known)}."
+        )
+    if missing := required - set(data):
+        raise ValueError(f"{where}: entries {sorted(missing)} are missing.")
