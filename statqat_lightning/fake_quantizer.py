@@ -1,4 +1,4 @@
-"""The objects that join a format, a granularity, a quantizer and statistics for one tensor of one layer.
+"""Fake quantizers: format, granularity, quantizer and statistics joined for one tensor of a layer.
 
 They are not modules: a layer holds them as plain attributes, so that parameters, buffers,
 `state_dict` keys and module names stay those of the float model. Their tensors are float32 whatever
@@ -113,7 +113,7 @@ class WeightFakeQuantizer(FakeQuantizer):
 
     role = WEIGHT
     full_search_every = 16
-    """Refreshes between two searches; in between the scale follows the weight by `Quantizer.track`."""
+    """Every so many refreshes is a search; in between, `Quantizer.track` follows the weight."""
 
     def __init__(self, layer: str, spec: TensorSpec, weight: Tensor, axis: int = 0) -> None:
         granularity = get_granularity(spec.granularity or "per_channel", axis)
@@ -215,11 +215,14 @@ class InputFakeQuantizer(FakeQuantizer):
 
     @property
     def negative_share(self) -> float:
-        """Share of observed values that an unsigned format set to zero because they were negative; reads from the device."""
+        """Share of the observed values that were negative and that an unsigned format set to zero.
+
+        Reads from the device.
+        """
         return float(self.observer.running_sums[NEGATIVE])
 
     def mean_energies(self) -> tuple[Tensor, Tensor]:
-        """Running mean square of the input and of its quantization error; NaN before anything was quantized."""
+        """Running mean squares of the input and of its error; NaN before anything was quantized."""
         sums = self.observer.running_sums
         known = sums[QUANTIZED] > 0
         return torch.where(known, sums[SIGNAL], torch.nan), torch.where(
@@ -241,7 +244,7 @@ class InputFakeQuantizer(FakeQuantizer):
 
 
 def _recomputing() -> bool:
-    """Whether this forward is the recomputation of a checkpointed segment during a backward pass."""
+    """Whether this forward recomputes a checkpointed segment during a backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -249,7 +252,7 @@ def _recomputing() -> bool:
 def refresh_inputs(
     quantizers: Sequence[InputFakeQuantizer], reduce: Reduce | None = None
 ) -> Tensor:
-    """Fold what all inputs added since the last call into their statistics, and choose their scales anew.
+    """Fold what inputs have added into their statistics, and choose their scales anew.
 
     One reduction over ranks for all layers, one batched search for all layers of a kind, and no
     host synchronisation once every quantizer is ready.
@@ -273,7 +276,7 @@ def refresh_inputs(
 
 
 def refresh_scales(quantizers: Sequence[InputFakeQuantizer]) -> None:
-    """Choose the scales of ready quantizers from their running statistics, all of a kind at once."""
+    """Choose the scales of ready quantizers from running statistics, all of a kind at once."""
     kinds: dict[tuple[Any, ...], list[InputFakeQuantizer]] = {}
     for quantizer in quantizers:
         spec = quantizer.spec

@@ -39,14 +39,14 @@ class Format(ABC):
     @property
     @abstractmethod
     def code_values(self) -> Tensor:
-        """Value of each code `0 .. 2**bits - 1`, float64; NaN where the code stands for no finite value."""
+        """Value of each code `0 .. 2**bits - 1`, float64; NaN for a code without a finite value."""
 
     @abstractmethod
     def round_(self, x: Tensor) -> Tensor:
         """Like `round`, overwriting `x`, which must be float32 or float64."""
 
     def round(self, x: Tensor) -> Tensor:
-        """Nearest value of the grid at scale 1; ties go to the even code, values beyond the ends saturate.
+        """Nearest value of the grid at scale 1; ties go to the even code, the ends saturate.
 
         Args:
             x: Any shape, floating dtype. bfloat16 and float16 are rounded in float32.
@@ -66,7 +66,8 @@ class Format(ABC):
     def values(self) -> Tensor:
         """Every representable value, ascending, float64; zero appears once."""
         finite = self.code_values[self.code_values.isfinite()]
-        return torch.unique(finite + 0.0)  # + 0.0 turns -0 into 0
+        values: Tensor = torch.unique(finite + 0.0)  # + 0.0 turns -0 into 0
+        return values
 
     @cached_property
     def max(self) -> float:
@@ -120,10 +121,12 @@ class Format(ABC):
 
 @dataclass(frozen=True)
 class IntFormat(Format):
-    """Integers, signed in the symmetric narrow range `-(2**(b-1) - 1) .. 2**(b-1) - 1`, or unsigned `0 .. 2**b - 1`.
+    """Integers of `b` bits, signed or unsigned.
 
-    The narrow range has a level for zero and as many on either side, so `-w` quantizes to minus the
-    quantized `w`; the code `-2**(b-1)` stays unused.
+    The range is `0 .. 2**b - 1` for unsigned ones and the symmetric, narrow
+    `-(2**(b-1) - 1) .. 2**(b-1) - 1` for signed ones. The narrow range has a level for zero and as
+    many on either side, so `-w` quantizes to minus the quantized `w`; the code `-2**(b-1)` stays
+    unused.
     """
 
     width: int
@@ -161,7 +164,7 @@ class IntFormat(Format):
 
 @dataclass(frozen=True)
 class FloatFormat(Format):
-    """Sign-magnitude floats `E{exponent_bits}M{mantissa_bits}` with subnormals and no infinities in use.
+    """Sign-magnitude floats `E{exponent_bits}M{mantissa_bits}`: subnormals, but no infinities.
 
     `num_special` counts the top codes of each sign reserved for Inf or NaN: 1 in OCP E4M3 (`fn`), 4
     in E5M2, 0 in the OCP Microscaling element formats. Values beyond the largest finite one
@@ -175,8 +178,9 @@ class FloatFormat(Format):
     def __post_init__(self) -> None:
         if self.exponent_bits < 1 or self.mantissa_bits < 0 or self.bits > 8:
             raise ValueError(
-                f"FloatFormat: got exponent_bits={self.exponent_bits!r}, mantissa_bits={self.mantissa_bits!r}; "
-                "expected at least one exponent bit and at most 8 bits in all."
+                f"FloatFormat: got exponent_bits={self.exponent_bits!r} and "
+                f"mantissa_bits={self.mantissa_bits!r}; expected at least one exponent bit and at "
+                "most 8 bits in all."
             )
 
     @property
@@ -220,7 +224,7 @@ class FloatFormat(Format):
 
     @staticmethod
     def _binade(x: Tensor) -> Tensor:
-        """`2**floor(log2|x|)`, and some value below the smallest normal of every format where `x` is tiny."""
+        """`2**floor(log2|x|)`; for tiny `x` something below the smallest normal of every format."""
         if x.dtype == torch.float32:
             return (x.view(torch.int32) & _FLOAT32_EXPONENT_MASK).view(torch.float32)
         _, exponent = torch.frexp(x)
@@ -274,7 +278,10 @@ def get_format(name: str) -> Format:
 
 
 def at_least_bits(fmt: Format, bits: int) -> Format:
-    """`fmt`, or the format of its family with `bits` bits if it has fewer (integers) or FP8 E4M3 (floats)."""
+    """`fmt`, or the narrowest wider one of its family if it has fewer than `bits` bits.
+
+    Floats widen to FP6 E2M3 and FP8 E4M3, and no further.
+    """
     if fmt.bits >= bits:
         return fmt
     if isinstance(fmt, IntFormat):

@@ -1,4 +1,4 @@
-"""Quantize, dequantize, fake-quantize with a straight-through gradient, and the SNR: pure functions."""
+"""Pure functions: quantize, dequantize, fake-quantize with a straight-through gradient, SNR."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, scale, zero_point)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, scale, zero_point = ctx.saved_tensors
         if ctx.gradient == "pass_through":
             return grad, None, None, None, None
@@ -136,7 +136,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _outwards(limit: float, dtype: torch.dtype) -> float:
-    """The next value of `dtype` beyond `limit`, away from zero (the smallest negative for a limit at or under 0)."""
+    """The next value of `dtype` beyond `limit`, away from zero; the largest negative one for 0."""
     eps = torch.finfo(dtype).eps
     return limit * (1 + eps) if abs(limit) > 0.5 else -torch.finfo(dtype).tiny
 

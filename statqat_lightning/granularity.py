@@ -54,8 +54,8 @@ class PerChannel(Granularity):
     def _axis(self, num_dims: int) -> int:
         if not -num_dims <= self.axis < num_dims:
             raise ValueError(
-                f"PerChannel: got axis={self.axis}; expected {-num_dims} to {num_dims - 1} for a tensor of "
-                f"{num_dims} dimensions."
+                f"PerChannel: got axis={self.axis}; expected {-num_dims} to {num_dims - 1} "
+                f"for a tensor of {num_dims} dimensions."
             )
         return self.axis % num_dims
 
@@ -73,9 +73,10 @@ class PerChannel(Granularity):
 
 @dataclass(frozen=True)
 class PerGroup(Granularity):
-    """One scale for each run of `size` elements of a row, a row being all elements of one index of axis 0.
+    """One scale for each run of `size` elements of a row.
 
-    A group never crosses rows: the row length must be a multiple of `size`.
+    A row holds all elements of one index of axis 0. A group never crosses rows: the row length must
+    be a multiple of `size`.
     """
 
     size: int
@@ -101,8 +102,8 @@ class PerGroup(Granularity):
         row = math.prod(shape[1:])
         if row % self.size:
             raise ValueError(
-                f"PerGroup: got size={self.size} for rows of {row} elements (shape {shape}); expected a divisor "
-                "of the row length."
+                f"PerGroup: got size={self.size} for rows of {row} elements (shape {shape}); "
+                "expected a divisor of the row length."
             )
         return row // self.size
 

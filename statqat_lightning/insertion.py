@@ -101,8 +101,8 @@ class InsertionReport:
         total = sum(row.parameters for row in self.rows)
         inside = sum(row.parameters for row in self.rows if not row.reason)
         lines.append(
-            f"{self.num_quantized} of {len(self.rows)} layers with parameters are quantized; they hold "
-            f"{inside:,} of {total:,} parameters ({100 * inside / max(total, 1):.1f} %)."
+            f"{self.num_quantized} of {len(self.rows)} layers with parameters are quantized; "
+            f"they hold {inside:,} of {total:,} parameters ({100 * inside / max(total, 1):.1f} %)."
         )
         return "\n".join(lines)
 
@@ -193,8 +193,9 @@ def prepare(
             f"{name or '(the model itself)'} ({type(m).__name__})" for name, m in layers.items()
         )
         raise ValueError(
-            f"{type(model).__name__}: no layer can be quantized. Supported are {', '.join(c.__name__ for c in _FUNCTIONALS)} "
-            f"and their subclasses. Layers with parameters here: {there or 'none'}."
+            f"{type(model).__name__}: no layer can be quantized. Supported are "
+            f"{', '.join(c.__name__ for c in _FUNCTIONALS)} and their subclasses. "
+            f"Layers with parameters here: {there or 'none'}."
         )
     assigned = recipe.assign(candidates)
     chosen = {
@@ -202,8 +203,8 @@ def prepare(
     }
     if not chosen:
         raise ValueError(
-            f"{type(model).__name__}: the recipe leaves all layers in float: {', '.join(candidates)}. "
-            "Give at least one of them a format."
+            f"{type(model).__name__}: the recipe leaves all layers in float: "
+            f"{', '.join(candidates)}. Give at least one of them a format."
         )
     _refuse_uninitialised({name: candidates[name] for name in chosen})
     for name, rule in chosen.items():
@@ -223,7 +224,7 @@ def remove(model: nn.Module) -> None:
     """Take all fake quantizers out of a model, in place; it is then the float model it was."""
     for _, module, _ in quantized_layers(model):
         module.__class__ = base_class(module)
-        del module._statqat  # type: ignore[attr-defined]
+        del module._statqat
 
 
 def set_observing(model: nn.Module, observing: bool) -> None:
@@ -239,7 +240,7 @@ def set_frozen(model: nn.Module, frozen: bool) -> None:
 
 
 def set_enabled(model: nn.Module, weights: bool | None = None, inputs: bool | None = None) -> None:
-    """Switch quantization of all weights and of all inputs on or off; None leaves them as they are."""
+    """Switch quantization of all weights and of all inputs on or off; None changes nothing."""
     for _, _, quantizers in quantized_layers(model):
         if weights is not None and quantizers.weight is not None:
             quantizers.weight.enabled = weights
@@ -251,7 +252,7 @@ def set_enabled(model: nn.Module, weights: bool | None = None, inputs: bool | No
 def refresh(
     model: nn.Module, weights: bool = True, inputs: bool = True, reduce: Reduce | None = None
 ) -> Tensor:
-    """Bring the scales up to date: of inputs from what was observed since the last call, of weights from themselves.
+    """Bring all scales up to date: weights from themselves, inputs from what they have added.
 
     Args:
         model: A model with quantizers.
@@ -289,7 +290,8 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     if set(quantizers) != set(state):
         raise ValueError(
             f"Quantizer state: only in the model: {sorted(set(quantizers) - set(state))}; "
-            f"only in the state: {sorted(set(state) - set(quantizers))}. Use the recipe and the model it was saved with."
+            f"only in the state: {sorted(set(state) - set(quantizers))}. "
+            "Use the recipe and the model it was saved with."
         )
     for name, quantizer in quantizers.items():
         quantizer.load_state_dict(state[name])
@@ -324,6 +326,7 @@ def _quantized_class(base: type[nn.Module]) -> type[nn.Module]:
         return _CLASSES[base]
     supported = next(cls for cls in _FUNCTIONALS if issubclass(base, cls))
     functional = _FUNCTIONALS[supported]
+    base_apply: Callable[..., Any] = base._apply
 
     def explicit_forward(self: Any, x: Tensor) -> Tensor:
         weight, inputs = self._statqat.weight, self._statqat.input
@@ -351,7 +354,7 @@ def _quantized_class(base: type[nn.Module]) -> type[nn.Module]:
                 attributes.pop("weight", None)
 
     def apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        result = base._apply(self, fn, recurse)
+        result = base_apply(self, fn, recurse)
         for quantizer in self._statqat.present():
             quantizer.follow(fn)
         return result
@@ -406,15 +409,12 @@ def _refuse_uninitialised(layers: Mapping[str, nn.Module]) -> None:
     lazy = [
         name
         for name, module in layers.items()
-        if any(
-            isinstance(p, nn.parameter.UninitializedTensorMixin)
-            for p in module.parameters(recurse=False)
-        )
+        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False))
     ]
     if lazy:
         raise ValueError(
-            f"Layers {', '.join(lazy)} are lazy and not initialised yet; quantizers need their shapes. "
-            "Run one batch through the model before, or give the layers their sizes."
+            f"Layers {', '.join(lazy)} are lazy and not initialised yet; quantizers need their "
+            "shapes. Run one batch through the model before, or give the layers their sizes."
         )
 
 
@@ -445,7 +445,8 @@ def _quantized_row(name: str, module: nn.Module) -> LayerReport:
         name,
         base_class(module).__name__,
         _count(module),
-        *(quantizer and describe(quantizer) for quantizer in (quantizers.weight, quantizers.input)),
+        describe(quantizers.weight) if quantizers.weight else None,
+        describe(quantizers.input) if quantizers.input else None,
     )
 
 

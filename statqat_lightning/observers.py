@@ -1,4 +1,4 @@
-"""Running statistics of one layer's input: what a forward pass adds, and how batches are folded together.
+"""Running statistics of a layer's input: what a forward pass adds, and how batches are folded.
 
 A forward pass only *adds* to accumulators. Scales change between steps, never within one, so
 gradient checkpointing, gradient accumulation and a layer that is used twice see one quantizer.
@@ -139,7 +139,7 @@ class InputObserver:
 
 
 def _sample(x: Tensor, max_values: int) -> Tensor:
-    """At most about `max_values` evenly spaced values of `x` in memory order, float32, contiguous."""
+    """About `max_values` evenly spaced values of `x` in memory order, float32, contiguous."""
     x = x.detach()
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
@@ -152,7 +152,7 @@ def _sample(x: Tensor, max_values: int) -> Tensor:
 def fold(
     observers: Sequence[InputObserver], statistics: bool, reduce: Reduce | None = None
 ) -> Tensor:
-    """Fold the accumulators of all observers into their running statistics, over all ranks, and zero them.
+    """Fold accumulators into the running statistics, over all ranks, and zero them.
 
     Args:
         observers: Observers of one model, in the same order on every rank.
@@ -176,7 +176,9 @@ def fold(
     if reduce is not None:
         parts = [sums.flatten(), overflow.to(sums.dtype), energy.flatten()]
         total = reduce(torch.cat(parts), "sum")
-        flat_sums, flat_overflow, flat_energy = total.split([part.numel() for part in parts])
+        flat_sums, flat_overflow, flat_energy = total.split_with_sizes(
+            [part.numel() for part in parts]
+        )
         sums, energy = flat_sums.view_as(sums), flat_energy.view_as(energy)
         overflow = flat_overflow > 0
     count = sums[:, COUNT]
@@ -200,7 +202,7 @@ def fold(
 
 
 def _fold_sums(observers: Sequence[InputObserver], sums: Tensor, weight: Tensor) -> None:
-    """Running means of the sums; those of the SNR start at the first quantized batch, not at the first batch."""
+    """Running means of the sums; those of the SNR start at the first batch that is quantized."""
     running = torch.stack([o.running_sums for o in observers])
     # One NaN in an input is no news about its quantizer: such a batch is left out of the SNR.
     unknown = ~sums[:, SIGNAL : NOISE + 1].isfinite().all(1, keepdim=True)

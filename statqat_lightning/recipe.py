@@ -61,11 +61,13 @@ class TensorSpec:
             get_quantizer(quantizer, **options)
         elif options:
             raise ValueError(
-                f"TensorSpec: got options {[*options]} without a quantizer; name the quantizer they belong to."
+                f"TensorSpec: got options {[*options]} without a quantizer; "
+                "name the quantizer they belong to."
             )
         if unsigned_if_nonnegative and not (isinstance(fmt, IntFormat) and fmt.signed):
             raise ValueError(
-                f"TensorSpec: got unsigned_if_nonnegative=True with format {fmt.name!r}; expected a signed integer format."
+                f"TensorSpec: got unsigned_if_nonnegative=True with format {fmt.name!r}; "
+                "expected a signed integer format."
             )
         if gradient not in GRADIENTS:
             raise ValueError(
@@ -83,7 +85,7 @@ class TensorSpec:
             object.__setattr__(self, name, value)
 
     def with_format(self, fmt: Format) -> TensorSpec:
-        """The same specification in another format; the sign option is dropped where it has no meaning."""
+        """The same specification in another format, without the sign option where it is void."""
         adapts = self.unsigned_if_nonnegative and isinstance(fmt, IntFormat) and fmt.signed
         return TensorSpec(
             fmt.name, self.granularity, self.quantizer, adapts, self.gradient, **dict(self.options)
@@ -104,7 +106,11 @@ class TensorSpec:
 
 
 def input_spec(spec: str | TensorSpec | None) -> TensorSpec | None:
-    """A specification for inputs: a plain name such as `int8` stands for 8 bits, unsigned where nothing is negative."""
+    """A specification for inputs.
+
+    The plain name of a signed integer format stands for its width: unsigned where nothing is
+    negative.
+    """
     if not isinstance(spec, str):
         return spec
     fmt = get_format(spec)
@@ -118,10 +124,10 @@ def weight_spec(spec: str | TensorSpec | None) -> TensorSpec | None:
 
 @dataclass(frozen=True)
 class QuantRule:
-    """What the layers that a pattern matches get.
+    r"""What the layers that a pattern matches get.
 
     Args:
-        pattern: A glob over layer names (`backbone.*`), a regular expression (`re:layer[12]\\..*`),
+        pattern: A glob over layer names (`backbone.*`), a regular expression (`re:layer[12]\..*`),
             a layer type or one of its base classes (`type:Conv2d`), or a position among the layers
             that can be quantized (`position:first`, `position:last`).
         weights: Specification of the weight, a format name, or None for float.
@@ -140,7 +146,8 @@ class QuantRule:
             "position:last",
         ):
             raise ValueError(
-                f"QuantRule: got pattern {self.pattern!r}; expected position:first or position:last."
+                f"QuantRule: got pattern {self.pattern!r}; "
+                "expected position:first or position:last."
             )
         if self.pattern.startswith("re:"):
             try:
@@ -151,7 +158,7 @@ class QuantRule:
             _check_role(role, spec)
 
     def matches(self, name: str, module: nn.Module, position: int, num_layers: int) -> bool:
-        """Whether the pattern matches a layer, given its place among the `num_layers` candidates."""
+        """Whether the pattern matches a layer at `position` among `num_layers` candidates."""
         if self.pattern == "position:first":
             return position == 0
         if self.pattern == "position:last":
@@ -178,8 +185,8 @@ def _check_role(role: str, spec: TensorSpec | str | None) -> None:
     assert isinstance(spec, TensorSpec)
     if role == "inputs" and spec.granularity not in (None, "per_tensor"):
         raise ValueError(
-            f"QuantRule: got granularity {spec.granularity!r} for inputs; expected per_tensor: a scale that differs along "
-            "the summed dimension cannot be taken out of an integer product."
+            f"QuantRule: got granularity {spec.granularity!r} for inputs; expected per_tensor: "
+            "a scale that differs along the summed dimension cannot leave an integer product."
         )
     if role == "weights" and spec.unsigned_if_nonnegative:
         raise ValueError(
@@ -189,7 +196,7 @@ def _check_role(role: str, spec: TensorSpec | str | None) -> None:
 
 @dataclass(frozen=True)
 class QuantRecipe:
-    """Ordered rules; the first that matches a layer wins, and a layer that none matches stays in float.
+    """Ordered rules: the first match wins, and a layer that no rule matches stays in float.
 
     Args:
         rules: The rules.
@@ -210,7 +217,7 @@ class QuantRecipe:
         exclude: Sequence[str] = (),
         first_last_bits: int | None = 8,
     ) -> QuantRecipe:
-        """One specification for all layers, with the first and the last at no less than `first_last_bits`.
+        """One specification for all layers; the first and the last get at least `first_last_bits`.
 
         Args:
             weights: Format or specification of every weight; None leaves weights in float.
@@ -259,7 +266,8 @@ class QuantRecipe:
             near = difflib.get_close_matches(unused[0], [*layers, *types], n=3)
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(
-                f"Patterns {unused} matched no layer.{hint} Fix or drop them. Layers: {', '.join(layers)}."
+                f"Patterns {unused} matched no layer.{hint} Fix or drop them. "
+                f"Layers: {', '.join(layers)}."
             )
         return assigned
 

@@ -1,4 +1,4 @@
-"""What is known of a quantized model: the SNR of every tensor, as numbers, as a summary, and as a picture."""
+"""The SNR of every tensor of a quantized model: as numbers, as a summary and as a picture."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ class SNRSummary:
 def plot_snr(
     history: Sequence[tuple[int, Mapping[str, float]]], path: str | Path, title: str = ""
 ) -> None:
-    """Draw the SNR of every tensor over the steps of a training, weights above, inputs below, first layers dark.
+    """Draw the SNR of every tensor over training steps: weights above, inputs below.
+
+    The first layers are dark, the last ones bright.
 
     Args:
         history: Steps and SNRs by tensor, as `SNRMonitor.history` holds them.

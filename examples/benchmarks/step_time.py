@@ -64,7 +64,7 @@ def float_step(model: nn.Module) -> Step:
 
 
 def statqat_step(model: nn.Module, weights: str, activations: str, images: Tensor) -> Step:
-    """Our step: what `StatQATCallback` does at the start and at the end of a batch, without Trainer."""
+    """Our step: what `StatQATCallback` does around a batch, without a Trainer."""
     prepare(model, weights, activations)
     set_observing(model, True)
     model(images)  # calibration: makes all inputs ready
@@ -81,7 +81,7 @@ def statqat_step(model: nn.Module, weights: str, activations: str, images: Tenso
 
 
 class TorchAoResNet20(nn.Module):
-    """ResNet-20 as torch.ao's eager mode wants it: stubs at both ends, sums and ReLUs as modules."""
+    """ResNet-20 as torch.ao's eager mode wants it: stubs at both ends, all operations modules."""
 
     def __init__(self, network: ResNet20) -> None:
         super().__init__()
@@ -176,9 +176,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    # torch.ao announces its end, and where its successor lives, in every call.
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch.*")
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch.ao.*")
+    # It announces its end, and where its successor lives.
+    warnings.filterwarnings("ignore", "(?s).*torch.ao.quantization is deprecated")
     torch.manual_seed(0)
     batches = [
         (torch.randn(args.batch_size, 3, 32, 32), torch.randint(10, (args.batch_size,)))

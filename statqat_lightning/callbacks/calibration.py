@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
-from tqdm.auto import tqdm
 
 from statqat_lightning.insertion import (
     load_quantizer_state,
@@ -26,18 +26,18 @@ from statqat_lightning.observers import Reduce
 
 
 class CannotCalibrate(Exception):
-    """Calibration ahead of training is impossible; the message is the reason, as the end of a sentence."""
+    """Calibration ahead of training is impossible; the message is the reason."""
 
 
 def calibrate(
     trainer: Trainer, pl_module: LightningModule, num_batches: int, reduce: Reduce | None
 ) -> None:
-    """Run training batches through a copy of the module, and take over the statistics that its quantizers gathered.
+    """Run training batches through a copy of the module and take over its quantizers' statistics.
 
     The copy takes all side effects: BatchNorm statistics, metrics, counters. Batches come from the
     user's dataset through a copy of the user's sampler, so neither the loader nor the order of its
-    data is touched, and the state of all random number generators is put back. The first batch runs
-    in float, the following ones with the scales known so far.
+    data is touched, and the state of all random number generators is put back. The first batch
+    runs in float, the following ones with the scales known so far.
 
     Args:
         trainer: The Trainer, at the start of training.
@@ -56,7 +56,7 @@ def calibrate(
         with isolate_rng():
             twin = _twin(pl_module)
             batches = _batches(trainer, num_batches)
-            progress = tqdm(
+            progress = Tqdm(
                 batches,
                 desc="StatQAT calibration",
                 total=num_batches,
@@ -74,10 +74,10 @@ def calibrate(
 
 
 def _twin(pl_module: LightningModule) -> LightningModule:
-    """A copy in which logging does nothing. Without a Trainer, `self.trainer` raises, which ends calibration cleanly."""
+    """A copy of the module without a Trainer, in which logging does nothing."""
     twin = copy.deepcopy(pl_module)
     silent: Callable[..., None] = _ignore
-    twin.log = twin.log_dict = silent  # type: ignore[assignment, method-assign]
+    twin.log = twin.log_dict = silent  # type: ignore[method-assign]
     return twin
 
 
@@ -111,7 +111,7 @@ def _step_arguments(twin: LightningModule, batch: Any, index: int) -> list[Any]:
 
 
 def _batches(trainer: Trainer, num_batches: int) -> Iterator[Any]:
-    """Batches in the structure that `training_step` gets, from fresh loaders over the same datasets."""
+    """Batches as `training_step` gets them, from fresh loaders over the same datasets."""
     loaders, structure = tree_flatten(trainer.train_dataloader)
     iterators = [islice(_fresh_loader(loader), num_batches) for loader in loaders]
     return (tree_unflatten(list(parts), structure) for parts in zip(*iterators, strict=False))

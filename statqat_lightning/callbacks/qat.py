@@ -1,4 +1,4 @@
-"""`StatQATCallback`: decides when quantizers are inserted, observe, are refreshed, and are frozen."""
+"""`StatQATCallback`: decides when quantizers are inserted, observe, are refreshed and freeze."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from statqat_lightning.callbacks.calibration import CannotCalibrate, calibrate
@@ -30,10 +31,11 @@ from statqat_lightning.observers import ObserverConfig, Reduce
 from statqat_lightning.recipe import QuantRecipe, TensorSpec
 
 CHECKPOINT_KEY = "statqat_lightning"
+_BATCHES_BETWEEN_CHECKS = 50  # for NaN in inputs: each check waits for the device
 
 
 class StatQATWarning(UserWarning):
-    """Something in the data or the run makes quantization worse than it could be; training goes on."""
+    """Something in the data or the run makes quantization worse than it could be."""
 
 
 class StatQATCallback(Callback):
@@ -41,8 +43,8 @@ class StatQATCallback(Callback):
 
     Layers get fake quantizers after `LightningModule.setup` and `configure_model`, for every stage
     of the Trainer. Before the first step, a few training batches calibrate the inputs. At the end
-    of every batch, the statistics that inputs have gathered are summed over the ranks, and all
-    scales are chosen anew. Nothing is observed in validation, test or prediction.
+    of every batch, what the inputs have gathered is summed over the ranks, and all scales are
+    chosen anew. Nothing is observed in validation, test or prediction.
 
     The module keeps its parameters, buffers, names and `state_dict` keys. Statistics and scales
     travel in the checkpoint under a key of their own, so float and quantized checkpoints load into
@@ -54,22 +56,21 @@ class StatQATCallback(Callback):
     Args:
         weights: Format name or `TensorSpec` of all weights; None leaves them in float. Default
             `int8`: with per-channel scales it costs no accuracy worth mentioning.
-        activations: Format name or `TensorSpec` of the inputs of all layers. Default `int8`; a
-            plain integer name stands for that width, *unsigned where the data is non-negative*,
-            which wins a bit after a ReLU.
+        activations: Format name or `TensorSpec` of the inputs of all layers; None leaves them in
+            float. Default `int8`. A plain integer name stands for that width, *unsigned where the
+            data is non-negative*, which wins a bit after a ReLU.
         recipe: A `QuantRecipe`, or the path of one in YAML; it replaces `weights`, `activations`,
             `exclude` and `first_last_bits`.
         exclude: Patterns of layers that stay in float.
         first_last_bits: Least width of the first and last layer, 8 by default: they hold few
-            weights, and errors there cost most.
+            weights, and errors there cost most. None treats them like all others.
         calibration_batches: Batches that calibrate inputs before the first step. Default 8: enough
-            for a scale, and a small part of an epoch. Where the data can be read only once, as many
-            first steps observe instead.
+            for a scale, and a small part of an epoch. Where the data can be read only once, the
+            first step observes in float instead, and a message says so.
         freeze_at: Share of the training after which scales and statistics stop, so that the last
             steps train the weights for exactly the quantizers that are exported. Default 0.9; None
             never freezes.
-        refresh_every: Batches between two refreshes. Default 1: a refresh costs about as much as
-            min-max.
+        refresh_every: Batches between two refreshes. Default 1.
         momentum: Weight of the newest batch in the running statistics. Default 0.1, a window of
             about 20 batches.
         max_observed: Values of each input and batch that enter the statistics, default 32 768.
@@ -100,7 +101,8 @@ class StatQATCallback(Callback):
             raise TypeError("StatQATCallback: got a QuantRecipe as weights; pass it as recipe=....")
         if calibration_batches < 1:
             raise ValueError(
-                f"StatQATCallback: got calibration_batches={calibration_batches!r}; expected at least 1."
+                f"StatQATCallback: got calibration_batches={calibration_batches!r}; expected at "
+                "least 1."
             )
         if refresh_every < 1:
             raise ValueError(
@@ -108,7 +110,8 @@ class StatQATCallback(Callback):
             )
         if freeze_at is not None and not 0 < freeze_at <= 1:
             raise ValueError(
-                f"StatQATCallback: got freeze_at={freeze_at!r}; expected a share of the training in (0, 1], or None."
+                f"StatQATCallback: got freeze_at={freeze_at!r}; expected a share of the training "
+                "in (0, 1], or None."
             )
         if recipe is None:
             recipe = QuantRecipe.default(weights, activations, exclude, first_last_bits)
@@ -123,6 +126,7 @@ class StatQATCallback(Callback):
         self.verbose = verbose
         self.report: InsertionReport | None = None
         self._patched: list[tuple[LightningModule, str]] = []
+        self._fast_path: bool | None = None
         self._weights_are_new = True
         self._last_step = -1
         self._frozen = False
@@ -136,6 +140,10 @@ class StatQATCallback(Callback):
         # weights after those, with no hook of ours in between: so the module's own hooks are
         # wrapped on the instance.
         self._unpatch()
+        # In evaluation, TransformerEncoderLayer's fast path would bypass the layers' forward.
+        if self._fast_path is None:
+            self._fast_path = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
         last = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
         self._patch(pl_module, last, after=self._insert)
         self._patch(pl_module, "on_save_checkpoint", after=self._write_state)
@@ -163,8 +171,9 @@ class StatQATCallback(Callback):
         if state["recipe"] != self.recipe.to_dict():
             difference = _difference(state["recipe"], self.recipe.to_dict())
             raise ValueError(
-                "StatQATCallback: the checkpoint was made with another recipe. Use the same, or load only its weights "
-                f"(they are those of the float model). Checkpoint (-) and callback (+):\n{difference}"
+                "StatQATCallback: the checkpoint was made with another recipe. Use that recipe, or "
+                "load only the weights (they are those of the float model). Checkpoint (-) and "
+                f"callback (+):\n{difference}"
             )
         load_quantizer_state(pl_module, state["quantizers"])
         self._weights_are_new = False
@@ -181,14 +190,19 @@ class StatQATCallback(Callback):
         return {"recipe": self.recipe.to_dict()}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        set_observing(pl_module, False)
-        self._unpatch()
+        self._let_go(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        self._let_go(pl_module)  # Lightning calls no teardown then
+
+    def _let_go(self, pl_module: LightningModule) -> None:
         set_observing(pl_module, False)
         self._unpatch()
+        if self._fast_path is not None:
+            torch.backends.mha.set_fastpath_enabled(self._fast_path)
+            self._fast_path = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module)
@@ -203,7 +217,7 @@ class StatQATCallback(Callback):
         self._start(pl_module)
 
     def _start(self, pl_module: LightningModule) -> None:
-        """Weights may have been loaded without quantizer state since insertion: their scales must fit them."""
+        """Fit the scales of weights that were loaded without quantizer state since insertion."""
         self._unpatch("setup", "configure_model")
         if self._weights_are_new:
             refresh(pl_module, inputs=False)
@@ -221,8 +235,8 @@ class StatQATCallback(Callback):
             calibrate(trainer, pl_module, self.calibration_batches, _reduction(trainer))
         except CannotCalibrate as reason:
             rank_zero_info(
-                f"StatQAT: no calibration ahead of training: {reason}. Inputs stay in float for the first batch and are "
-                "quantized from the statistics of the batches so far from then on."
+                f"StatQAT: no calibration ahead of training: {reason}. Inputs stay in float for "
+                "the first batch; from then on they are quantized by what was seen so far."
             )
         set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
         self._warn_of_idle_layers(pl_module)
@@ -253,7 +267,7 @@ class StatQATCallback(Callback):
             pl_module, weights=stepped and not self._frozen, reduce=_reduction(trainer)
         )
         self._overflow = overflow if self._overflow is None else self._overflow | overflow
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        if (batch_idx + 1) % _BATCHES_BETWEEN_CHECKS == 0:
             self._warn_of_overflow(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,7 +275,10 @@ class StatQATCallback(Callback):
         self._warn_of_negatives(pl_module)
 
     def _is_frozen(self, trainer: Trainer, batch_idx: int) -> bool:
-        """Whether this batch lies in the frozen last part: derived from the step, so a resumed run agrees with itself."""
+        """Whether this batch lies in the frozen last part.
+
+        Derived from the step, so that a resumed run agrees with the run it resumes.
+        """
         if self.freeze_at is None:
             return False
         shares = [0.0]
@@ -284,7 +301,7 @@ class StatQATCallback(Callback):
                 self._warn_once(
                     quantizer.name,
                     "overflow",
-                    "holds NaN, infinite or extremely large values. They are kept out of the statistics.",
+                    "holds NaN, infinite or huge values. They are kept out of the statistics.",
                 )
         self._overflow = None
 
@@ -294,8 +311,9 @@ class StatQATCallback(Callback):
                 self._warn_once(
                     quantizer.name,
                     "negative",
-                    f"{100 * quantizer.negative_share:.3g} % of the values are negative, and {quantizer.fmt.name} sets them "
-                    f"to zero. Use a signed format for this input, for example int{quantizer.fmt.bits}.",
+                    f"{100 * quantizer.negative_share:.3g} % of the values are negative, and "
+                    f"{quantizer.fmt.name} sets them to zero. Use a signed format for this input, "
+                    f"for example int{quantizer.fmt.bits}.",
                 )
 
     def _warn_of_idle_layers(self, pl_module: LightningModule) -> None:
@@ -331,7 +349,10 @@ class StatQATCallback(Callback):
 
 
 class _WrappedHook:
-    """A hook of a module with something before or after it; unlike a closure it can be pickled and deep-copied."""
+    """A module's hook with something before or after it.
+
+    Unlike a closure it can be pickled, and its deep copy belongs to the copied module.
+    """
 
     def __init__(
         self,
@@ -373,5 +394,5 @@ def _reduction(trainer: Trainer) -> Reduce | None:
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    lines = [yaml.safe_dump(recipe, sort_keys=False).splitlines() for recipe in (old, new)]
-    return "\n".join(difflib.unified_diff(*lines, lineterm="", n=1))
+    before, after = (yaml.safe_dump(recipe, sort_keys=False).splitlines() for recipe in (old, new))
+    return "\n".join(difflib.unified_diff(before, after, lineterm="", n=1))

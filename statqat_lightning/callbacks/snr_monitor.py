@@ -15,8 +15,8 @@ PREFIX = "snr_db"
 class SNRMonitor(Callback):
     """Log the SNR in dB of every quantized weight and input, and what the worst layer is.
 
-    At the Trainer's own cadence (`log_every_n_steps`) every logger gets `snr_db/{layer}/weight` and
-    `snr_db/{layer}/input`, with `snr_db/mean` and `snr_db/min` over all of them. The two aggregates
+    At the Trainer's own cadence (`log_every_n_steps`) every logger gets `snr_db/{layer}/weight`,
+    `snr_db/{layer}/input`, and `snr_db/mean` and `snr_db/min` over all of them. The two aggregates
     are in `trainer.callback_metrics` as tensors, for ModelCheckpoint, EarlyStopping and the
     progress bar; `snr_db/worst_layer` is there as text.
 
@@ -45,7 +45,7 @@ class SNRMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not (_is_logging_step(trainer, batch_idx) or trainer.fast_dev_run):
+        if not trainer._logger_connector.should_update_logs:
             return
         decibels = snr_by_tensor(pl_module)
         if not decibels:
@@ -76,11 +76,3 @@ class SNRMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = [(int(step), dict(row)) for step, row in state_dict["history"]]
-
-
-def _is_logging_step(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the Trainer logs at this step, by its own rule."""
-    connector = getattr(trainer, "_logger_connector", None)
-    if connector is not None:
-        return bool(connector.should_update_logs)
-    return (batch_idx + 1) % max(trainer.log_every_n_steps, 1) == 0

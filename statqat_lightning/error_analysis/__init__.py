@@ -1,4 +1,4 @@
-"""What quantization costs: exactly under a density, and predicted from the energy spectrum of data."""
+"""Quantization error: exact under a density, and predicted from the energy spectrum of data."""
 
 from statqat_lightning.error_analysis.densities import Density as Density
 from statqat_lightning.error_analysis.densities import get_density as get_density

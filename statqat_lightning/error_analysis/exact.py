@@ -44,7 +44,7 @@ def expected_snr_db(fmt: Format, density: str | Density, scale: float | Tensor) 
 
 @cache
 def optimal_scale(fmt: Format, density: str | Density) -> float:
-    """The scale of least expected error, in units of the standard deviation: theory's constant `c_F`.
+    """The scale of least expected error, in standard deviations: the constant `c_F` of the theory.
 
     The error has local minima on floating-point grids, so a dense search over twenty octaves of
     clip points comes first; golden-section search then refines the best bracket.
@@ -69,7 +69,7 @@ def optimal_scale(fmt: Format, density: str | Density) -> float:
 
 
 def _one_sided_cells(fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
-    """Grid values and cell limits, a cell that contains zero split there; shapes `(cells,)`, float64."""
+    """Grid values and cell limits, the cell around zero split there; float64 `(cells,)` each."""
     grid = fmt.values
     middles = (grid[1:] + grid[:-1]) / 2
     infinity = torch.tensor([math.inf], dtype=torch.float64)

@@ -1,4 +1,4 @@
-r"""The energy spectrum of data: one small statistic that gives the error of every format at every scale.
+r"""The energy spectrum: one small statistic gives the error of every format at every scale.
 
 Let `h(u)` be the energy of the data at magnitude `2**u` and :math:`\rho_F(v)` the relative squared
 error of format `F` at magnitude `2**v` with scale 1. The error at scale `s` is the correlation of
@@ -28,7 +28,7 @@ BINS_PER_SIDE = BINS_PER_OCTAVE * NUM_OCTAVES
 NUM_BINS = 2 * BINS_PER_SIDE
 """Bins of both signs: positive values first."""
 NUM_RAW_BINS = 2**14
-"""Bins of an accumulator: one for each value of a float32's sign, exponent and top five fraction bits."""
+"""Bins of an accumulator: one for each sign, exponent and top five fraction bits of a float32."""
 
 _SHIFT = 23 - 5  # of 23 fraction bits the top five are kept: 32 bins an octave
 _FIRST_BIN = (127 + LOWEST_OCTAVE) << 5  # index of the float pattern of 2**LOWEST_OCTAVE
@@ -111,7 +111,7 @@ class EnergySpectrum:
         rows = (x.detach() if x.dim() == 2 else x.detach().reshape(1, -1)).to(torch.float32)
         if rows.numel() == 0:
             raise ValueError(
-                f"EnergySpectrum.of: got an empty tensor of shape {tuple(x.shape)}; expected values."
+                f"EnergySpectrum.of: got x of shape {tuple(x.shape)}; expected at least one value."
             )
         raw = torch.zeros(len(rows), NUM_RAW_BINS, device=x.device, dtype=torch.float32)
         for out, row in zip(raw, rows.contiguous(), strict=True):
@@ -119,7 +119,8 @@ class EnergySpectrum:
         energy, overflow = resolved_bins(raw)
         if overflow.any():
             raise ValueError(
-                "EnergySpectrum.of: got NaN, infinite or larger values than 2**32; remove them first."
+                "EnergySpectrum.of: got values that are NaN, infinite or beyond +-2**32; "
+                "remove them first."
             )
         return cls(energy / rows.shape[1])
 
@@ -135,15 +136,19 @@ class EnergySpectrum:
 
     @property
     def absmax(self) -> Tensor:
-        """Upper edge of the highest bin that holds energy, `(n,)`; at most 3 % above the largest magnitude."""
+        """Upper edge of the highest bin that holds energy, `(n,)`.
+
+        It exceeds the largest magnitude by at most a bin's width, 1/32 of its lower edge.
+        """
         both = self.energy[:, :BINS_PER_SIDE] + self.energy[:, BINS_PER_SIDE:]
         edges = _bin_edges(both.device)[1:]
         return torch.where(both > 0, edges, 0.0).amax(1)
 
     def error_curve(self, fmt: Format) -> ErrorCurve:
-        """Error of `fmt` at 16 candidate scales an octave, from two octaves above the data's top down twelve.
+        """Error of `fmt` at candidate scales, 16 an octave.
 
-        Below that the clipping error alone is almost the whole power.
+        Their clip points run from two octaves above the top of the data to twelve below it; lower
+        still, the clipping error alone is almost the whole power.
         """
         window, top, outside = self._window(fmt)
         scales = _candidate_clips(window.device) / fmt.max * torch.exp2(top).unsqueeze(1)
@@ -190,7 +195,7 @@ class EnergySpectrum:
         return torch.where(window.sum(1) > 0, scale, 1.0)
 
     def mse(self, fmt: Format, scale: Tensor) -> Tensor:
-        """Predicted mean squared error at `scale` `(n,)`, float32 `(n,)`, by four points in each bin."""
+        """Mean squared error predicted at `scale` `(n,)` from four points a bin, float32 `(n,)`."""
         window, top, outside = self._window(fmt)
         x, power = _window_points(window.device)
         y = x * (torch.exp2(top) / scale).view(-1, 1, 1)
@@ -232,7 +237,7 @@ class EnergySpectrum:
 
 
 def _bin_edges(device: torch.device) -> Tensor:
-    """Magnitudes at the `BINS_PER_SIDE + 1` bin edges, float32: linear within an octave, as float patterns are."""
+    """Magnitudes at the bin edges, evenly spaced in an octave; float32 `(BINS_PER_SIDE + 1,)`."""
     patterns = torch.arange(_FIRST_BIN, _END_BIN + 1, dtype=torch.int32, device=device)
     return (patterns << _SHIFT).view(torch.float32)
 
@@ -250,7 +255,11 @@ def _candidate_clips(device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _window_points(device: torch.device, points: int = 4) -> tuple[Tensor, Tensor]:
-    """Points spread evenly in each bin of the window whose upper end is 1, `(bins, points)`, and their mean squares."""
+    """Points spread evenly in each bin of the window whose upper end is 1.
+
+    Returns:
+        The points, float32 `(bins, points)`, and their mean squares `(bins,)`.
+    """
     fraction = 1 + torch.arange(BINS_PER_OCTAVE * points, dtype=torch.float32, device=device) / (
         BINS_PER_OCTAVE * points
     )
@@ -262,7 +271,7 @@ def _window_points(device: torch.device, points: int = 4) -> tuple[Tensor, Tenso
 
 @lru_cache(maxsize=64)
 def _responses(fmt: Format, device: torch.device) -> Tensor:
-    """Relative squared error at every candidate, averaged over each bin of the window; float32 `(candidates, bins)`."""
+    """Mean relative squared error in each bin of the window, float32 `(candidates, bins)`."""
     x, power = _window_points(torch.device("cpu"), points=16)
     rows = []
     for clip in _candidate_clips(torch.device("cpu")).tolist():

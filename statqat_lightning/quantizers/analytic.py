@@ -1,4 +1,4 @@
-"""Analytic scales for Gaussian-like tensors: a constant of the format times the root mean square."""
+"""Analytic scales for Gaussian-like tensors: a constant of the format times the RMS."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from statqat_lightning.quantizers.base import (
 
 
 class Analytic(Quantizer):
-    r"""Scale :math:`s = c_F \sigma`, capped at the data's largest magnitude and checked by its measured error.
+    r"""Scale :math:`s = c_F \sigma`, capped at `max|x|` and checked by its measured error.
 
     :math:`c_F` minimises the exact expected error of format `F` under a density of unit variance;
     :math:`\sigma` is the root mean square about zero, which is what a symmetric grid needs. A

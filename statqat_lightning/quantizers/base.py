@@ -60,7 +60,7 @@ class Quantizer(ABC):
         """
 
     def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
-        """Scale of rows that moved a little since `warm` was chosen, at less cost than `from_rows` where possible."""
+        """Scale of rows that moved little since `warm`; cheaper than `from_rows` where possible."""
         return self.from_rows(rows, fmt, warm)
 
     @abstractmethod
@@ -117,7 +117,10 @@ def squared_error(rows: Tensor, scale: Tensor, fmt: Format) -> Tensor:
 
 
 def fixed_point_step(rows: Tensor, scale: Tensor, fmt: Format) -> Tensor:
-    """One step `s <- <x, q> / <q, q>` with `q = round(x / s)`; it never raises a row's error (theory, section 2)."""
+    """One step `s <- <x, q> / <q, q>` with `q = round(x / s)`, which never raises a row's error.
+
+    See section 2 of the theory: rounding and least squares are both minimisations.
+    """
     q = fmt.round_(rows / scale.unsqueeze(1))
     step = (rows * q).sum(1) / q.square().sum(1)
     return torch.where((step > 0) & step.isfinite(), step, scale)

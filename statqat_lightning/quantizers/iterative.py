@@ -1,4 +1,4 @@
-"""Error-optimal scales for arbitrary data: a global search on the energy spectrum, then the fixed point."""
+"""Error-optimal scales for any data: global search on the energy spectrum, then fixed point."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ class MinMax(Quantizer):
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
     ) -> Tensor:
         low, high = statistics.low, statistics.high
-        assert low is not None and high is not None, "MinMax asks for the range"
+        assert low is not None, "MinMax asks for the range"
+        assert high is not None, "MinMax asks for the range"
         limit = high.maximum(-low) if fmt.is_signed else high
         return positive_or_one(limit / fmt.max)
