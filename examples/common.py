@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import logging
 import math
 import sys
@@ -22,7 +23,8 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -163,7 +165,7 @@ class BatchedTensors(Dataset[Batch]):
         return DataLoader(self, batch_size, shuffle=shuffle, drop_last=shuffle, collate_fn=_as_is)
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
@@ -296,7 +298,7 @@ class ImageClassifier(L.LightningModule):
     def test_step(self, batch: Batch, batch_index: int) -> None:
         self._step(batch, "test")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         lr = self.hparams["lr"]
         optimizer = torch.optim.SGD(
             self.parameters(),
@@ -373,8 +375,6 @@ def make_logger(
     if kind == "off":
         return CSVLogger(output, name=name)
     try:
-        from lightning.pytorch.loggers import WandbLogger
-
         logger = WandbLogger(name=name, project=project, save_dir=output, offline=kind == "offline")
     except ModuleNotFoundError as error:
         raise fail("--wandb needs the package wandb: pip install wandb") from error
@@ -382,9 +382,12 @@ def make_logger(
     return logger
 
 
+_CHATTER = ("GPU ", "TPU ", "HPU ", "💡 Tip", "`Trainer.", "Loading `train_dataloader`")
+
+
 def _without_chatter(record: logging.LogRecord) -> bool:
     """Drop what Lightning says about devices and limits, once for each Trainer."""
-    return not record.getMessage().startswith(("GPU ", "TPU ", "HPU ", "💡 Tip", "`Trainer."))
+    return not record.getMessage().startswith(_CHATTER)
 
 
 def make_trainer(
@@ -477,7 +480,9 @@ def measure(
     )
     if (report := quantization.export.report) is not None:
         result.onnx_bytes, result.native_bytes = report.onnx_bytes, report.native_bytes
-        result.onnx_accuracy = onnx_accuracy(Path(report.onnx_path), loader)
+        # As many batches as the Trainer tested, so that both accuracies are of the same images.
+        batches = itertools.islice(loader, int(trainer.num_test_batches[0]))
+        result.onnx_accuracy = onnx_accuracy(Path(report.onnx_path), batches)
     return result
 
 
@@ -644,7 +649,7 @@ def train_and_report(
             "ONNX": report and report.onnx_path,
             "codes and scales": report and report.native_path,
             "SNR per layer": picture,
-            "log": logger and log_folder(logger),
+            "log": log_folder(logger) if logger else None,
         }
     )
     if args.wandb != "off" and not args.fast_dev_run:
@@ -654,8 +659,10 @@ def train_and_report(
     return results[-1]
 
 
-def log_folder(logger: Logger) -> str | None:
-    """Where a logger writes; that of W&B names only the folder all its runs share."""
+def log_folder(logger: Logger) -> str:
+    """Where a logger of `make_logger` writes."""
     if isinstance(logger, CSVLogger):
         return logger.log_dir
+    assert isinstance(logger, WandbLogger)
+    # `save_dir` names the folder that all runs share, `dir` the place for the user's own files.
     return str(Path(logger.experiment.dir).parent)

@@ -31,20 +31,17 @@ RUNS = (  # method, what the table calls the formats, weights, activations
 
 def digits_network(width: int = 16) -> nn.Sequential:
     """Four convolutions and a linear layer for images of 8 x 8 pixels."""
-
-    def block(in_channels: int, channels: int, stride: int = 1) -> list[nn.Module]:
-        conv = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        return [conv, nn.BatchNorm2d(channels), nn.ReLU()]
-
-    return nn.Sequential(
-        *block(1, width),
-        *block(width, 2 * width),
-        *block(2 * width, 2 * width, stride=2),
-        *block(2 * width, 4 * width, stride=2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4 * width, 10),
-    )
+    network = nn.Sequential()
+    channels = [1, width, 2 * width, 2 * width, 4 * width]
+    for i, stride in enumerate((1, 1, 2, 2), start=1):
+        conv = nn.Conv2d(channels[i - 1], channels[i], 3, stride, padding=1, bias=False)
+        network.add_module(f"conv{i}", conv)
+        network.add_module(f"bn{i}", nn.BatchNorm2d(channels[i]))
+        network.add_module(f"relu{i}", nn.ReLU())
+    network.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    network.add_module("flatten", nn.Flatten())
+    network.add_module("linear", nn.Linear(channels[-1], 10))
+    return network
 
 
 def load_data() -> tuple[BatchedTensors, BatchedTensors]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 import urllib.error
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import common
 import lightning as L
 import torch
 from common import ImageClassifier
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 try:
     from torchvision import models
@@ -24,6 +24,8 @@ try:
     from torchvision.transforms import v2
 except ModuleNotFoundError as error:
     raise common.fail("torchvision is missing: pip install torchvision") from error
+
+Images: TypeAlias = ImageFolder | Subset[Any]
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -48,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_data(folder: Path, image_size: int) -> tuple[Dataset[Any], Dataset[Any], int]:
+def load_data(folder: Path, image_size: int) -> tuple[Images, Images, int]:
     """Training set, held-out set and number of classes."""
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**IMAGENET)]
     crop = v2.RandomResizedCrop(image_size, scale=(0.35, 1.0), antialias=True)
@@ -108,7 +110,7 @@ def replace_head(network: nn.Module, num_classes: int) -> None:
     ][-1]
     new: nn.Module
     if isinstance(head, nn.Conv2d):  # squeezenet
-        new = nn.Conv2d(head.in_channels, num_classes, head.kernel_size)
+        new = nn.Conv2d(head.in_channels, num_classes, kernel_size=1)
     else:
         new = nn.Linear(head.in_features, num_classes)
     parent, _, attribute = name.rpartition(".")

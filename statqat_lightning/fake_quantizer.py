@@ -28,7 +28,7 @@ from statqat_lightning.observers import (
     statistics_of,
 )
 from statqat_lightning.quantizers import Quantizer, get_quantizer
-from statqat_lightning.recipe import TensorSpec
+from statqat_lightning.tensor_spec import TensorSpec
 
 WEIGHT, INPUT = "weight", "input"
 
@@ -112,7 +112,7 @@ class WeightFakeQuantizer(FakeQuantizer):
     """Fake quantization of a weight; its scale comes from the weight itself."""
 
     role = WEIGHT
-    full_search_every = 16
+    search_every = 16
     """Every so many refreshes is a search; in between, `Quantizer.track` follows the weight."""
 
     def __init__(self, layer: str, spec: TensorSpec, weight: Tensor, axis: int = 0) -> None:
@@ -127,19 +127,6 @@ class WeightFakeQuantizer(FakeQuantizer):
 
     def __call__(self, weight: Tensor) -> Tensor:
         return self.quantize(weight)
-
-    @torch.no_grad()
-    def refresh(self, weight: Tensor) -> None:
-        """Choose the scale anew for the weight as it is now; it starts from the scale in force."""
-        rows = self.granularity.rows(weight.detach().to(torch.float32))
-        warm = self.scale.view(-1) if self.ready else None
-        if warm is not None and self.num_refreshes % self.full_search_every:
-            scale = self.quantizer.track(rows, self.fmt, warm)
-        else:
-            scale = self.quantizer.from_rows(rows, self.fmt, warm)
-        self.scale.copy_(scale.view_as(self.scale))
-        self.num_refreshes += 1
-        self.ready = True
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"num_refreshes": self.num_refreshes}
@@ -162,7 +149,6 @@ class InputFakeQuantizer(FakeQuantizer):
         observing: Whether forward passes add to the observer: to the sums behind the SNR, and
             unless `frozen` to the statistics behind the scale.
         frozen: Whether statistics and scale are kept as they are.
-        warned: Events that were already reported.
     """
 
     role = INPUT
@@ -177,7 +163,6 @@ class InputFakeQuantizer(FakeQuantizer):
         self.observer = InputObserver(config, quantizer.needs_spectrum, quantizer.needs_range)
         self.observing = False
         self.frozen = False
-        self.warned: set[str] = set()
         if device.type != "meta":
             self.to(device)
 
@@ -246,6 +231,47 @@ class InputFakeQuantizer(FakeQuantizer):
 def _recomputing() -> bool:
     """Whether this forward recomputes a checkpointed segment during a backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+_MAX_GROUP = 1 << 20  # weights up to this many elements are refreshed together
+
+
+@torch.no_grad()
+def refresh_weights(weights: Sequence[tuple[WeightFakeQuantizer, Tensor]]) -> None:
+    """Choose the scales of weights anew, starting from the scales in force.
+
+    Small weights of one kind and row length are stacked: a network of many small layers then costs
+    a few operations and not a few for each layer.
+
+    Args:
+        weights: Quantizers with their weights as they are now.
+    """
+    kinds: dict[tuple[Any, ...], list[tuple[WeightFakeQuantizer, Tensor]]] = {}
+    for number, (quantizer, weight) in enumerate(weights):
+        rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
+        search = not quantizer.ready or quantizer.num_refreshes % quantizer.search_every == 0
+        alone = number if rows.numel() > _MAX_GROUP else -1
+        spec = quantizer.spec
+        kind = (quantizer.fmt, spec.quantizer, spec.options, rows.shape[1], quantizer.ready, search)
+        kinds.setdefault((*kind, alone), []).append((quantizer, rows))
+    for (fmt, *_, ready, search, _), group in kinds.items():
+        quantizers = [quantizer for quantizer, _ in group]
+        rows = torch.cat([rows for _, rows in group]) if len(group) > 1 else group[0][1]
+        warm = torch.cat([q.scale.flatten() for q in quantizers])
+        rule = quantizers[0].quantizer
+        scales = (
+            rule.from_rows(rows, fmt, warm if ready else None)
+            if search
+            else rule.track(rows, fmt, warm)
+        )
+        parts = torch.split(scales, [len(rows) for _, rows in group])
+        torch._foreach_copy_(
+            [q.scale for q in quantizers],
+            [part.view_as(q.scale) for q, part in zip(quantizers, parts, strict=True)],
+        )
+        for quantizer in quantizers:
+            quantizer.num_refreshes += 1
+            quantizer.ready = True
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +93,7 @@ def fake_quantize(x: Tensor, qparams: QParams, fmt: Format, gradient: str = "cli
         raise TypeError(f"fake_quantize: got dtype {x.dtype}; expected a floating dtype.")
     view = qparams.granularity.view(x)
     out: Tensor = _FakeQuantize.apply(view, qparams.scale, qparams.zero_point, fmt, gradient)
-    return out.view(x.shape) if out.shape != x.shape else out
+    return out.reshape(x.shape) if out.shape != x.shape else out
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -117,7 +118,7 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale, zero_point = ctx.saved_tensors
         if ctx.gradient == "pass_through":
             return grad, None, None, None, None
-        y = _wide(x) / scale
+        y = _wide(x.detach()) / scale  # the straight-through factor counts as a constant
         if zero_point is not None:
             y.add_(zero_point)
         low, high = ctx.fmt.min, ctx.fmt.max
@@ -128,6 +129,9 @@ class _FakeQuantize(torch.autograd.Function):
             # Inside the range the quotient is 1 but for 0/0, where the derivative is 1 as well.
             inside = (y >= low) & (y <= high)
             return (grad * torch.where(inside, 1.0, factor)).to(x.dtype), None, None, None, None
+        if torch.is_grad_enabled():  # under `create_graph`, where writing into `y` is not possible
+            inside = (y >= low) & (y <= high)
+            return torch.where(inside, grad, 0.0), None, None, None, None
         # The operator zeroes the gradient *at* its limits, so they are moved outwards by one step.
         low, high = _outwards(low, y.dtype), _outwards(high, y.dtype)
         # Into `y`: a fresh allocation would cost more than the arithmetic.
@@ -136,9 +140,11 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _outwards(limit: float, dtype: torch.dtype) -> float:
-    """The next value of `dtype` beyond `limit`, away from zero; the largest negative one for 0."""
-    eps = torch.finfo(dtype).eps
-    return limit * (1 + eps) if abs(limit) > 0.5 else -torch.finfo(dtype).tiny
+    """The next value of `dtype` beyond `limit`, away from zero; for 0 the last normal one below."""
+    if limit == 0:
+        return -torch.finfo(dtype).tiny
+    _, exponent = math.frexp(limit)
+    return limit + math.copysign(math.ldexp(torch.finfo(dtype).eps, exponent - 1), limit)
 
 
 def _wide(x: Tensor) -> Tensor:

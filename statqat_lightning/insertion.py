@@ -7,6 +7,7 @@ keys, `isinstance`, optimizers and checkpoints stay those of the float model.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ from statqat_lightning.fake_quantizer import (
     InputFakeQuantizer,
     WeightFakeQuantizer,
     refresh_inputs,
+    refresh_weights,
 )
 from statqat_lightning.observers import ObserverConfig, Reduce
-from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipe import QuantRecipe, QuantRule
+from statqat_lightning.tensor_spec import TensorSpec
 
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -266,9 +269,7 @@ def refresh(
     """
     layers = quantized_layers(model)
     if weights:
-        for _, module, quantizers in layers:
-            if quantizers.weight is not None:
-                quantizers.weight.refresh(weight_of(module))
+        refresh_weights([(q.weight, weight_of(m)) for _, m, q in layers if q.weight is not None])
     observed = [q.input for _, _, q in layers if q.input is not None] if inputs else []
     return refresh_inputs(observed, reduce)
 
@@ -303,7 +304,7 @@ def _attach(name: str, module: nn.Module, rule: QuantRule, config: ObserverConfi
     if isinstance(rule.weights, TensorSpec):
         weight_quantizer = WeightFakeQuantizer(name, rule.weights, weight)
         if weight.device.type != "meta":
-            weight_quantizer.refresh(weight)
+            refresh_weights([(weight_quantizer, weight)])
     if isinstance(rule.inputs, TensorSpec):
         input_quantizer = InputFakeQuantizer(name, rule.inputs, config, weight.device)
     module._statqat = LayerQuantizers(weight_quantizer, input_quantizer)  # type: ignore[assignment]
@@ -328,15 +329,17 @@ def _quantized_class(base: type[nn.Module]) -> type[nn.Module]:
     functional = _FUNCTIONALS[supported]
     base_apply: Callable[..., Any] = base._apply
 
-    def explicit_forward(self: Any, x: Tensor) -> Tensor:
+    def explicit_forward(self: Any, input: Tensor) -> Tensor:  # named as in torch
         weight, inputs = self._statqat.weight, self._statqat.input
         return functional(
             self,
-            x if inputs is None else inputs(x),
+            input if inputs is None else inputs(input),
             self.weight if weight is None else weight(self.weight),
         )
 
-    def shadowing_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    input_name = [*inspect.signature(base.forward).parameters, "input"][1]
+
+    def shadowing_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # The user's own forward reads `self.weight`: an instance attribute hides the parameter
         # meanwhile.
         weight, inputs = self._statqat.weight, self._statqat.input
@@ -346,7 +349,11 @@ def _quantized_class(base: type[nn.Module]) -> type[nn.Module]:
         if weight is not None:
             attributes["weight"] = weight(self.weight)
         try:
-            return base.forward(self, x if inputs is None else inputs(x), *args, **kwargs)
+            if inputs is not None and args:
+                args = (inputs(args[0]), *args[1:])
+            elif inputs is not None:
+                kwargs[input_name] = inputs(kwargs[input_name])
+            return base.forward(self, *args, **kwargs)
         finally:
             if previous is not missing:
                 attributes["weight"] = previous

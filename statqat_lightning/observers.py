@@ -6,6 +6,7 @@ gradient checkpointing, gradient accumulation and a layer that is used twice see
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,12 +38,12 @@ class ObserverConfig:
         momentum: Weight of the newest batch in the running statistics; the first batches are
             averaged evenly.
         max_values: Values of each input taken into the spectrum and the SNR at each forward pass:
-            an evenly spaced sample with an odd stride, so that it meets every channel, row and
-            column. The range is always exact.
+            an evenly spaced sample whose stride has no common factor with the input's size, so
+            that it meets every channel, row and column. The range is always exact.
     """
 
     momentum: float = 0.1
-    max_values: int = 32768
+    max_values: int = 16384
 
     def __post_init__(self) -> None:
         if not 0 < self.momentum <= 1:
@@ -144,7 +145,9 @@ def _sample(x: Tensor, max_values: int) -> Tensor:
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     flat = x.reshape(-1)
-    stride = -(-flat.numel() // max_values) | 1
+    stride = max(1, -(-flat.numel() // max_values))
+    while math.gcd(stride, flat.numel()) > 1:
+        stride += 1
     return flat[::stride].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -165,14 +168,17 @@ def fold(
     """
     sums = torch.stack([o.sums for o in observers])
     spectral = [i for i, o in enumerate(observers) if o.needs_spectrum and statistics]
-    overflow = torch.zeros(len(observers), dtype=torch.bool, device=sums.device)
-    energy = sums.new_zeros(0, NUM_BINS)
+    ranged = [i for i, o in enumerate(observers) if o.needs_range and statistics]
+    overflow = ~sums.isfinite().all(1)
+    energy, extremes = sums.new_zeros(0, NUM_BINS), sums.new_zeros(0, 2)
     if spectral:
-        energy, overflow_here = resolved_bins(
-            torch.stack([observers[i].spectrum for i in spectral])
-        )
-        overflow[spectral] = overflow_here
-        energy = energy.nan_to_num_(0.0)
+        raw = torch.stack([observers[i].spectrum for i in spectral])
+        energy, beyond = resolved_bins(raw)
+        energy.nan_to_num_(0.0)
+        overflow[spectral] |= beyond
+    if ranged:
+        extremes = torch.stack([observers[i].extremes for i in ranged])
+        overflow[ranged] |= ~extremes.isfinite().all(1) & (sums[ranged, COUNT] > 0)
     if reduce is not None:
         parts = [sums.flatten(), overflow.to(sums.dtype), energy.flatten()]
         total = reduce(torch.cat(parts), "sum")
@@ -181,8 +187,15 @@ def fold(
         )
         sums, energy = flat_sums.view_as(sums), flat_energy.view_as(energy)
         overflow = flat_overflow > 0
+        if ranged:
+            extremes = reduce(extremes, "max")
     count = sums[:, COUNT]
+    # A batch of which nothing finite is known must not count as a batch of zeros.
     seen = count > 0
+    if spectral:
+        seen[spectral] &= ~overflow[spectral] | (energy.sum(1) > 0)
+    if ranged:
+        seen[ranged] &= extremes.isfinite().all(1)
     num_batches = torch.stack([o.num_batches for o in observers])
     momentum = torch.tensor([o.config.momentum for o in observers], device=sums.device)
     weight = torch.where(seen, (1 / (num_batches + 1)).maximum(momentum), 0.0)
@@ -192,8 +205,15 @@ def fold(
         old = [observers[i].running_spectrum for i in spectral]
         new = torch.stack(old).lerp_(means, weight[spectral].unsqueeze(1))
         torch._foreach_copy_(old, list(new.unbind()))
+    if ranged:
+        old = [observers[i].running_extremes for i in ranged]
+        known = seen[ranged].unsqueeze(1)  # infinity times a weight of zero would be NaN
+        newest = torch.where(known, extremes, 0.0)
+        new = torch.stack(old).lerp_(newest, weight[ranged].unsqueeze(1))
+        torch._foreach_copy_(old, list(new.unbind()))
+        for i in ranged:
+            observers[i].extremes.fill_(-torch.inf)
     if statistics:
-        _fold_ranges(observers, weight, reduce)
         torch._foreach_copy_(
             [o.num_batches for o in observers], list((num_batches + seen).unbind())
         )
@@ -204,35 +224,21 @@ def fold(
 def _fold_sums(observers: Sequence[InputObserver], sums: Tensor, weight: Tensor) -> None:
     """Running means of the sums; those of the SNR start at the first batch that is quantized."""
     running = torch.stack([o.running_sums for o in observers])
-    # One NaN in an input is no news about its quantizer: such a batch is left out of the SNR.
-    unknown = ~sums[:, SIGNAL : NOISE + 1].isfinite().all(1, keepdim=True)
-    sums = sums.nan_to_num(0.0, 0.0, 0.0)
-    quantized = (sums[:, QUANTIZED : QUANTIZED + 1] > 0) & ~unknown
+    # One NaN in an input is no news about its quantizer: such sums are left out.
+    known = sums.isfinite()
+    known[:, SIGNAL : NOISE + 1] = known[:, SIGNAL : NOISE + 1].all(1, keepdim=True)
+    sums = torch.where(known, sums, 0.0)
+    quantized = (sums[:, QUANTIZED:] > 0) & known[:, SIGNAL : SIGNAL + 1]
     means = sums / sums[:, COUNT : COUNT + 1].clamp_min(1)
     means[:, SIGNAL : NOISE + 1] = sums[:, SIGNAL : NOISE + 1] / sums[:, QUANTIZED:].clamp_min(1)
     first = quantized & (running[:, QUANTIZED:] == 0)
-    weights = weight.unsqueeze(1).expand_as(means).clone()
+    weights = torch.where(known, weight.unsqueeze(1), 0.0)
     weights[:, SIGNAL : NOISE + 1] = torch.where(
-        first, 1.0, torch.where(quantized, weights[:, :2], 0.0)
+        first, 1.0, torch.where(quantized, weights[:, SIGNAL : NOISE + 1], 0.0)
     )
     running.lerp_(means, weights)
     running[:, QUANTIZED:] = torch.where(first | (running[:, QUANTIZED:] > 0), 1.0, 0.0)
     torch._foreach_copy_([o.running_sums for o in observers], list(running.unbind()))
-
-
-def _fold_ranges(observers: Sequence[InputObserver], weight: Tensor, reduce: Reduce | None) -> None:
-    ranged = [i for i, o in enumerate(observers) if o.needs_range]
-    if not ranged:
-        return
-    extremes = torch.stack([observers[i].extremes for i in ranged])
-    if reduce is not None:
-        extremes = reduce(extremes, "max")
-    for i, newest in zip(ranged, extremes, strict=True):
-        observer = observers[i]
-        known = newest.isfinite()
-        blended = observer.running_extremes.lerp(torch.where(known, newest, 0.0), weight[i])
-        observer.running_extremes.copy_(torch.where(known, blended, observer.running_extremes))
-        observer.extremes.fill_(-torch.inf)
 
 
 def statistics_of(observers: Sequence[InputObserver]) -> Statistics:

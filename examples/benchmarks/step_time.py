@@ -89,7 +89,8 @@ class TorchAoResNet20(nn.Module):
         self.dequant = torch.ao.quantization.DeQuantStub()
         self.stem = nn.Sequential(network.conv1, network.bn1, nn.ReLU())
         stages = (network.layer1, network.layer2, network.layer3)
-        self.blocks = nn.Sequential(*(TorchAoBlock(block) for stage in stages for block in stage))
+        blocks = [block for stage in stages for block in stage if isinstance(block, BasicBlock)]
+        self.blocks = nn.Sequential(*map(TorchAoBlock, blocks))
         self.linear = network.linear
 
     def forward(self, x: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class StatQATCallback(Callback):
         refresh_every: Batches between two refreshes. Default 1.
         momentum: Weight of the newest batch in the running statistics. Default 0.1, a window of
             about 20 batches.
-        max_observed: Values of each input and batch that enter the statistics, default 32 768.
+        max_observed: Values of each input and batch that enter the statistics, default 16 384.
         enabled: False inserts, observes and reports, but changes no number: the run is the float
             run, bit for bit.
         verbose: Print the insertion report.
@@ -93,7 +93,7 @@ class StatQATCallback(Callback):
         freeze_at: float | None = 0.9,
         refresh_every: int = 1,
         momentum: float = 0.1,
-        max_observed: int = 32768,
+        max_observed: int = 16384,
         enabled: bool = True,
         verbose: bool = True,
     ) -> None:
@@ -227,6 +227,7 @@ class StatQATCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
+        set_frozen(pl_module, False)  # an earlier fit may have left them frozen
         self._frozen = False
         quantizers = input_quantizers(pl_module)
         if not quantizers or all(q.ready for q in quantizers):
@@ -259,7 +260,8 @@ class StatQATCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         set_observing(pl_module, False)
-        if (batch_idx + 1) % self.refresh_every:
+        # The end of an epoch refreshes in any case: a checkpoint holds no half-filled accumulators.
+        if (batch_idx + 1) % self.refresh_every and not trainer.is_last_batch:
             return
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step

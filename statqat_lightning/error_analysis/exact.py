@@ -69,15 +69,14 @@ def optimal_scale(fmt: Format, density: str | Density) -> float:
 
 
 def _one_sided_cells(fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
-    """Grid values and cell limits, the cell around zero split there; float64 `(cells,)` each."""
+    """Grid values and cell limits, a cell around zero split there; float64 `(cells,)` each."""
     grid = fmt.values
     middles = (grid[1:] + grid[:-1]) / 2
     infinity = torch.tensor([math.inf], dtype=torch.float64)
     lower, upper = torch.cat([-infinity, middles]), torch.cat([middles, infinity])
-    around_zero = int(((lower < 0) & (upper > 0)).nonzero())
-    split = torch.arange(len(grid)).repeat_interleave(
-        torch.where(torch.arange(len(grid)) == around_zero, 2, 1)
-    )
+    around_zero = (lower < 0) & (upper > 0)
+    split = torch.arange(len(grid)).repeat_interleave(torch.where(around_zero, 2, 1))
     lower, upper = lower[split], upper[split]
-    upper[around_zero], lower[around_zero + 1] = 0.0, 0.0
+    twin = split[1:] == split[:-1]  # the lower half of a split cell
+    upper[:-1][twin], lower[1:][twin] = 0.0, 0.0
     return grid[split], lower, upper

@@ -40,6 +40,7 @@ _WINDOW_OCTAVES = (
 )
 _CANDIDATES_PER_OCTAVE = 16
 _OCTAVES_ABOVE, _OCTAVES_BELOW = 2, 12  # candidates' clip points around the top of the data
+_ROWS_AT_ONCE = 256  # a raw histogram takes 64 KiB
 _NEGLIGIBLE = 1e-10  # share of the energy that may lie above the window
 
 
@@ -55,6 +56,14 @@ def accumulate_spectrum(out: Tensor, values: Tensor) -> None:
     """
     index = (values.view(torch.int32) >> _SHIFT).bitwise_and_(NUM_RAW_BINS - 1)
     out.index_add_(0, index, values.square())
+
+
+def _raw_spectra(rows: Tensor) -> Tensor:
+    """Raw histogram of each of a few rows, float32 `(n, NUM_RAW_BINS)`."""
+    raw = torch.zeros(len(rows), NUM_RAW_BINS, device=rows.device, dtype=torch.float32)
+    for out, row in zip(raw, rows.contiguous(), strict=True):
+        accumulate_spectrum(out, row)
+    return raw
 
 
 def resolved_bins(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,10 +122,8 @@ class EnergySpectrum:
             raise ValueError(
                 f"EnergySpectrum.of: got x of shape {tuple(x.shape)}; expected at least one value."
             )
-        raw = torch.zeros(len(rows), NUM_RAW_BINS, device=x.device, dtype=torch.float32)
-        for out, row in zip(raw, rows.contiguous(), strict=True):
-            accumulate_spectrum(out, row)
-        energy, overflow = resolved_bins(raw)
+        parts = [resolved_bins(_raw_spectra(part)) for part in torch.split(rows, _ROWS_AT_ONCE)]
+        energy, overflow = (torch.cat(column) for column in zip(*parts, strict=True))
         if overflow.any():
             raise ValueError(
                 "EnergySpectrum.of: got values that are NaN, infinite or beyond +-2**32; "

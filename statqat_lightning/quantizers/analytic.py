@@ -11,6 +11,7 @@ from statqat_lightning.quantizers.base import (
     Quantizer,
     Statistics,
     fixed_point_step,
+    largest,
     positive_or_one,
     squared_error,
 )
@@ -42,7 +43,7 @@ class Analytic(Quantizer):
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
         rms = rows.square().mean(1).sqrt_()
-        cap = positive_or_one(rows.abs().amax(1) / fmt.max)
+        cap = positive_or_one(largest(rows, fmt) / fmt.max)
         scale = self._capped(rms, cap, fmt, self.prior)
         if not self.refine:
             return scale

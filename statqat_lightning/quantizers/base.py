@@ -105,6 +105,11 @@ class Quantizer(ABC):
         return QParams(scale.view(sharing.scale_shape(tuple(x.shape))), granularity=sharing)
 
 
+def largest(rows: Tensor, fmt: Format) -> Tensor:
+    """Largest magnitude of each row on the side, or the sides, that the format represents."""
+    return rows.abs().amax(1) if fmt.is_signed else rows.amax(1)
+
+
 def positive_or_one(scale: Tensor) -> Tensor:
     """`scale` where it is positive and finite, else 1: any scale reproduces zeros."""
     return torch.where((scale > 0) & scale.isfinite(), scale, 1.0)

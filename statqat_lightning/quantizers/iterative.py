@@ -15,6 +15,8 @@ from statqat_lightning.quantizers.base import (
     squared_error,
 )
 
+_ROWS_AT_ONCE = 256
+
 
 class Iterative(Quantizer):
     r"""The scale of least squared error, whatever the distribution.
@@ -47,7 +49,9 @@ class Iterative(Quantizer):
         self.max_iterations = max_iterations
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
-        scale = EnergySpectrum.of(rows).optimal_scale(fmt)
+        # In parts: the spectra of many short rows would take far more memory than the rows.
+        parts = torch.split(rows, _ROWS_AT_ONCE)
+        scale = torch.cat([EnergySpectrum.of(part).optimal_scale(fmt) for part in parts])
         if warm is not None:
             closer = squared_error(rows, warm, fmt) < squared_error(rows, scale, fmt)
             scale = torch.where(closer, warm, scale)

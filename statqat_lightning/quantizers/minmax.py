@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from statqat_lightning.formats import Format
-from statqat_lightning.quantizers.base import Quantizer, Statistics, positive_or_one
+from statqat_lightning.quantizers.base import Quantizer, Statistics, largest, positive_or_one
 
 
 class MinMax(Quantizer):
@@ -18,8 +18,7 @@ class MinMax(Quantizer):
     needs_range = True
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
-        limit = rows.abs().amax(1) if fmt.is_signed else rows.amax(1)
-        return positive_or_one(limit / fmt.max)
+        return positive_or_one(largest(rows, fmt) / fmt.max)
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
