@@ -81,7 +81,7 @@ def statqat_step(model: nn.Module, weights: str, activations: str, images: Tenso
 
 
 class TorchAoResNet20(nn.Module):
-    """ResNet-20 as torch.ao's eager mode wants it: stubs at both ends, all operations modules."""
+    """ResNet-20 as torch.ao's eager mode wants it: stubs at both ends, layers as modules."""
 
     def __init__(self, network: ResNet20) -> None:
         super().__init__()
@@ -103,7 +103,6 @@ class TorchAoBlock(nn.Module):
         super().__init__()
         self.first = nn.Sequential(block.conv1, block.bn1, nn.ReLU())
         self.second = nn.Sequential(block.conv2, block.bn2)
-        self.sum = torch.ao.nn.quantized.FloatFunctional()
         self.stride, self.new_channels = block.stride, block.new_channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +110,7 @@ class TorchAoBlock(nn.Module):
         if self.new_channels:
             half = self.new_channels // 2
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, half))
-        return self.sum.add_relu(y, x)
+        return F.relu(y + x)  # the sum stays in float, as on our side
 
 
 def torch_ao_step(network: ResNet20, *, fuse: bool) -> Step:
@@ -179,6 +178,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     # It announces its end, and where its successor lives.
     warnings.filterwarnings("ignore", "(?s).*torch.ao.quantization is deprecated")
+    warnings.filterwarnings("ignore", "(?s).*reduce_range will be deprecated")
     torch.manual_seed(0)
     batches = [
         (torch.randn(args.batch_size, 3, 32, 32), torch.randint(10, (args.batch_size,)))

@@ -55,7 +55,7 @@ def calibrate(
     try:
         with isolate_rng():
             twin = _twin(pl_module)
-            batches = _batches(trainer, num_batches)
+            batches = _batches(trainer, num_batches, reduce)
             progress = Tqdm(
                 batches,
                 desc="StatQAT calibration",
@@ -110,10 +110,18 @@ def _step_arguments(twin: LightningModule, batch: Any, index: int) -> list[Any]:
     return [batch, index] if takes_index else [batch]
 
 
-def _batches(trainer: Trainer, num_batches: int) -> Iterator[Any]:
+def _batches(trainer: Trainer, num_batches: int, reduce: Reduce | None) -> Iterator[Any]:
     """Batches as `training_step` gets them, from fresh loaders over the same datasets."""
     loaders, structure = tree_flatten(trainer.train_dataloader)
-    iterators = [islice(_fresh_loader(loader), num_batches) for loader in loaders]
+    fresh = [_fresh_loader(loader) for loader in loaders]
+    num_batches = min([num_batches, *(len(loader) for loader in fresh)])
+    if reduce is not None:
+        # Every batch ends in a collective, so all ranks must run equally many.
+        fewest = reduce(
+            torch.tensor(-float(num_batches), device=trainer.strategy.root_device), "max"
+        )
+        num_batches = -int(fewest)
+    iterators = [islice(loader, num_batches) for loader in fresh]
     return (tree_unflatten(list(parts), structure) for parts in zip(*iterators, strict=False))
 
 

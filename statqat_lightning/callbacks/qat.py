@@ -153,6 +153,8 @@ class StatQATCallback(Callback):
         inserted_before = bool(quantized_layers(pl_module))
         self.report = prepare(pl_module, recipe=self.recipe, observer=self.observer_config)
         set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
+        # Quantizers of an earlier run keep their scales, frozen ones above all.
+        self._weights_are_new = not inserted_before
         if self.verbose and not inserted_before:
             rank_zero_info(f"StatQAT inserted fake quantizers:\n{self.report}")
 

@@ -1,0 +1,249 @@
+"""The ONNX file: QuantizeLinear and DequantizeLinear around integer or float8 codes.
+
+- Inputs: Clip to the grid where the container type is wider than the format, QuantizeLinear and
+  DequantizeLinear with zero point 0; FP6 and FP4 by arithmetic that rounds as the format does.
+- Weights: DequantizeLinear over int8, uint8 or float8 initializers; FP6 and FP4 as indices of a
+  table of values (FP4 in 4 bits), which ONNX Runtime turns into weights once, when it loads.
+
+QuantizeLinear divides by the scale and rounds half to even, as fake quantization does.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from statqat_lightning.export.files import replacing
+from statqat_lightning.export.frozen import freeze, frozen_layers
+from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, output_names
+from statqat_lightning.export.native import KEY, library_version
+from statqat_lightning.export.operators import (
+    FLOAT8,
+    dequantize_weight,
+    is_table,
+    round_to_grid,
+    use_operators,
+)
+from statqat_lightning.formats import FloatFormat, IntFormat, get_format
+
+OPSET = 21
+"""The first with 4-bit types and with blocks in DequantizeLinear. ONNX Runtime 1.20 reads it."""
+PACKAGES = ("onnx", "onnxscript", "onnxruntime", "ml_dtypes")
+
+# The optimizer computes whatever is constant ahead of time, and would turn codes into float weights.
+# It leaves alone what has more elements than this: the smallest table has 16.
+_MOST_FOLDED = 15
+
+
+class ONNXExportError(RuntimeError):
+    """A model that cannot be written as ONNX; the message says where it stopped."""
+
+
+def require_packages() -> None:
+    """Check that what ONNX export needs is installed.
+
+    Raises:
+        ModuleNotFoundError: If something is missing; the message names the extra.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"ONNX export needs {', '.join(missing)}: pip install 'statqat-lightning[onnx]'. Or export without it: onnx=False."
+        )
+
+
+def save_onnx(model: nn.Module, path: str | Path, example: Any) -> None:
+    """Write a quantized model to an `.onnx` file with a dynamic batch dimension.
+
+    The file computes in float32, and appears under its name when it is complete.
+
+    Args:
+        model: A frozen model, or a model with quantizers, which is frozen first.
+        path: The file.
+        example: Input of one forward call: a tensor, a tuple of positional or a mapping of keyword
+            arguments, or a `ForwardCall`. The first dimension of tensors is the batch, if all
+            agree.
+
+    Raises:
+        ModuleNotFoundError: If the extra `onnx` is not installed.
+        ONNXExportError: If the forward cannot be traced or translated.
+        OSError: If the file cannot be written.
+    """
+    require_packages()
+    frozen = copy.deepcopy(model) if frozen_layers(model) else freeze(model)
+    frozen = frozen.cpu().float()
+    # A dimension of size 1 would be taken for a constant.
+    call = ForwardCall.of(example).copy().to_float32().with_batch(least=2)
+    outputs = call.run(frozen)
+    use_operators(frozen)
+    names = call.names(frozen), output_names(outputs)
+    proto = _translate(TensorsOnly(frozen, call).eval(), call, *names)
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(proto)
+
+
+def _translate(
+    model: nn.Module, call: ForwardCall, input_names: list[str], output_names: list[str]
+) -> bytes:
+    import onnx
+    import onnx_ir
+    import onnxscript.optimizer
+
+    tensors = tuple(call.tensors())
+    dynamic = torch.export.Dim.AUTO
+    shapes = tuple(
+        {0: dynamic} if t.dim() and len(t) == call.batch_size else None for t in tensors
+    )
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            # What tracing and translation warn of concerns their own insides.
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, tensors, dynamic_shapes=(shapes,), strict=False)
+            translated = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=input_names,
+                output_names=output_names,
+                optimize=False,
+                verbose=False,
+                custom_translation_table={
+                    torch.ops.statqat.round_to_grid.default: _translate_input,
+                    torch.ops.statqat.dequantize_weight.default: _translate_weight,
+                },
+            )
+            assert translated is not None
+            graph = onnxscript.optimizer.optimize(translated.model, input_size_limit=_MOST_FOLDED)
+    except Exception as error:
+        raise ONNXExportError(
+            f"{type(error).__name__}: {str(error).strip()}\nThis forward cannot be exported to ONNX as it is. If only a part of "
+            "the model is needed, name it (module=...); the native file does not need tracing."
+        ) from error
+    _pack_tables(graph)
+    graph.producer_name = "statqat_lightning"
+    graph.producer_version = library_version()
+    graph.metadata_props[KEY] = json.dumps({"library_version": library_version()})
+    proto = onnx_ir.to_proto(graph)
+    onnx.checker.check_model(proto)
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def _translate_input(x: Any, scale: Any, low: float, high: float, format: str) -> Any:
+    """QuantizeLinear and DequantizeLinear, or arithmetic where runtimes lack the type."""
+    import onnx
+    from onnxscript import opset21 as op
+
+    fmt = get_format(format)
+    if isinstance(fmt, IntFormat):
+        lowest, highest = (-128, 127) if fmt.is_signed else (0, 255)
+        # Clipping `x` itself, before the division, keeps QuantizeLinear next to what made `x`.
+        bounds = (
+            low if fmt.min > lowest else None,
+            high if fmt.max < highest else None,
+        )
+        if bounds != (None, None):
+            x = op.Clip(x, *(b if b is None else _constant(op, b) for b in bounds))
+        kind = onnx.TensorProto.INT8 if fmt.is_signed else onnx.TensorProto.UINT8
+    elif format in FLOAT8:
+        kind = onnx.helper.np_dtype_to_tensor_dtype(onnx.helper.tensor_dtype_to_np_dtype(
+            onnx.TensorProto.FLOAT8E4M3FN if format == "fp8_e4m3" else onnx.TensorProto.FLOAT8E5M2
+        ))
+    else:
+        assert isinstance(fmt, FloatFormat)
+        return op.Mul(_round_to_float(op, op.Div(x, scale), fmt), scale)
+    zero = op.Constant(value=onnx.helper.make_tensor("zero_point", kind, [], [0]))
+    return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+
+
+def _round_to_float(op: Any, x: Any, fmt: FloatFormat) -> Any:
+    """`fmt.round`: count in steps of the binade that `x` lies in; Round goes half to even."""
+    x = op.Clip(x, _constant(op, fmt.min), _constant(op, fmt.max))
+    magnitude = op.Abs(x)
+    spacing = 2.0 ** (fmt.min_exponent - fmt.mantissa_bits)
+    step, exponent = _constant(op, spacing), fmt.min_exponent + 1
+    while 2.0**exponent <= fmt.max:
+        spacing *= 2
+        reached = op.GreaterOrEqual(magnitude, _constant(op, 2.0**exponent))
+        step = op.Where(reached, _constant(op, spacing), step)
+        exponent += 1
+    return op.Mul(op.Round(op.Div(x, step)), step)
+
+
+def _translate_weight(
+    codes: Any, scale: Any, format: str, axis: int, group: int, shape: list[int]
+) -> Any:
+    """DequantizeLinear, or a table of values where runtimes lack the type."""
+    import onnx
+    from onnxscript import opset21 as op
+
+    fmt = get_format(format)
+    if not is_table(fmt):
+        if group:
+            weight = op.DequantizeLinear(codes, scale, axis=axis, block_size=group)
+        elif axis >= 0:
+            weight = op.DequantizeLinear(codes, scale, axis=axis)
+        else:
+            weight = op.DequantizeLinear(codes, scale)
+        return _reshaped(op, weight, shape) if group and len(shape) > 2 else weight
+    values = fmt.code_values.to(torch.float32)
+    table = op.Constant(
+        value=onnx.helper.make_tensor(
+            "table", onnx.TensorProto.FLOAT, [len(values)], values.tolist()
+        )
+    )
+    weight = op.Gather(table, op.Cast(codes, to=onnx.TensorProto.INT32))
+    if group:
+        groups = [shape[0], -1, group]
+        product = op.Mul(
+            _reshaped(op, weight, groups), op.Unsqueeze(scale, _integers(op, [-1]))
+        )
+        return _reshaped(op, product, shape)
+    if axis >= 0:
+        ones = [1] * (len(shape) - 1 - axis)
+        scale = _reshaped(op, scale, [*([1] * axis), -1, *ones])
+    return op.Mul(weight, scale)
+
+
+def _constant(op: Any, value: float) -> Any:
+    return op.Constant(value_float=value)
+
+
+def _integers(op: Any, values: list[int]) -> Any:
+    return op.Constant(value_ints=values)
+
+
+def _reshaped(op: Any, x: Any, shape: list[int]) -> Any:
+    return op.Reshape(x, _integers(op, shape))
+
+
+def _pack_tables(graph: Any) -> None:
+    """Store the indices of 16-entry tables in 4 bits."""
+    import ml_dtypes
+    import onnx_ir
+
+    for node in graph.graph:
+        if node.op_type != "Gather" or (indices := node.inputs[1].producer()) is None:
+            continue
+        table, codes = node.inputs[0], indices.inputs[0]
+        table_size = table.const_value.size if table.const_value is not None else 0
+        stored = codes.const_value
+        if (
+            indices.op_type == "Cast"
+            and table_size == 16
+            and stored is not None
+            and stored.dtype == onnx_ir.DataType.UINT8
+        ):
+            codes.const_value = onnx_ir.Tensor(
+                stored.numpy().astype(ml_dtypes.uint4),
+                dtype=onnx_ir.DataType.UINT4,
+                name=codes.name,
+            )
+            codes.dtype = onnx_ir.DataType.UINT4

@@ -1,0 +1,97 @@
+"""How one tensor of a layer is quantized, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from statqat_lightning.formats import Format, IntFormat, get_format
+from statqat_lightning.functional import GRADIENTS
+from statqat_lightning.granularity import get_granularity
+from statqat_lightning.quantizers import get_quantizer
+
+
+@dataclass(frozen=True, init=False)
+class TensorSpec:
+    """How one tensor of a layer is quantized.
+
+    Args:
+        format: Name of a number format, see `get_format`.
+        granularity: `per_tensor`, `per_channel` or `per_group:SIZE`; None for the default of the
+            role: weights per output channel, inputs per tensor.
+        quantizer: `analytic`, `iterative` or `minmax`; None for the default of the role: weights
+            analytic (they are Gaussian-like), inputs iterative (they can be anything).
+        unsigned_if_nonnegative: Use the unsigned integers of the same width where calibration sees
+            no negative value: after a ReLU that is one bit won.
+        gradient: Straight-through gradient, see `fake_quantize`.
+        **options: Options of the quantizer.
+
+    Raises:
+        ValueError: If a name or an option is unknown, or the sign option comes with a float format.
+    """
+
+    format: str
+    granularity: str | None = None
+    quantizer: str | None = None
+    unsigned_if_nonnegative: bool = False
+    gradient: str = "clipped"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __init__(
+        self,
+        format: str,
+        granularity: str | None = None,
+        quantizer: str | None = None,
+        unsigned_if_nonnegative: bool = False,
+        gradient: str = "clipped",
+        **options: Any,
+    ) -> None:
+        fmt = get_format(format)
+        if granularity is not None:
+            get_granularity(granularity)
+        if quantizer is not None:
+            get_quantizer(quantizer, **options)
+        elif options:
+            raise ValueError(
+                f"TensorSpec: got options {[*options]} without a quantizer; "
+                "name the quantizer they belong to."
+            )
+        if unsigned_if_nonnegative and not (isinstance(fmt, IntFormat) and fmt.signed):
+            raise ValueError(
+                f"TensorSpec: got unsigned_if_nonnegative=True with format {fmt.name!r}; "
+                "expected a signed integer format."
+            )
+        if gradient not in GRADIENTS:
+            raise ValueError(
+                f"TensorSpec: got gradient={gradient!r}; expected one of {', '.join(GRADIENTS)}."
+            )
+        values = {
+            "format": fmt.name,
+            "granularity": granularity,
+            "quantizer": quantizer,
+            "unsigned_if_nonnegative": unsigned_if_nonnegative,
+            "gradient": gradient,
+            "options": tuple(sorted(options.items())),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def with_format(self, fmt: Format) -> TensorSpec:
+        """The same specification in another format, without the sign option where it is void."""
+        adapts = self.unsigned_if_nonnegative and isinstance(fmt, IntFormat) and fmt.signed
+        return TensorSpec(
+            fmt.name, self.granularity, self.quantizer, adapts, self.gradient, **dict(self.options)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the entries that hold their defaults."""
+        entries: dict[str, Any] = {"format": self.format}
+        if self.granularity is not None:
+            entries["granularity"] = self.granularity
+        if self.quantizer is not None:
+            entries["quantizer"] = self.quantizer
+        if self.unsigned_if_nonnegative:
+            entries["unsigned_if_nonnegative"] = True
+        if self.gradient != "clipped":
+            entries["gradient"] = self.gradient
+        return entries | dict(self.options)

@@ -1,0 +1,36 @@
+"""What the callback tests share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+class Messages(list[str]):
+    """What Lightning's `rank_zero_info` has said, which is how the callbacks speak."""
+
+    def about(self, text: str) -> list[str]:
+        return [message for message in self if text in message]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On models this small a second thread only waits, for long where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def messages() -> Iterator[Messages]:
+    said = Messages()
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lightning.pytorch")
+    logger.addHandler(handler)
+    yield said
+    logger.removeHandler(handler)

@@ -1,0 +1,186 @@
+"""Real images, a small CNN that knows nothing of quantization, and a Trainer without extras."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics import MeanMetric
+
+from statqat_lightning.callbacks.qat import StatQATCallback
+from statqat_lightning.insertion import quantized_layers, quantizer_state
+
+BATCH_SIZE = 32
+STEPS_PER_EPOCH = 6
+
+
+@functools.cache
+def digits() -> TensorDataset:
+    """The first scanned digits: pixels 0 to 1, `(1, 8, 8)`, and their classes."""
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
+    count = BATCH_SIZE * STEPS_PER_EPOCH
+    return TensorDataset(images[:count], torch.from_numpy(bunch.target[:count]))
+
+
+def loader(dataset: Dataset[Any] | None = None, shuffle: bool = True, **options: Any) -> Any:
+    return DataLoader(dataset or digits(), batch_size=BATCH_SIZE, shuffle=shuffle, **options)
+
+
+def held_out() -> Any:
+    """The same images in order: that validation changes nothing is all that matters here."""
+    return loader(shuffle=False)
+
+
+def small_cnn() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Flatten(),
+        nn.Linear(72, 10),
+    )
+
+
+LAYERS = ("net.0", "net.3", "net.8")
+
+
+class DigitsModule(LightningModule):
+    """Any LightningModule: layers from `__init__`, a metric, a loss, validation and test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = MeanMetric()
+        self.net = small_cnn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.seen.update(x.mean())
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "val_loss")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "test_loss")
+
+    def _evaluate(self, batch: Any, name: str) -> None:
+        x, y = batch
+        self.log(name, F.cross_entropy(self(x), y))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        decayed = [p for p in self.parameters() if p.dim() > 1]
+        plain = [p for p in self.parameters() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": 1e-4}, {"params": plain}]
+        return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+
+
+class Witness(Callback):
+    """Records what the training looks like from outside: batches, losses, scales, statistics."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+        self.losses: list[float] = []
+        self.states: list[dict[str, Any]] = []
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.batches.append(batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if isinstance(outputs, dict) and "loss" in outputs:
+            self.losses.append(float(outputs["loss"]))
+        self.states.append(quantizer_state(pl_module))
+
+
+def make_trainer(*callbacks: Callback, **options: Any) -> Trainer:
+    """A Trainer on one CPU without logger, bar, summary or checkpoints, unless asked for."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    }
+    return Trainer(callbacks=[*callbacks], **defaults | options)
+
+
+def statqat(weights: Any = "int4", activations: Any = "int4", **options: Any) -> StatQATCallback:
+    """The callback without its printed report."""
+    return StatQATCallback(weights, activations, **{"verbose": False} | options)
+
+
+def train(
+    *callbacks: Callback,
+    module: LightningModule | None = None,
+    data: Any = None,
+    validation: Any = None,
+    ckpt_path: str | Path | None = None,
+    seed: int = 1,
+    **options: Any,
+) -> tuple[Any, Witness]:
+    """Train from a seed; the trained module and what was witnessed."""
+    L.seed_everything(seed, verbose=False)
+    module = module or DigitsModule()
+    witness = Witness()
+    trainer = make_trainer(*callbacks, witness, **options)
+    trainer.fit(module, data or loader(), validation or held_out(), ckpt_path=ckpt_path)
+    return module, witness
+
+
+def scales(module: nn.Module) -> dict[str, Tensor]:
+    """Scale of every quantizer by name."""
+    return {
+        q.name: q.scale.clone() for _, _, layer in quantized_layers(module) for q in layer.present()
+    }
+
+
+def quantizer_of(module: nn.Module, name: str) -> Any:
+    """The fake quantizer `{layer}/{weight|input}`."""
+    layer, _, role = name.rpartition("/")
+    return next(getattr(q, role) for there, _, q in quantized_layers(module) if there == layer)
+
+
+def rounded_int(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """Fake quantization to integers in so many words: the oracle."""
+    return torch.clamp(torch.round(x / scale), low, high) * scale
+
+
+def assert_same(left: Any, right: Any, path: str = "") -> None:
+    """Two nests of dicts, sequences, tensors and plain values are equal, bit for bit."""
+    if isinstance(left, Tensor):
+        assert torch.equal(left, right), path
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for key in left:
+            assert_same(left[key], right[key], f"{path}/{key}")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), path
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same(a, b, f"{path}/{index}")
+    else:
+        assert left == right, path
