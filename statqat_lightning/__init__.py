@@ -1,5 +1,7 @@
 """Quantization-aware training whose scales come from statistics, as PyTorch Lightning callbacks."""
 
+from statqat_lightning.callbacks import SNRMonitor as SNRMonitor
+from statqat_lightning.callbacks import StatQATCallback as StatQATCallback
 from statqat_lightning.formats import get_format as get_format
 from statqat_lightning.functional import fake_quantize as fake_quantize
 from statqat_lightning.functional import snr_db as snr_db

@@ -71,7 +71,9 @@ def test_ties_and_their_float32_neighbours_equal_ml_dtypes(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in format_names() if "int" in name])
 def test_integer_round_equals_rint_and_clip_on_every_finite_bfloat16(name: str) -> None:
     width = int(name[-1])
-    low, high = (0, 2**width - 1) if name[0] == "u" else (1 - 2 ** (width - 1), 2 ** (width - 1) - 1)
+    low, high = (
+        (0, 2**width - 1) if name[0] == "u" else (1 - 2 ** (width - 1), 2 ** (width - 1) - 1)
+    )
     x = every_finite_bfloat16().float()
     expected = np.clip(np.rint(x.numpy()), low, high)
     assert torch.equal(get_format(name).round(x), torch.from_numpy(expected))
@@ -155,7 +157,9 @@ def test_round_keeps_dtype_and_shape_and_its_argument(dtype: torch.dtype) -> Non
 
 
 def test_round_refuses_integers() -> None:
-    with pytest.raises(TypeError, match=r"int4\.round: got dtype torch\.int64; expected a floating"):
+    with pytest.raises(
+        TypeError, match=r"int4\.round: got dtype torch\.int64; expected a floating"
+    ):
         get_format("int4").round(torch.tensor([1]))
 
 

@@ -284,7 +284,8 @@ def test_scale_gets_no_gradient_and_only_the_input_is_kept(rule: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         fake_quantize(x, QParams(scale), INT4, rule).sum().backward()
-    assert {tensor.data_ptr() for tensor in kept} <= {x.data_ptr(), scale.data_ptr()}
+    others = {tensor.data_ptr() for tensor in kept} - {x.data_ptr(), scale.data_ptr()}
+    assert len(others) == (1 if rule == "magnitude" else 0)  # its factors
     assert scale.grad is None
 
 

@@ -8,10 +8,12 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -52,8 +54,9 @@ def calibrate(
         raise CannotCalibrate(f"{type(trainer.strategy).__name__} shards the module")
     if not pl_module.automatic_optimization:
         raise CannotCalibrate("with manual optimization, training_step updates the weights")
-    try:
-        with isolate_rng():
+    failure: Exception | None = None
+    with isolate_rng():
+        try:
             twin = _twin(pl_module)
             batches = _batches(trainer, num_batches, reduce)
             progress = Tqdm(
@@ -65,12 +68,14 @@ def calibrate(
             )
             _run(trainer, twin, progress, reduce)
             load_quantizer_state(pl_module, quantizer_state(twin))
-    except CannotCalibrate:
-        raise
-    except Exception as error:
+        except Exception as error:
+            failure = error  # raised below: past an exception, isolate_rng restores nothing
+    if isinstance(failure, CannotCalibrate):
+        raise failure
+    if failure is not None:
         raise CannotCalibrate(
-            f"a batch could not be run ahead of training ({type(error).__name__}: {error})"
-        ) from error
+            f"a batch could not be run ahead of training ({type(failure).__name__}: {failure})"
+        ) from failure
 
 
 def _twin(pl_module: LightningModule) -> LightningModule:
@@ -87,26 +92,37 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 def _run(trainer: Trainer, twin: LightningModule, batches: Any, reduce: Reduce | None) -> None:
     set_enabled(twin, weights=False, inputs=False)
-    with torch.no_grad(), trainer.precision_plugin.train_step_context():
+    with torch.no_grad():
         for index, batch in enumerate(batches):
-            batch = twin._apply_batch_transfer_handler(
-                _before_transfer(twin, batch), trainer.strategy.root_device
-            )
+            batch = _transferred(trainer, twin, batch)
             set_observing(twin, True)
-            twin.training_step(*_step_arguments(twin, batch, index))
+            with trainer.precision_plugin.train_step_context():
+                twin.training_step(*_step_arguments(twin, batch, index))
             set_observing(twin, False)
             refresh(twin, weights=False, reduce=reduce)
             set_enabled(twin, weights=True, inputs=True)
 
 
-def _before_transfer(twin: LightningModule, batch: Any) -> Any:
-    return twin.on_before_batch_transfer(batch, 0)
+def _transferred(trainer: Trainer, twin: LightningModule, batch: Any) -> Any:
+    """The batch in the run's precision and on its device, past the hooks that training calls."""
+    selector = trainer._data_connector._datahook_selector
+    assert selector is not None
+    batch = trainer.precision_plugin.convert_input(batch)
+    for hook, arguments in (
+        ("on_before_batch_transfer", (0,)),
+        ("transfer_batch_to_device", (trainer.strategy.root_device, 0)),
+        ("on_after_batch_transfer", (0,)),
+    ):
+        owner = selector.get_instance(hook)
+        if isinstance(owner, LightningModule):
+            owner = twin
+        batch = getattr(owner, hook)(batch, *arguments)
+    return batch
 
 
 def _step_arguments(twin: LightningModule, batch: Any, index: int) -> list[Any]:
-    """`training_step` may take `batch`, or `batch` and `batch_idx`."""
-    code = getattr(twin.training_step, "__code__", None)
-    takes_index = code is None or code.co_argcount > 2 or bool(code.co_flags & 0x04)
+    """`training_step` may take `batch`, or `batch` and `batch_idx`; Lightning's own rule."""
+    takes_index = is_param_in_hook_signature(twin.training_step, "batch_idx", min_args=2)
     return [batch, index] if takes_index else [batch]
 
 
@@ -114,7 +130,8 @@ def _batches(trainer: Trainer, num_batches: int, reduce: Reduce | None) -> Itera
     """Batches as `training_step` gets them, from fresh loaders over the same datasets."""
     loaders, structure = tree_flatten(trainer.train_dataloader)
     fresh = [_fresh_loader(loader) for loader in loaders]
-    num_batches = min([num_batches, *(len(loader) for loader in fresh)])
+    lengths = [length for loader in fresh if (length := sized_len(loader)) is not None]
+    num_batches = min([num_batches, *lengths])
     if reduce is not None:
         # Every batch ends in a collective, so all ranks must run equally many.
         fewest = reduce(

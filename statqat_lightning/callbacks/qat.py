@@ -222,6 +222,10 @@ class StatQATCallback(Callback):
         """Fit the scales of weights that were loaded without quantizer state since insertion."""
         self._unpatch("setup", "configure_model")
         if self._weights_are_new:
+            for _, _, quantizers in quantized_layers(pl_module):
+                if quantizers.weight is not None:
+                    # The scales in force are those of other weights: no start for a search.
+                    quantizers.weight.ready = False
             refresh(pl_module, inputs=False)
             self._weights_are_new = False
 

@@ -1,4 +1,4 @@
-"""Frozen models: codes and scales in place of weights, in plain PyTorch. What all writers start from."""
+"""Frozen models: codes and scales in place of weights, in plain PyTorch; all writers start here."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class FrozenLayer(nn.Module):
             for name in (WEIGHT_SCALE, INPUT_SCALE)
             if (buffer := self._buffers.get(name)) is not None
         }
-        result = super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Scales stay float32 in any precision; the weight's precision is what the codes turn into.
         for name, buffer in scales.items():
             self._buffers[name] = buffer.to(self.get_buffer(name).device)
@@ -105,7 +105,7 @@ class FrozenLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time: pickle and deepcopy find it by the class it was made from.
-        return _rebuild, (type(self).__bases__[1],), self.__getstate__()
+        return _rebuild, (type(self).__bases__[1],), super().__reduce_ex__(protocol)[2]
 
 
 class Frozen(NamedTuple):
@@ -121,7 +121,7 @@ def frozen_layers(model: nn.Module) -> list[Frozen]:
 
 
 def left_in_float(model: nn.Module) -> dict[str, str]:
-    """Tensors of a model with quantizers that freezing leaves in float, by name, with the reason."""
+    """Names of tensors with a quantizer that freezing leaves in float, and the reason."""
     return {
         quantizer.name: "switched off" if quantizer.ready else "no statistics"
         for _, _, quantizers in quantized_layers(model)
@@ -161,7 +161,8 @@ def freeze_quietly(model: nn.Module) -> nn.Module:
     kind = type(model).__name__
     if not quantized_layers(model):
         raise ValueError(
-            f"freeze: got a {kind} without quantizers. Train it with StatQATCallback, or call prepare(model) first."
+            f"freeze: got a {kind} without quantizers. Train it with StatQATCallback, or call "
+            "prepare(model) first."
         )
     frozen = copy.deepcopy(model).eval()
     for name, module, quantizers in quantized_layers(frozen):
@@ -210,7 +211,8 @@ def _drop_weight(name: str, module: nn.Module) -> None:
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     if "weight" not in module._parameters:
         raise ValueError(
-            f"freeze: the weight of layer {name!r} is not a parameter: a forward hook makes it (torch.nn.utils.weight_norm or "
+            f"freeze: the weight of layer {name!r} is not a parameter: a forward hook makes it "
+            "(torch.nn.utils.weight_norm or "
             "spectral_norm). Use their successors in torch.nn.utils.parametrizations."
         )
     del module._parameters["weight"]

@@ -26,7 +26,7 @@ class ForwardCall:
 
     @classmethod
     def of(cls, example: Any) -> ForwardCall:
-        """From an example input as Lightning has it: a mapping is keyword arguments, a tuple or list positional ones."""
+        """From an example: a mapping is passed by keyword, a tuple or list by position."""
         if isinstance(example, ForwardCall):
             return example
         if isinstance(example, Mapping):

@@ -113,17 +113,20 @@ def read_header(path: str | Path) -> dict[str, Any]:
             entries = file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path}: not a whole .safetensors file ({error}). It may have been cut off on the way; copy or export it again."
+            f"{path}: not a whole .safetensors file ({error}). It may have been cut off on the "
+            "way; copy or export it again."
         ) from error
     if KEY not in entries:
         raise ValueError(
-            f"{path}: a .safetensors file without the entry {KEY!r}: another program wrote it. Expected a file by "
+            f"{path}: a .safetensors file without the entry {KEY!r}: another program wrote it. "
+            "Expected a file by "
             "ExportCallback or save_native."
         )
     header: dict[str, Any] = json.loads(entries[KEY])
     if header["file_version"] > FILE_VERSION:
         raise ValueError(
-            f"{path}: got file version {header['file_version']}, written by statqat-lightning {header['library_version']}; this "
+            f"{path}: got file version {header['file_version']}, written by statqat-lightning "
+            f"{header['library_version']}; this "
             f"one reads up to {FILE_VERSION}. Update statqat-lightning."
         )
     return header
@@ -156,7 +159,8 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: the checkpoint holds objects that are not loaded from a file one may not trust ({error}). If you trust it: "
+            f"{path}: the checkpoint holds objects that are not loaded from a file one may not "
+            f"trust ({error}). If you trust it: "
             "load_checkpoint(model, torch.load(path, weights_only=False))."
         ) from error
     except (RuntimeError, EOFError, KeyError) as error:
@@ -180,13 +184,15 @@ def load_checkpoint(
         raise ValueError(f"{where}: no 'state_dict' in it; expected a Lightning checkpoint.")
     if KEY not in checkpoint:
         raise ValueError(
-            f"{where}: a checkpoint without the entry {KEY!r}: it was trained without StatQATCallback and holds a float model. "
+            f"{where}: a checkpoint without the entry {KEY!r}: it was trained without "
+            "StatQATCallback and holds a float model. "
             "Load it with load_from_checkpoint."
         )
     entry = checkpoint[KEY]
     if entry["version"] > 1:
         raise ValueError(
-            f"{where}: got version {entry['version']} of {KEY!r}; this one reads 1. Update statqat-lightning."
+            f"{where}: got version {entry['version']} of {KEY!r}; this one reads 1. Update "
+            "statqat-lightning."
         )
     remove(model)
     prefix = _prefix(model, set(checkpoint["state_dict"]), where)
@@ -244,8 +250,11 @@ class _Entry:
         return [self.key(tensor) for tensor in (CODES, WEIGHT_SCALE, INPUT_SCALE)]
 
     def rule(self) -> QuantRule:
-        specs = [part and TensorSpec(**part["spec"]) for part in (self.weight, self.input)]
-        return QuantRule(f"re:{re.escape(self.name)}", *specs)
+        weight, inputs = (
+            TensorSpec(**part["spec"]) if part is not None else None
+            for part in (self.weight, self.input)
+        )
+        return QuantRule(f"re:{re.escape(self.name)}", weight, inputs)
 
     def dequantized(self, tensors: Mapping[str, Tensor]) -> Tensor:
         assert self.weight is not None
@@ -255,12 +264,14 @@ class _Entry:
         count = math.prod(shape)
         if packed.numel() != packed_size(count, fmt.bits):
             raise ValueError(
-                f"{self.where}: got {packed.numel()} bytes of codes; expected {packed_size(count, fmt.bits)} for shape {shape} "
+                f"{self.where}: got {packed.numel()} bytes of codes; expected "
+                f"{packed_size(count, fmt.bits)} for shape {shape} "
                 f"in {fmt.name}. The file is damaged; export it again."
             )
         if tuple(scale.shape) != granularity.scale_shape(shape):
             raise ValueError(
-                f"{self.where}: got a scale of shape {tuple(scale.shape)}; expected {granularity.scale_shape(shape)} for a weight "
+                f"{self.where}: got a scale of shape {tuple(scale.shape)}; expected "
+                f"{granularity.scale_shape(shape)} for a weight "
                 f"of shape {shape}, {granularity}. The file is damaged; export it again."
             )
         dtype: torch.dtype = getattr(torch, self.weight["dtype"])
@@ -269,15 +280,17 @@ class _Entry:
         return dequantize(values, QParams(scale, None, granularity)).to(dtype)
 
     def restore(self, layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> None:
-        """Give the quantizers of a layer their formats and scales, and check that they reproduce the codes."""
+        """Give a layer's quantizers format and scale, and check that they reproduce the codes."""
         weight, inputs = layer.quantizers.weight, layer.quantizers.input
         if self.weight is not None and weight is not None:
             _restore(weight, self.weight["format"], self._tensor(tensors, WEIGHT_SCALE))
             expected = self.dequantized(tensors).to(weight_of(layer.module))
             if not torch.equal(weight(weight_of(layer.module)), expected):
                 raise ValueError(
-                    f"{self.where}: the model's weight does not quantize to the codes of the file. Expected a weight of its own in "
-                    f"{self.weight['dtype']}; it may be shared with a layer of another format, or the model's precision too low."
+                    f"{self.where}: the model's weight does not quantize to the codes of the file. "
+                    "Expected a weight of its own in "
+                    f"{self.weight['dtype']}; it may be shared with a layer of another format, or "
+                    "the model's precision too low."
                 )
         if self.input is not None and inputs is not None:
             _restore(inputs, self.input["format"], self._tensor(tensors, INPUT_SCALE))
@@ -326,7 +339,9 @@ def _describe(layer: FrozenLayer) -> dict[str, Any]:
 
 
 def _describe_tensor(tensor: FrozenTensor | None) -> dict[str, Any] | None:
-    return tensor and {
+    if tensor is None:
+        return None
+    return {
         "format": tensor.fmt.name,
         "granularity": str(tensor.granularity),
         "spec": tensor.spec.to_dict(),
@@ -346,13 +361,14 @@ def _kind_of(path: Path) -> str:
     if len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < 1e8:
         return "native"
     raise ValueError(
-        f"{path}: neither a .safetensors file nor a checkpoint (it begins with {start!r}). Expected a file by ExportCallback, "
+        f"{path}: neither a .safetensors file nor a checkpoint (it begins with {start!r}). "
+        "Expected a file by ExportCallback, "
         "or a checkpoint of a training with StatQATCallback."
     )
 
 
 def _prefix(model: nn.Module, keys: set[str], where: str) -> str:
-    """What stands before the model's names in a file that holds a larger model; empty if nothing."""
+    """What stands before the model's names in a file that holds a larger model."""
     own = {k for k in model.state_dict() if not k.endswith("_extra_state")}
     if not own or own & keys:
         return ""
@@ -364,11 +380,13 @@ def _prefix(model: nn.Module, keys: set[str], where: str) -> str:
     outer = sorted(k for k in own if any(k.endswith(f".{key}") for key in keys))
     hint = ""
     if fitting:
-        hint = f" Several parts of it fit: {', '.join(p[:-1] for p in fitting)}; load the whole model instead."
+        parts = ", ".join(part[:-1] for part in fitting)
+        hint = f" Several parts of it fit: {parts}; load the whole model instead."
     elif outer:
-        hint = f" The file seems to hold a part of this model; pass that part alone ({outer[0]!r} is in it)."
+        hint = f" It seems to hold a part of this model, with {outer[0]!r}; pass that part alone."
     raise ValueError(
-        f"{where}: none of the names in it is a name of {type(model).__name__}.{hint} In the file: {_some(keys)}. "
+        f"{where}: none of the names in it is a name of {type(model).__name__}.{hint} In the file: "
+        f"{_some(keys)}. "
         f"In the model: {_some(own)}."
     )
 
@@ -412,13 +430,15 @@ def _load_tensors(
     if unexpected := given.keys() - own.keys():
         problems.append(f"only in the file: {_some(unexpected)}")
     problems += [
-        f"{name}: shape {tuple(given[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        f"{name}: shape {tuple(given[name].shape)} in the file, {tuple(own[name].shape)} in the "
+        "model"
         for name in own
         if name in given and given[name].shape != own[name].shape
     ]
     if problems:
         raise ValueError(
-            f"{where}: does not fit the model. {'; '.join(problems)}. Build the model as it was built for training."
+            f"{where}: does not fit the model. {'; '.join(problems)}. Build the model as it was "
+            "built for training."
         )
     model.load_state_dict(given, strict=False)
 
@@ -431,8 +451,10 @@ def _check_quantizers(model: nn.Module, state: Mapping[str, Any], where: str) ->
         formats = [s["format"].removeprefix("u") for s in (state[name], own[name])]
         if shapes[0] != shapes[1] or formats[0] != formats[1]:
             raise ValueError(
-                f"{where}: quantizer {name!r} is {state[name]['format']} with scales of shape {shapes[0]} in the checkpoint, "
-                f"{own[name]['format']} with {shapes[1]} in the model. Load the whole model that was trained: the recipe goes by "
+                f"{where}: quantizer {name!r} is {state[name]['format']} with scales of shape "
+                f"{shapes[0]} in the checkpoint, "
+                f"{own[name]['format']} with {shapes[1]} in the model. Load the whole model that "
+                "was trained: the recipe goes by "
                 "the position of layers."
             )
 

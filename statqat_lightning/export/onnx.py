@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,19 +27,18 @@ from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, output_nam
 from statqat_lightning.export.native import KEY, library_version
 from statqat_lightning.export.operators import (
     FLOAT8,
-    dequantize_weight,
     is_table,
-    round_to_grid,
     use_operators,
 )
 from statqat_lightning.formats import FloatFormat, IntFormat, get_format
 
+FLOAT8_ONNX = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
 OPSET = 21
 """The first with 4-bit types and with blocks in DequantizeLinear. ONNX Runtime 1.20 reads it."""
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "ml_dtypes")
 
-# The optimizer computes whatever is constant ahead of time, and would turn codes into float weights.
-# It leaves alone what has more elements than this: the smallest table has 16.
+# The optimizer computes ahead of time what is constant, and would turn codes into float weights. It
+# leaves alone what has more elements than this: the smallest table has 16.
 _MOST_FOLDED = 15
 
 
@@ -55,7 +55,8 @@ def require_packages() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"ONNX export needs {', '.join(missing)}: pip install 'statqat-lightning[onnx]'. Or export without it: onnx=False."
+            f"ONNX export needs {', '.join(missing)}: pip install 'statqat-lightning[onnx]'. Or "
+            "export without it: onnx=False."
         )
 
 
@@ -98,9 +99,7 @@ def _translate(
 
     tensors = tuple(call.tensors())
     dynamic = torch.export.Dim.AUTO
-    shapes = tuple(
-        {0: dynamic} if t.dim() and len(t) == call.batch_size else None for t in tensors
-    )
+    shapes = tuple({0: dynamic} if t.dim() and len(t) == call.batch_size else None for t in tensors)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             # What tracing and translation warn of concerns their own insides.
@@ -123,13 +122,17 @@ def _translate(
             graph = onnxscript.optimizer.optimize(translated.model, input_size_limit=_MOST_FOLDED)
     except Exception as error:
         raise ONNXExportError(
-            f"{type(error).__name__}: {str(error).strip()}\nThis forward cannot be exported to ONNX as it is. If only a part of "
+            f"{type(error).__name__}: {str(error).strip()}\nThis forward cannot be exported to "
+            "ONNX as it is. If only a part of "
             "the model is needed, name it (module=...); the native file does not need tracing."
         ) from error
+    _split_clips(graph)
     _pack_tables(graph)
+    _tidy(graph)
     graph.producer_name = "statqat_lightning"
     graph.producer_version = library_version()
     graph.metadata_props[KEY] = json.dumps({"library_version": library_version()})
+    graph.metadata_props["input_names"] = ",".join(input_names)
     proto = onnx_ir.to_proto(graph)
     onnx.checker.check_model(proto)
     data: bytes = proto.SerializeToString()
@@ -139,26 +142,22 @@ def _translate(
 def _translate_input(x: Any, scale: Any, low: float, high: float, format: str) -> Any:
     """QuantizeLinear and DequantizeLinear, or arithmetic where runtimes lack the type."""
     import onnx
-    from onnxscript import opset21 as op
 
-    fmt = get_format(format)
+    op, fmt = _operators(), get_format(format)
     if isinstance(fmt, IntFormat):
-        lowest, highest = (-128, 127) if fmt.is_signed else (0, 255)
-        # Clipping `x` itself, before the division, keeps QuantizeLinear next to what made `x`.
-        bounds = (
-            low if fmt.min > lowest else None,
-            high if fmt.max < highest else None,
-        )
-        if bounds != (None, None):
-            x = op.Clip(x, *(b if b is None else _constant(op, b) for b in bounds))
+        lowest, highest = (-128.0, 127.0) if fmt.is_signed else (0.0, 255.0)
         kind = onnx.TensorProto.INT8 if fmt.is_signed else onnx.TensorProto.UINT8
     elif format in FLOAT8:
-        kind = onnx.helper.np_dtype_to_tensor_dtype(onnx.helper.tensor_dtype_to_np_dtype(
-            onnx.TensorProto.FLOAT8E4M3FN if format == "fp8_e4m3" else onnx.TensorProto.FLOAT8E5M2
-        ))
+        # The type saturates by itself. But ONNX Runtime 1.32 takes its zero point of 0 for the
+        # lower end of the range and removes a ReLU in front, so something must stand between.
+        lowest, highest = -math.inf, fmt.max
+        kind = getattr(onnx.TensorProto, FLOAT8_ONNX[format])
     else:
         assert isinstance(fmt, FloatFormat)
         return op.Mul(_round_to_float(op, op.Div(x, scale), fmt), scale)
+    bounds = low if fmt.min > lowest else None, high if fmt.max < highest else None
+    if bounds != (None, None):
+        x = op.Clip(x, *(None if bound is None else _constant(op, bound) for bound in bounds))
     zero = op.Constant(value=onnx.helper.make_tensor("zero_point", kind, [], [0]))
     return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
 
@@ -182,9 +181,8 @@ def _translate_weight(
 ) -> Any:
     """DequantizeLinear, or a table of values where runtimes lack the type."""
     import onnx
-    from onnxscript import opset21 as op
 
-    fmt = get_format(format)
+    op, fmt = _operators(), get_format(format)
     if not is_table(fmt):
         if group:
             weight = op.DequantizeLinear(codes, scale, axis=axis, block_size=group)
@@ -202,14 +200,18 @@ def _translate_weight(
     weight = op.Gather(table, op.Cast(codes, to=onnx.TensorProto.INT32))
     if group:
         groups = [shape[0], -1, group]
-        product = op.Mul(
-            _reshaped(op, weight, groups), op.Unsqueeze(scale, _integers(op, [-1]))
-        )
+        product = op.Mul(_reshaped(op, weight, groups), op.Unsqueeze(scale, _integers(op, [-1])))
         return _reshaped(op, product, shape)
     if axis >= 0:
         ones = [1] * (len(shape) - 1 - axis)
         scale = _reshaped(op, scale, [*([1] * axis), -1, *ones])
     return op.Mul(weight, scale)
+
+
+def _operators() -> Any:
+    from onnxscript import opset21
+
+    return opset21
 
 
 def _constant(op: Any, value: float) -> Any:
@@ -222,6 +224,58 @@ def _integers(op: Any, values: list[int]) -> Any:
 
 def _reshaped(op: Any, x: Any, shape: list[int]) -> Any:
     return op.Reshape(x, _integers(op, shape))
+
+
+def _split_clips(graph: Any) -> None:
+    """Write Clip as Min and Max where the QuantizeLinear behind it does not clip as far.
+
+    ONNX Runtime looks through Clip and Relu to QuantizeLinear, and rounds the bias of the layer
+    before to a multiple of `input scale * weight scale`. That is a coarse step for formats narrower
+    than their container, and gains no speed, because such a Clip keeps the integer kernel away.
+    """
+    import onnx_ir
+
+    for node in list(graph.graph):
+        if node.op_type != "Clip" or node.outputs[0].is_graph_output():
+            continue
+        consumers = node.outputs[0].consumers()
+        if not consumers or any(c.op_type != "QuantizeLinear" for c in consumers):
+            continue
+        low, high = (
+            node.inputs[i] if i < len(node.inputs) and node.inputs[i] is not None else None
+            for i in (1, 2)
+        )
+        ends = [_ends_of(consumer) for consumer in consumers]
+        value, last = node.inputs[0], node
+        for kind, bound, end in (
+            ("Min", high, min(e[1] for e in ends)),
+            ("Max", low, max(e[0] for e in ends)),
+        ):
+            if bound is None:
+                continue
+            limit = float(bound.const_value.numpy())
+            if limit < end if kind == "Min" else limit > end:
+                step = onnx_ir.node(kind, [value, bound])
+                graph.graph.insert_after(last, step)
+                step.outputs[0].dtype, step.outputs[0].shape = (
+                    node.outputs[0].dtype,
+                    node.outputs[0].shape,
+                )
+                value, last = step.outputs[0], step
+        if last is not node:
+            for consumer in consumers:
+                consumer.replace_input_with(0, value)
+            graph.graph.remove(node, safe=True)
+
+
+def _ends_of(quantize: Any) -> tuple[float, float]:
+    """Where QuantizeLinear saturates; for float8 nowhere, see `_translate_input`."""
+    import onnx_ir
+
+    scale, kind = float(quantize.inputs[1].const_value.numpy()), quantize.inputs[2].dtype
+    integers = {onnx_ir.DataType.INT8: (-128, 127), onnx_ir.DataType.UINT8: (0, 255)}
+    low, high = integers.get(kind, (-math.inf, math.inf))
+    return low * scale, high * scale
 
 
 def _pack_tables(graph: Any) -> None:
@@ -247,3 +301,23 @@ def _pack_tables(graph: Any) -> None:
                 name=codes.name,
             )
             codes.dtype = onnx_ir.DataType.UINT4
+
+
+def _tidy(graph: Any) -> None:
+    """Call the batch dimension `batch`, and drop the exporter's traces of Python code."""
+    import onnx_ir
+
+    dimensions = [v.shape[0] for v in graph.graph.inputs if v.shape is not None and len(v.shape)]
+    batch = {d.value for d in dimensions if isinstance(d, onnx_ir.SymbolicDim)}
+    values = [*graph.graph.inputs, *graph.graph.outputs]
+    for node in graph.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        values += node.outputs
+    for value in values:
+        value.metadata_props.clear()
+        if value.shape is not None and len(batch) == 1:
+            value.shape = onnx_ir.Shape(
+                "batch" if isinstance(d, onnx_ir.SymbolicDim) and d.value in batch else d
+                for d in value.shape
+            )

@@ -1,4 +1,4 @@
-"""Two operators that stand for quantization while a frozen model is traced, and one node pattern each in ONNX.
+"""Two operators that stand for quantization while a frozen model is traced.
 
 `torch.export` keeps them whole; translation then has all it needs to write QuantizeLinear and
 DequantizeLinear instead of the arithmetic that they consist of.
@@ -24,11 +24,12 @@ from statqat_lightning.functional import QParams, dequantize, quantize
 from statqat_lightning.granularity import PerChannel, PerGroup
 
 FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+"""Float formats that runtimes have as a type."""
 
 
 @torch.library.custom_op("statqat::round_to_grid", mutates_args=())
 def round_to_grid(x: Tensor, scale: Tensor, low: float, high: float, format: str) -> Tensor:
-    """`x` quantized and dequantized with one scale; `low` and `high` are the ends of the scaled grid."""
+    """`x` rounded to a grid times `scale`, whose ends are `low` and `high`."""
     fmt = get_format(format)
     return dequantize(quantize(x, QParams(scale), fmt), QParams(scale))
 
@@ -62,9 +63,7 @@ def dequantize_weight(
 
 
 @dequantize_weight.register_fake
-def _(
-    codes: Tensor, scale: Tensor, format: str, axis: int, group: int, shape: list[int]
-) -> Tensor:
+def _(codes: Tensor, scale: Tensor, format: str, axis: int, group: int, shape: list[int]) -> Tensor:
     return scale.new_empty(shape)
 
 
@@ -74,7 +73,7 @@ def is_table(fmt: Format) -> bool:
 
 
 def stored_codes(codes: Tensor, tensor: FrozenTensor) -> Tensor:
-    """Codes in the type in which a file stores them: int8, uint8, float8, or uint8 indices of a table.
+    """Codes as a file stores them: int8, uint8, float8, or uint8 indices of a table.
 
     Groups become the last axis of a matrix: DequantizeLinear knows blocks along one axis only.
     """

@@ -54,7 +54,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     _check_bits(bits)
     if packed.dim() != 1 or packed.numel() != packed_size(count, bits):
         raise ValueError(
-            f"unpack: got shape {tuple(packed.shape)}; expected ({packed_size(count, bits)},) for {count} codes of {bits} bits."
+            f"unpack: got shape {tuple(packed.shape)}; expected ({packed_size(count, bits)},) for "
+            f"{count} codes of {bits} bits."
         )
     words = _words(torch.nn.functional.pad(packed, (0, -packed.numel() % bits)), 8, bits)
     shifts = bits * torch.arange(8, device=packed.device)
@@ -65,7 +66,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 def _words(parts: Tensor, bits: int, per_word: int = 8) -> Tensor:
     """Each run of `per_word` parts of `bits` bits as one int64, first part lowest."""
     shifts = bits * torch.arange(per_word, device=parts.device)
-    return (parts.reshape(-1, per_word).to(torch.int64) << shifts).sum(1)
+    return torch.sum(parts.reshape(-1, per_word).to(torch.int64) << shifts, dim=1)
 
 
 def _check_bits(bits: int) -> None:

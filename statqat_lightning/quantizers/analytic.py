@@ -27,7 +27,8 @@ class Analytic(Quantizer):
     Real weights are only Gaussian-like. With `refine=True` the constant is therefore a start and
     not the answer: the candidates (the capped constants of the normal and the Laplace density,
     `max|x|` itself and the scale in force) are compared by their error on the data, row by row, and
-    the best takes one fixed-point step. The result is never worse than min-max on any row.
+    the best takes one fixed-point step. The result is never worse than min-max on any row. From a
+    running statistic the candidates are compared by their predicted error, without that step.
 
     Args:
         prior: The density whose constant comes first.
@@ -63,8 +64,16 @@ class Analytic(Quantizer):
     ) -> Tensor:
         spectrum = statistics.spectrum
         assert spectrum is not None, "Analytic asks for the spectrum"
-        cap = positive_or_one(spectrum.absmax / fmt.max)
-        return self._capped(spectrum.power.sqrt(), cap, fmt, self.prior)
+        rms, cap = spectrum.power.sqrt(), positive_or_one(spectrum.absmax / fmt.max)
+        scale = self._capped(rms, cap, fmt, self.prior)
+        if not self.refine:
+            return scale
+        candidates = [cap, scale, self._capped(rms, cap, fmt, "laplace")]
+        if warm is not None:
+            candidates.append(warm)
+        scales = torch.stack(candidates)
+        errors = torch.stack([spectrum.mse(fmt, s) for s in candidates])
+        return scales.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
 
     @staticmethod
     def _capped(rms: Tensor, cap: Tensor, fmt: Format, prior: str) -> Tensor:

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -62,7 +63,7 @@ class DigitsModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = MeanMetric()
+        self.seen = MeanMetric(nan_strategy="disable")
         self.net = small_cnn()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ def make_trainer(*callbacks: Callback, **options: Any) -> Trainer:
         "devices": 1,
         "max_epochs": 1,
         "logger": False,
-        "enable_checkpointing": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "log_every_n_steps": 1,
@@ -136,19 +137,20 @@ def statqat(weights: Any = "int4", activations: Any = "int4", **options: Any) ->
 
 def train(
     *callbacks: Callback,
-    module: LightningModule | None = None,
+    module: LightningModule | type[LightningModule] = DigitsModule,
     data: Any = None,
     validation: Any = None,
     ckpt_path: str | Path | None = None,
     seed: int = 1,
     **options: Any,
 ) -> tuple[Any, Witness]:
-    """Train from a seed; the trained module and what was witnessed."""
+    """Train a module, or a new one of a class, from a seed; return it and what was witnessed."""
     L.seed_everything(seed, verbose=False)
-    module = module or DigitsModule()
+    module = module() if isinstance(module, type) else module
     witness = Witness()
     trainer = make_trainer(*callbacks, witness, **options)
-    trainer.fit(module, data or loader(), validation or held_out(), ckpt_path=ckpt_path)
+    data = loader() if data is None else data
+    trainer.fit(module, data, validation or held_out(), ckpt_path=ckpt_path)
     return module, witness
 
 

@@ -74,8 +74,8 @@ class OptimizerNames(Callback):
 @pytest.mark.parametrize("kind", MODULES)
 def test_names_and_optimizer_groups_are_those_of_the_float_run(kind: type[DigitsModule]) -> None:
     groups = OptimizerNames(), OptimizerNames()
-    plain, _ = train(groups[0], module=kind())
-    module, _ = train(statqat(), groups[1], module=kind())
+    plain, _ = train(groups[0], module=kind)
+    module, _ = train(statqat(), groups[1], module=kind)
     assert [layer.name for layer in quantized_layers(module)] == [*LAYERS]
     assert [*module.state_dict()] == [*plain.state_dict()]
     assert [name for name, _ in module.named_parameters()] == [

@@ -28,12 +28,15 @@ from tests.callbacks.digits import (
     train,
 )
 
+# Lightning misses whoever wrote the checkpoint; some tests resume without it on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:.*Please add the following callbacks.*ModelCheckpo")
 
-class SeedEachEpoch(Callback):
-    """Dropout draws the same numbers in an epoch, whether it follows another or a checkpoint."""
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        torch.manual_seed(trainer.current_epoch)
+class SeedEachBatch(Callback):
+    """Dropout draws the same numbers in a batch, whatever has been drawn before."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        torch.manual_seed(trainer.global_step)
 
 
 def every_epoch(folder: Path, **options: Any) -> ModelCheckpoint:
@@ -49,11 +52,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 ) -> None:
     data = loader(shuffle=False)
     whole, witness = train(
-        statqat(**options), SeedEachEpoch(), every_epoch(tmp_path), data=data, max_epochs=4
+        statqat(**options), SeedEachBatch(), every_epoch(tmp_path), data=data, max_epochs=4
     )
     resumed, rest = train(
         statqat(**options),
-        SeedEachEpoch(),
+        SeedEachBatch(),
         data=data,
         max_epochs=4,
         ckpt_path=tmp_path / f"epoch={epoch}.ckpt",
@@ -66,7 +69,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert_same(quantizer_state(resumed), quantizer_state(whole))
 
 
-def tested(module: LightningModule, ckpt_path: Path | None = None, *callbacks: Callback) -> float:
+def evaluated(module: LightningModule, ckpt_path: Path | None = None, *callbacks: Callback) -> float:
     (result,) = make_trainer(*callbacks).test(module, held_out(), ckpt_path, verbose=False)
     return float(result["test_loss"])
 
@@ -87,7 +90,7 @@ def test_a_fresh_process_tests_the_checkpoint_to_the_same_value(
 ) -> None:
     module, _ = train(statqat(), every_epoch(tmp_path))
     path = tmp_path / "epoch=0.ckpt"
-    before = tested(module)
+    before = evaluated(module)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FRESH_PROCESS, str(path)],
         cwd=repository,
@@ -97,7 +100,7 @@ def test_a_fresh_process_tests_the_checkpoint_to_the_same_value(
     )
     assert done.returncode == 0, done.stderr
     assert f"test_loss {before.hex()}" in done.stdout
-    assert tested(DigitsModule.load_from_checkpoint(path)) != before  # the float model
+    assert evaluated(DigitsModule.load_from_checkpoint(path)) != before  # the float model
 
 
 def test_load_from_checkpoint_gives_the_float_module_strictly(tmp_path: Path) -> None:
@@ -133,13 +136,12 @@ def test_a_float_checkpoint_starts_a_quantized_run(tmp_path: Path) -> None:
     assert len(witness.losses) == STEPS_PER_EPOCH  # the second epoch
     assert witness.states[0]["net.3/input"]["ready"]
     module = DigitsModule()
-    tested(module, path, statqat())
+    evaluated(module, path, statqat())
     reference = DigitsModule.load_from_checkpoint(path)
     prepare(reference, "int4", "int4")
     for name, scale in scales(reference).items():
         if name.endswith("weight"):
-            # A search that starts elsewhere ends within its own tolerance.
-            torch.testing.assert_close(scales(module)[name], scale, rtol=0.02, atol=0.0)
+            assert torch.equal(scales(module)[name], scale)
 
 
 def test_weights_only_checkpoints_carry_the_quantizers(tmp_path: Path) -> None:
@@ -147,7 +149,7 @@ def test_weights_only_checkpoints_carry_the_quantizers(tmp_path: Path) -> None:
     path = tmp_path / "epoch=0.ckpt"
     assert "optimizer_states" not in torch.load(path, weights_only=True)
     fresh = DigitsModule()
-    assert tested(fresh, path, statqat()) == tested(module)
+    assert evaluated(fresh, path, statqat()) == evaluated(module)
     assert_same(quantizer_state(fresh), quantizer_state(module))
 
 
@@ -157,7 +159,7 @@ def test_a_checkpoint_saved_after_the_fit_carries_the_quantizers(tmp_path: Path)
     trainer.fit(module, loader(), held_out())
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     fresh = DigitsModule()
-    assert tested(fresh, tmp_path / "after.ckpt", statqat()) == tested(module)
+    assert evaluated(fresh, tmp_path / "after.ckpt", statqat()) == evaluated(module)
     assert_same(quantizer_state(fresh), quantizer_state(module))
 
 
@@ -183,9 +185,7 @@ def test_another_architecture_is_refused_by_its_layers(tmp_path: Path) -> None:
         train(statqat(), module=module, ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=2)
 
 
-def test_the_best_checkpoint_can_be_tested_after_fit_and_export_leaves_the_module_alone(
-    tmp_path: Path,
-) -> None:
+def test_the_best_checkpoint_can_be_tested_and_validated_after_the_fit(tmp_path: Path) -> None:
     module = DigitsModule()
     callback = StatQATCallback("int4", "int4", verbose=False)
     keep = ModelCheckpoint(tmp_path, monitor="val_loss")

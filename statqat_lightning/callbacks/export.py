@@ -1,0 +1,280 @@
+"""`ExportCallback`: decides when a trained model is written to files, and from what input."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from statqat_lightning.callbacks.qat import StatQATCallback
+from statqat_lightning.export.artefacts import export_model
+from statqat_lightning.export.files import check_writable
+from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.native import load_checkpoint
+from statqat_lightning.export.onnx import require_packages
+from statqat_lightning.export.verify import ExportReport
+from statqat_lightning.insertion import input_quantizers, quantized_layers
+from statqat_lightning.recipe import QuantRecipe
+
+# ONNX Runtime's integer kernels flip a last bit now and then; less agreement is worth a warning.
+_EXPECTED_AGREEMENT = 0.98
+
+
+class ExportWarning(UserWarning):
+    """A file is missing at the end of a training, or differs from the trained model."""
+
+
+class ExportCallback(Callback):
+    """Write the trained model to an `.onnx` and a `.safetensors` file, and check both.
+
+    It works at the end of the fit, on a copy, on rank zero; the module stays as it was trained.
+    Each file is read back, run (in ONNX Runtime, and by `load_quantized`) and compared with the
+    fake-quantized model before it takes its name. Before training, it checks that the files can be
+    written.
+
+    The native file holds the whole LightningModule. The ONNX file holds what ran in the first
+    training step: the LightningModule if `training_step` calls `self(...)`, or else the outermost
+    submodule that ran and has the most quantized layers, for example `self.net` in `self.net(x)`.
+
+    With `fast_dev_run`, the files go to a folder `fast_dev_run` beside the others, so that a trial
+    never replaces a trained model. Without any training step, inputs have no statistics, and
+    nothing is written.
+
+    Example:
+        >>> callback = ExportCallback("exported/model.onnx")
+
+    Args:
+        path: Where the files go; `exported/model.onnx` stands for `exported/model.safetensors`,
+            too.
+        best: Export the best checkpoint of the Trainer's `ModelCheckpoint` instead of the last
+            weights.
+        example_input: Input of one forward call: a tensor, a tuple of positional or a mapping of
+            keyword arguments. None takes `example_input_array`, or else the first training batch.
+        module: Name of the submodule that goes into the ONNX file; None for what ran, see above.
+        onnx: Whether to write the `.onnx` file. It needs the extra `statqat-lightning[onnx]`.
+        native: Whether to write the `.safetensors` file.
+
+    Attributes:
+        report: Paths, sizes and differences of the last export, None before.
+
+    Raises:
+        ValueError: If neither file is asked for.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        best: bool = False,
+        example_input: Any = None,
+        module: str | None = None,
+        onnx: bool = True,
+        native: bool = True,
+    ) -> None:
+        if not (onnx or native):
+            raise ValueError("ExportCallback: got onnx=False and native=False; expected a file.")
+        self.path = Path(path)
+        self.best = best
+        self.example_input = example_input
+        self.module = module
+        self.onnx = onnx
+        self.native = native
+        self.report: ExportReport | None = None
+        self._capture: _Capture | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        self.report = None
+        self._capture = None
+        check_writable(self.path.parent)
+        if self.onnx:
+            require_packages()
+        if self.best and trainer.checkpoint_callback is None and not _is_trial(trainer):
+            raise ValueError(
+                "ExportCallback: got best=True, but the Trainer has no ModelCheckpoint. Add one "
+                "with a monitor, or leave best out."
+            )
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._capture is None and trainer.is_global_zero and self.example_input is None:
+            self._capture = _Capture(pl_module, self.module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._capture is not None:
+            self._capture.stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if self._capture is not None:
+            self._capture.stop()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        if reason := self._why_not(trainer, pl_module):
+            rank_zero_info(f"ExportCallback: nothing written: {reason}")
+            return
+        folder = self.path.parent / "fast_dev_run" if _is_trial(trainer) else self.path.parent
+        module, example = self._example(pl_module)
+        self.report = export_model(
+            self._trained(trainer, pl_module),
+            folder / self.path.name,
+            example,
+            module=module,
+            recipe=_recipe(trainer),
+            onnx=self.onnx,
+            native=self.native,
+        )
+        self._capture = None  # it holds a batch
+        rank_zero_info(f"StatQAT exported:\n{self.report}")
+        self._warn()
+
+    def _why_not(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+        if not quantized_layers(pl_module):
+            return "the module has no quantizers. Add StatQATCallback to the Trainer."
+        quantizers = input_quantizers(pl_module)
+        if quantizers and not any(q.ready for q in quantizers):
+            return "no training step ran, so there are no statistics of the inputs."
+        if not any(
+            q.enabled and q.ready
+            for layer in quantized_layers(pl_module)
+            for q in layer.quantizers.present()
+        ):
+            return "all quantizers are switched off."
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            return (
+                f"{type(trainer.strategy).__name__} shards the module. Export from the checkpoint: "
+                "export_model(load_quantized(model, checkpoint), path, example)."
+            )
+        return None
+
+    def _example(self, pl_module: LightningModule) -> tuple[str, Any]:
+        """Name of the submodule to export, and an input for it."""
+        captured = self._capture.best() if self._capture is not None else None
+        given = self.example_input
+        if given is None and self.module is None:
+            given = pl_module.example_input_array
+        if given is not None:
+            # A module whose forward was never written is exported by what ran in its place.
+            own_forward = type(pl_module).forward is not LightningModule.forward
+            fallback = "" if own_forward or captured is None else captured[0]
+            return (self.module if self.module is not None else fallback), given
+        return captured if captured is not None else (self.module or "", None)
+
+    def _trained(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
+        """The module as it is now, or a copy with the state of the best checkpoint."""
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "") if self.best else ""
+        if not best:
+            if self.best and not _is_trial(trainer):
+                rank_zero_warn(
+                    "ExportCallback: ModelCheckpoint has kept no checkpoint; the last weights are "
+                    "exported.",
+                    category=ExportWarning,
+                )
+            return pl_module
+        # This run has written the file itself, so it may hold any object.
+        checkpoint = torch.load(best, map_location="cpu", weights_only=False)
+        return load_checkpoint(copy.deepcopy(pl_module).cpu(), checkpoint, best)
+
+    def _warn(self) -> None:
+        report = self.report
+        assert report is not None
+        if self.onnx and report.onnx is None:
+            rank_zero_warn(
+                f"ExportCallback: no .onnx file. {' '.join(report.notes)}", category=ExportWarning
+            )
+        if report.native is not None and report.native.max_difference > 0:
+            rank_zero_warn(
+                f"ExportCallback: {report.native.path} differs by "
+                f"{report.native.max_difference:.3g}; expected 0. Is the forward "
+                "random in eval mode, or does it read what is no parameter and no buffer?",
+                category=ExportWarning,
+            )
+        agreement = report.onnx.agreement if report.onnx is not None else None
+        difference = report.onnx.max_difference if report.onnx is not None else 0.0
+        if math.isnan(difference) or (agreement is not None and agreement < _EXPECTED_AGREEMENT):
+            rank_zero_warn(
+                f"ExportCallback: {report.onnx_path} differs from the trained model by "
+                f"{difference:.3g}, agreement {agreement}.",
+                category=ExportWarning,
+            )
+
+
+class _Capture:
+    """Inputs of the outermost modules that run, from now until `stop`.
+
+    A module is outermost if no other module is running when it is called. Those without quantized
+    layers (losses, metrics) do not count.
+    """
+
+    def __init__(self, pl_module: LightningModule, module: str | None) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._running: list[bool] = []
+        self._calls: dict[str, ForwardCall] = {}
+        self._sizes: dict[str, int] = {}
+        chosen = {
+            name: sub for name, sub in pl_module.named_modules() if module is None or name == module
+        }
+        for name, sub in chosen.items():
+            self._sizes[name] = len(quantized_layers(sub))
+            self._handles += [
+                sub.register_forward_pre_hook(
+                    partial(self._enter, name, pl_module), with_kwargs=True, prepend=True
+                ),
+                sub.register_forward_hook(self._leave, always_call=True),
+            ]
+
+    def stop(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def best(self) -> tuple[str, ForwardCall] | None:
+        """Name and input of the one with the most quantized layers, None if none ran."""
+        if not self._calls:
+            return None
+        name = max(self._calls, key=lambda name: self._sizes[name])
+        return name, self._calls[name]
+
+    def _enter(
+        self, name: str, pl_module: LightningModule, module: nn.Module, args: Any, kwargs: Any
+    ) -> None:
+        is_forward = module is not pl_module or _runs_own_forward(pl_module)
+        if is_forward and not any(self._running) and self._sizes[name] and name not in self._calls:
+            self._calls[name] = ForwardCall(args, kwargs).copy()
+        self._running.append(is_forward)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.pop()
+
+
+def _runs_own_forward(pl_module: LightningModule) -> bool:
+    """Whether a call runs `forward`: a wrapper such as DDP calls the module for `training_step`."""
+    forward: Callable[..., Any] | None = pl_module.__dict__.get("forward")
+    return forward is None or getattr(forward, "__func__", None) is type(pl_module).forward
+
+
+def _is_trial(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def _recipe(trainer: Trainer) -> QuantRecipe | None:
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    return next((c.recipe for c in callbacks if isinstance(c, StatQATCallback)), None)

@@ -1,0 +1,355 @@
+"""Calibration sees training batches before the first step, and the run never notices."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, Dataset, IterableDataset, Sampler, SequentialSampler
+
+from statqat_lightning import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.callbacks.qat import StatQATCallback, StatQATWarning
+from tests.callbacks.conftest import Messages
+from tests.callbacks.digits import (
+    LAYERS,
+    STEPS_PER_EPOCH,
+    DigitsModule,
+    assert_same,
+    digits,
+    held_out,
+    loader,
+    make_trainer,
+    quantizer_of,
+    statqat,
+    train,
+)
+
+
+class AtStart(Callback):
+    """What the first training step would find."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DigitsModule)
+        self.found = {
+            "rng": (torch.get_rng_state(), repr(np.random.get_state()), random.getstate()),
+            "state": {name: value.clone() for name, value in pl_module.state_dict().items()},
+            "metric": (pl_module.seen.update_count, float(pl_module.seen.mean_value)),
+            "logged": dict(trainer.callback_metrics),
+            "gradients": [p.grad for p in pl_module.parameters()],
+            "training": [m.training for m in pl_module.modules()],
+        }
+
+
+class Noisy(Dataset[Any]):
+    """Augmentation with all three global generators."""
+
+    def __len__(self) -> int:
+        return len(digits())
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = digits()[index]
+        return x + torch.rand(()) + np.random.rand() + random.random(), y
+
+
+class Rotating(Sampler[int]):
+    """Starts at another image in every epoch: it counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.epochs = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.epochs += 1
+        yield from ((index + 50 * self.epochs) % len(self) for index in range(len(self)))
+
+    def __len__(self) -> int:
+        return len(digits())
+
+
+class Endless(Sampler[int]):
+    """Random images without end; it has no length."""
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield int(torch.randint(len(digits()), ()))
+
+
+class RotatingBatches(BatchSampler):
+    def __init__(self) -> None:
+        super().__init__(Rotating(), 32, drop_last=False)
+
+
+DATA: dict[str, Callable[[], Any]] = {
+    "shuffled": loader,
+    "augmented": lambda: loader(Noisy()),
+    "own generator": lambda: loader(generator=torch.Generator().manual_seed(3)),
+    "own sampler": lambda: loader(shuffle=False, sampler=Rotating()),
+    "endless sampler": lambda: loader(shuffle=False, sampler=Endless()),
+    "own batch sampler": lambda: torch.utils.data.DataLoader(
+        digits(), batch_sampler=RotatingBatches()
+    ),
+    "no batching": lambda: torch.utils.data.DataLoader(
+        torch.utils.data.StackDataset(*digits().tensors),
+        sampler=BatchSampler(SequentialSampler(digits()), 32, drop_last=False),
+        batch_size=None,
+    ),
+    "dict of loaders": lambda: {"a": loader(), "b": loader(shuffle=False)},
+    "combined": lambda: CombinedLoader([loader(), loader(Noisy())], "max_size_cycle"),
+}
+
+
+class Collections(DigitsModule):
+    """Takes a batch, or a dict or list of batches."""
+
+    calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.calls += 1
+        if isinstance(batch, dict):
+            batch = [batch["a"], batch["b"]]
+        if isinstance(batch[0], (list, tuple)):
+            batch = [torch.cat(parts) for parts in zip(*batch, strict=True)]
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_calibration_changes_nothing_outside_the_quantizers(name: str, messages: Messages) -> None:
+    plain, quantized = AtStart(), AtStart()
+    float_data, data = DATA[name](), DATA[name]()
+    length: dict[str, Any] = {"max_epochs": 2, "limit_train_batches": STEPS_PER_EPOCH}
+    callback = statqat(calibration_batches=4)
+    _, float_run = train(plain, module=Collections, data=float_data, **length)
+    module, run = train(callback, quantized, module=Collections, data=data, **length)
+    assert not messages.about("calibration")
+    assert run.states[0]["net.8/input"]["num_batches"] == 4 + 1
+    assert_same(quantized.found, plain.found)
+    assert_same(run.batches, float_run.batches)
+    assert module.calls == 2 * STEPS_PER_EPOCH
+    assert module.seen.update_count == 2 * STEPS_PER_EPOCH
+    if name == "own generator":
+        assert torch.equal(data.generator.get_state(), float_data.generator.get_state())
+    if name == "own sampler":
+        assert data.sampler.epochs == float_data.sampler.epochs == 2
+
+
+@pytest.mark.parametrize(("asked", "got"), [(1, 1), (3, 3), (50, STEPS_PER_EPOCH)])
+def test_as_many_batches_as_asked_or_an_epoch(asked: int, got: int) -> None:
+    recipe = QuantRecipe([QuantRule("net.0", inputs=TensorSpec("int8", quantizer="minmax"))])
+    callback = StatQATCallback(recipe=recipe, calibration_batches=asked, verbose=False)
+    images, labels = digits().tensors
+    scaled = images * (1 + torch.arange(len(images)) // 32).view(-1, 1, 1, 1)
+    data = loader(torch.utils.data.TensorDataset(scaled, labels), shuffle=False)
+    seen: dict[str, float] = {}
+
+    class Look(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            observer = quantizer_of(pl_module, "net.0/input").observer
+            seen["count"], seen["max"] = float(observer.num_batches), float(observer.running_extremes[1])
+
+    train(callback, Look(), data=data)
+    assert seen["count"] == got
+    # Batch k reaches k times as far, and the first ten batches count the same.
+    assert seen["max"] == pytest.approx(sum(range(1, got + 1)) / got)
+
+
+def test_the_progress_of_calibration_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    train(statqat(), enable_progress_bar=True)
+    assert "StatQAT calibration" in capsys.readouterr().err
+    train(statqat())
+    assert "StatQAT calibration" not in capsys.readouterr().err
+
+
+class Stream(IterableDataset[Any]):
+    """Can be read once."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in range(len(digits())):
+            self.read += 1
+            yield digits()[index]
+
+
+class ByHand(DigitsModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        optimizer: Any = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss
+
+
+class AsksItsTrainer(DigitsModule):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1 + self.trainer.current_epoch)
+
+
+class Prefetched:
+    """Batches from somewhere else than a DataLoader."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(held_out())
+
+
+def once() -> Any:
+    return loader(Stream(), shuffle=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "reason"),
+    [
+        (DigitsModule, once, "IterableDataset may be readable only once"),
+        (DigitsModule, Prefetched, "a Prefetched may be readable only once"),
+        (ByHand, loader, "manual optimization"),
+        (AsksItsTrainer, loader, "not attached to a `Trainer`"),
+    ],
+)
+def test_where_it_is_impossible_the_first_batch_observes_in_float(
+    kind: type[DigitsModule], data: Callable[[], Any], reason: str, messages: Messages
+) -> None:
+    # Weights in float and no weight decay of difference: only inputs tell the runs apart.
+    _, float_run = train(module=kind, data=data(), limit_val_batches=0)
+    stream = data()
+    module, run = train(statqat(None, "int2"), module=kind, data=stream, limit_val_batches=0)
+    (message,) = messages.about("no calibration")
+    assert reason in message
+    assert "float for the first batch" in message
+    assert run.losses[0] == float_run.losses[0]
+    assert run.losses[1] != float_run.losses[1]
+    assert run.states[0]["net.8/input"]["num_batches"] == 1
+    assert run.states[0]["net.8/input"]["ready"]
+    assert_same(run.batches, float_run.batches)
+    assert all(quantizer_of(module, f"{layer}/input").enabled for layer in LAYERS)
+    if isinstance(getattr(stream, "dataset", None), Stream):
+        assert stream.dataset.read == len(digits())
+
+
+class OneArgument(DigitsModule):
+    def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+        return super().training_step(batch, 0)
+
+
+class AnyArguments(DigitsModule):
+    def training_step(self, *args: Any) -> Tensor:
+        assert len(args) == 2
+        return super().training_step(*args)
+
+
+class OtherNames(DigitsModule):
+    def training_step(self, samples: Any, number: int, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        return super().training_step(samples, number) * scale
+
+
+class Keywords(DigitsModule):
+    """Forward with keyword arguments, integers among them."""
+
+    def forward(self, x: Tensor, *, shift: Tensor | None = None, gain: float = 1.0) -> Tensor:
+        assert shift is not None
+        assert not shift.is_floating_point()
+        return super().forward(gain * x) + shift
+
+    def training_step(self, batch: Any, batch_idx: int, **options: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x=x, gain=2.0, shift=torch.zeros_like(y[:1])), y)
+
+
+@pytest.mark.parametrize("kind", [OneArgument, AnyArguments, OtherNames, Keywords])
+def test_any_signature_is_calibrated(kind: type[DigitsModule], messages: Messages) -> None:
+    _, run = train(statqat(), module=kind, limit_val_batches=0)
+    assert not messages.about("calibration")
+    assert run.states[0]["net.8/input"]["num_batches"] == STEPS_PER_EPOCH + 1
+    assert len(run.losses) == STEPS_PER_EPOCH
+
+
+class Scaled(LightningDataModule):
+    """Scales pixels after the transfer, as augmentation on the device would."""
+
+    def train_dataloader(self) -> Any:
+        return loader()
+
+    def val_dataloader(self) -> Any:
+        return held_out()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x, y = batch
+        return 100 * x, y
+
+
+class ScaledByModule(DigitsModule):
+    """The same, in a hook of the module that counts in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("transfers", torch.zeros(()))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.transfers += 1
+        x, y = batch
+        return 100 * x, y
+
+
+@pytest.mark.parametrize("place", ["data module", "module"])
+def test_calibration_goes_through_the_hooks_of_the_batch_transfer(
+    place: str, messages: Messages
+) -> None:
+    maximum: list[float] = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            observer = quantizer_of(pl_module, "net.0/input").observer
+            maximum.append(float(observer.running_extremes[1]))
+
+    recipe = QuantRecipe([QuantRule("net.0", inputs=TensorSpec("int8", quantizer="minmax"))])
+    callback = StatQATCallback(recipe=recipe, verbose=False)
+    trainer = make_trainer(callback, Look(), limit_val_batches=0)
+    if place == "module":
+        module = ScaledByModule()
+        trainer.fit(module, loader(), held_out())
+        assert module.transfers == STEPS_PER_EPOCH
+    else:
+        trainer.fit(DigitsModule(), datamodule=Scaled())
+    assert not messages.about("calibration")
+    assert maximum == [100.0]
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_calibration_runs_in_the_precision_of_the_training(
+    precision: Any, messages: Messages
+) -> None:
+    _, reference = train(statqat(freeze_at=None), limit_val_batches=0)
+    module, run = train(statqat(freeze_at=None), precision=precision, limit_val_batches=0)
+    assert not messages.about("calibration")
+    for name, entry in run.states[0].items():
+        assert entry["scale"].dtype == torch.float32
+        # bfloat16 has 8 bits of mantissa, and weights and inputs carry its error.
+        torch.testing.assert_close(
+            entry["scale"], reference.states[0][name]["scale"], rtol=0.05, atol=0.0
+        )
+    assert quantizer_of(module, "net.3/input").observer.running_spectrum.dtype == torch.float32
+
+
+class Idle(DigitsModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(4, 4)
+
+
+def test_a_layer_that_does_not_run_is_named() -> None:
+    with pytest.warns(StatQATWarning, match="spare/input: did not run in calibration"):
+        module, _ = train(statqat(), module=Idle)
+    assert not quantizer_of(module, "spare/input").ready
+    x = torch.randn(3, 4)
+    assert torch.equal(quantizer_of(module, "spare/input")(x), x)

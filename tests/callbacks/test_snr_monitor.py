@@ -1,0 +1,289 @@
+"""Every logger gets the SNR of every layer, and the numbers are right."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    RichProgressBar,
+    TQDMProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from torch import Tensor
+
+from statqat_lightning.callbacks.qat import StatQATCallback
+from statqat_lightning.callbacks.snr_monitor import SNRMonitor
+from tests.callbacks.digits import (
+    LAYERS,
+    STEPS_PER_EPOCH,
+    DigitsModule,
+    held_out,
+    loader,
+    make_trainer,
+    quantizer_of,
+    statqat,
+    train,
+)
+from tests.wandb_file import read_run
+
+KEYS = {f"snr_db/{layer}/{role}" for layer in LAYERS for role in ("weight", "input")}
+AGGREGATES = {"snr_db/mean", "snr_db/min"}
+Rows = dict[int, dict[str, float]]
+
+
+def decibels(x: np.ndarray, x_hat: np.ndarray) -> float:
+    x, x_hat = x.astype(np.float64), x_hat.astype(np.float64)
+    return float(10 * np.log10(np.sum(x**2) / np.sum((x - x_hat) ** 2)))
+
+
+def on_grid(x: np.ndarray, scale: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """The nearest point of the scaled grid: the oracle knows no rounding tricks."""
+    steps = x.astype(np.float64) / scale
+    nearest = np.abs(steps[..., None] - grid).argmin(-1)
+    return np.asarray(grid[nearest] * scale)
+
+
+GRIDS = {
+    "int4": np.arange(-7.0, 8.0),
+    "uint4": np.arange(0.0, 16.0),
+    "int8": np.arange(-127.0, 128.0),
+    "uint8": np.arange(0.0, 256.0),
+    "fp4_e2m1": np.array([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]),
+}
+
+
+class Recompute(Callback):
+    """Recomputes every SNR from the tensors: of inputs in the batch, of weights after it."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.of_batch: dict[str, float] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name in LAYERS:
+            layer = pl_module.get_submodule(name)
+            layer.register_forward_pre_hook(self._listen(pl_module, f"{name}/input"))
+
+    def _listen(self, pl_module: LightningModule, name: str) -> Callable[..., None]:
+        def listen(layer: Any, args: tuple[Tensor, ...]) -> None:
+            if layer.training:
+                self.of_batch[name] = self._snr(pl_module, name, args[0])
+
+        return listen
+
+    def _snr(self, pl_module: LightningModule, name: str, tensor: Tensor) -> float:
+        quantizer = quantizer_of(pl_module, name)
+        x = tensor.detach().numpy()
+        return decibels(x, on_grid(x, quantizer.scale.numpy(), GRIDS[quantizer.fmt.name]))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        weights = {
+            f"{name}/weight": self._snr(
+                pl_module, f"{name}/weight", pl_module.get_submodule(name).weight
+            )
+            for name in LAYERS
+        }
+        self.rows.append(self.of_batch | weights)
+
+
+@pytest.mark.parametrize("formats", [("int4", "int4"), ("fp4_e2m1", "fp4_e2m1")])
+def test_values_equal_an_independent_recomputation(formats: tuple[str, str]) -> None:
+    monitor, recompute = SNRMonitor(), Recompute()
+    # With momentum 1 the running mean is the newest batch; no input has more values than sampled.
+    callback = StatQATCallback(
+        *formats, momentum=1.0, first_last_bits=None, max_observed=2**20, verbose=False
+    )
+    train(callback, monitor, recompute, limit_val_batches=0)
+    assert [step for step, _ in monitor.history] == [*range(STEPS_PER_EPOCH)]
+    for (_, row), expected in zip(monitor.history, recompute.rows, strict=True):
+        assert row.keys() == expected.keys()
+        for name, value in row.items():
+            # The library sums in float32, the oracle in float64.
+            assert value == pytest.approx(expected[name], abs=1e-3), name
+
+
+def test_the_input_snr_is_a_running_mean_of_energies() -> None:
+    short, long = SNRMonitor(), SNRMonitor()
+    train(statqat(momentum=1.0, freeze_at=None), short)
+    train(statqat(momentum=0.1, freeze_at=None), long)
+    name = "net.8/input"
+    spread = [np.ptp([row[name] for _, row in monitor.history]) for monitor in (short, long)]
+    assert 0 < spread[1] < spread[0]
+
+
+def from_csv(logger: Any) -> Rows:
+    rows: Rows = {}
+    with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
+        for line in csv.DictReader(file):
+            values = {key: float(value) for key, value in line.items() if value}
+            rows.setdefault(int(values.pop("step")), {}).update(values)
+    return rows
+
+
+def from_tensorboard(logger: Any) -> Rows:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    rows: Rows = {}
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            rows.setdefault(event.step, {})[tag] = event.value
+    return rows
+
+
+def from_wandb(logger: Any) -> Rows:
+    folder = Path(logger.experiment.dir).parent
+    logger.experiment.finish()
+    (path,) = folder.glob("*.wandb")
+    rows: Rows = {}
+    run = read_run(path)
+    for line in run.history:
+        rows.setdefault(int(line["trainer/global_step"]), {}).update(line)
+    assert run.summary["snr_db/min"] == run.history[-1]["snr_db/min"]
+    return rows
+
+
+LOGGERS: dict[str, tuple[Callable[[Path], Logger], Callable[[Any], Rows]]] = {
+    "csv": (CSVLogger, from_csv),
+    "tensorboard": (TensorBoardLogger, from_tensorboard),
+    "wandb": (lambda folder: WandbLogger(save_dir=folder, offline=True), from_wandb),
+}
+
+
+@pytest.mark.parametrize("names", [["csv"], ["tensorboard"], ["wandb"], ["csv", "tensorboard"]])
+def test_every_logger_gets_every_layer_at_the_cadence_of_the_trainer(
+    names: list[str], tmp_path: Path
+) -> None:
+    loggers = [LOGGERS[name][0](tmp_path) for name in names]
+    monitor = SNRMonitor()
+    train(statqat(), monitor, logger=loggers, log_every_n_steps=2, max_epochs=2)
+    assert len(monitor.history) == STEPS_PER_EPOCH
+    for name, logger in zip(names, loggers, strict=True):
+        rows = LOGGERS[name][1](logger)
+        own = {step: row for step, row in rows.items() if "snr_db/mean" in row}
+        # The same steps as the loss that the module logs itself.
+        assert [*own] == [step for step, row in rows.items() if "train_loss" in row]
+        assert [*own] == [step for step, _ in monitor.history] == [1, 3, 5, 7, 9, 11]
+        for step, history in monitor.history:
+            row = {key: value for key, value in own[step].items() if key.startswith("snr_db")}
+            assert row.keys() == KEYS | AGGREGATES
+            for layer, value in history.items():
+                assert row[f"snr_db/{layer}"] == pytest.approx(value, rel=1e-6)
+            assert row["snr_db/mean"] == pytest.approx(np.mean([*history.values()]), rel=1e-6)
+            assert row["snr_db/min"] == pytest.approx(min(history.values()), rel=1e-6)
+
+
+def test_without_a_logger_the_aggregates_are_there() -> None:
+    monitor = SNRMonitor()
+    trainer = make_trainer(statqat(), monitor)
+    trainer.fit(DigitsModule(), loader(), held_out())
+    _, row = monitor.history[-1]
+    metrics: dict[str, Any] = dict(trainer.callback_metrics)
+    assert float(metrics["snr_db/mean"]) == pytest.approx(np.mean([*row.values()]), rel=1e-6)
+    assert float(metrics["snr_db/min"]) == pytest.approx(min(row.values()), rel=1e-6)
+    assert metrics["snr_db/worst_layer"] == min(row, key=row.__getitem__)
+    assert not KEYS & metrics.keys()
+
+
+def test_aggregates_alone(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    train(statqat(), SNRMonitor(layers=False), logger=logger)
+    keys = {key for row in from_csv(logger).values() for key in row if key.startswith("snr_db")}
+    assert keys == AGGREGATES
+
+
+def test_checkpoints_and_early_stopping_can_monitor_the_aggregates(tmp_path: Path) -> None:
+    monitor = SNRMonitor()
+    best = ModelCheckpoint(
+        tmp_path, monitor="snr_db/min", mode="max", filename="{epoch}", save_top_k=1
+    )
+    # No epoch gains a hundred decibels, so the second one stops it.
+    stop = EarlyStopping("snr_db/mean", mode="max", min_delta=100.0, patience=1)
+    train(statqat(), monitor, best, stop, max_epochs=5)
+    assert len(monitor.history) == 2 * STEPS_PER_EPOCH
+    assert stop.stopped_epoch == 1
+    lowest = [min(monitor.history[(e + 1) * STEPS_PER_EPOCH - 1][1].values()) for e in (0, 1)]
+    assert float(best.best_model_score or 0) == pytest.approx(max(lowest), rel=1e-6)
+    assert best.best_model_path.endswith(f"epoch={lowest.index(max(lowest))}.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")  # the module does
+@pytest.mark.parametrize(
+    ("bar", "options"),
+    [
+        (TQDMProgressBar, {}),
+        (RichProgressBar, {}),
+        (None, {"barebones": True}),
+        (None, {"fast_dev_run": True}),
+    ],
+)
+def test_bars_and_short_cuts_live_with_it(
+    bar: type[Callback] | None, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monitor = SNRMonitor(prog_bar=True)
+    plain = options.get("barebones")
+    callbacks: list[Callback] = [statqat(), monitor, *([bar()] if bar else [])]
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=callbacks,
+        **({} if plain else {"logger": False, "log_every_n_steps": 1}),
+        **({} if plain else {"enable_model_summary": False, "enable_progress_bar": bar is not None}),
+        **({"enable_checkpointing": False} if not plain else {}),
+        **options,
+    )
+    trainer.fit(DigitsModule(), loader(), held_out())
+    if plain:
+        assert "snr_db/mean" not in trainer.callback_metrics
+        return
+    assert len(monitor.history) == (1 if "fast_dev_run" in options else STEPS_PER_EPOCH)
+    assert "snr_db/worst_layer" in trainer.callback_metrics
+    assert "snr_db/worst_layer" not in trainer.progress_bar_metrics
+    mean = float(trainer.progress_bar_metrics["snr_db/mean"])
+    assert math.isfinite(mean)
+    if bar is TQDMProgressBar:
+        assert "snr_db/mean=" in capsys.readouterr().out
+
+
+def test_metrics_of_a_later_test_run_hold_no_text(tmp_path: Path) -> None:
+    monitor = SNRMonitor()
+    trainer = make_trainer(statqat(), monitor, logger=CSVLogger(tmp_path))
+    module = DigitsModule()
+    trainer.fit(module, loader(), held_out())
+    (result,) = trainer.test(module, held_out(), verbose=False)
+    assert [*result] == ["test_loss"]
+    assert all(isinstance(value, Tensor) for value in trainer.logged_metrics.values())
+
+
+def test_without_quantizers_it_logs_nothing(tmp_path: Path) -> None:
+    logger, monitor = CSVLogger(tmp_path), SNRMonitor()
+    train(monitor, logger=logger)
+    assert monitor.history == []
+    assert not any("snr" in key for row in from_csv(logger).values() for key in row)
+
+
+def test_history_survives_a_checkpoint(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    whole = SNRMonitor()
+    data = loader(shuffle=False)
+    torch.manual_seed(0)
+    train(statqat(), whole, keep, data=data, max_epochs=2)
+    resumed = SNRMonitor()
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    train(
+        statqat(), resumed, keep, data=data, max_epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt"
+    )
+    steps = [step for step, _ in resumed.history]
+    assert steps == [*range(2 * STEPS_PER_EPOCH)]
+    assert resumed.history[:STEPS_PER_EPOCH] == whole.history[:STEPS_PER_EPOCH]

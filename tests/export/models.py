@@ -1,0 +1,91 @@
+"""Models with quantizers for the export tests: one of every supported layer, and a user's own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from statqat_lightning.insertion import prepare, refresh, set_observing
+from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+
+INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)]
+FLOATS = ["fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1"]
+GRANULARITIES = ["per_channel", "per_tensor", "per_group:4"]
+
+
+class ScaledLinear(nn.Linear):
+    """A user's layer: its own forward, and an attribute that is called like a quantizer's."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.scale, self.bias) + self.weight.mean()
+
+
+class Everything(nn.Module):
+    """Every supported layer; normalisation, tensors without quantizers, signed and unsigned inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv3d = nn.Conv3d(1, 4, (1, 3, 3), padding=(0, 1, 1))
+        self.conv2d = nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv1d = nn.Conv1d(8, 4, 4, padding="same", padding_mode="circular")
+        self.own = ScaledLinear(64, 12)
+        self.head = nn.Linear(12, 10)
+        self.register_buffer("offset", torch.randn(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv3d(x.unsqueeze(1)).squeeze(2))
+        x = F.relu(self.norm(self.conv2d(x)))
+        x = F.hardswish(self.conv1d(x.flatten(2)))
+        out: Tensor = self.head(torch.tanh(self.own(x.flatten(1)))) + self.offset
+        return out
+
+
+def small_net() -> nn.Sequential:
+    """Takes `(batch, 1, 8, 8)`."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(72, 24),
+        nn.Hardswish(),
+        nn.Linear(24, 10),
+    )
+
+
+def images(count: int = 32) -> Tensor:
+    return torch.randn(count, 1, 8, 8)
+
+
+def recipe_of(weights: Any, inputs: Any = None, granularity: str | None = None) -> QuantRecipe:
+    """One format for all weights and one for all inputs, first and last layer included."""
+    weight = TensorSpec(weights, granularity) if isinstance(weights, str) else weights
+    return QuantRecipe([QuantRule("*", weight, inputs)])
+
+
+def calibrated(model: nn.Module, recipe: QuantRecipe, *batch: Tensor) -> nn.Module:
+    """The model with quantizers that know a batch, in eval mode, with BatchNorm statistics of its own."""
+    prepare(model, recipe=recipe)
+    set_observing(model, True)
+    with torch.no_grad():
+        model.train()(*batch)
+    refresh(model)
+    set_observing(model, False)
+    return model.eval()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, *batch: Tensor) -> Tensor:
+    """Outputs in eval mode; the model's own mode and state stay."""
+    out: Tensor = copy.deepcopy(model).eval()(*batch)
+    return out

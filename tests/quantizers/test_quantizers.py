@@ -1,0 +1,201 @@
+"""What holds for every quantizer: looking up by name, one call on a tensor, edges, properties."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from statqat_lightning.error_analysis import EnergySpectrum
+from statqat_lightning.formats import Format, get_format
+from statqat_lightning.functional import fake_quantize
+from statqat_lightning.granularity import PerChannel, PerGroup, PerTensor
+from statqat_lightning.quantizers import Quantizer, Statistics, get_quantizer, quantizer_names
+from statqat_lightning.quantizers.base import fixed_point_step, squared_error
+from tests.reference import ALL_FORMATS, ErrorOf
+
+INT4 = get_format("int4")
+QUANTIZERS = [get_quantizer(name) for name in quantizer_names()]
+every_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.name)
+rows_of_floats = st.lists(
+    st.floats(-(2.0**16), 2.0**16, width=32, allow_subnormal=False), min_size=1, max_size=12
+)
+
+
+def test_names() -> None:
+    assert quantizer_names() == ["analytic", "iterative", "minmax"]
+    assert all(get_quantizer(name).name == name for name in quantizer_names())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("iterativ", {}, "got 'iterativ'. Did you mean 'iterative'"),
+        ("max", {}, "Known quantizers: analytic, iterative, minmax"),
+        (
+            "minmax",
+            {"prior": "normal"},
+            r"'minmax': got unknown options \['prior'\]; expected none",
+        ),
+        ("iterative", {"tol": 1}, r"got unknown options \['tol'\]; expected \['tolerance', 'max_i"),
+        ("analytic", {"prior": "gauss"}, "density: got 'gauss'; expected one of normal, laplace"),
+        ("iterative", {"tolerance": -0.1}, r"tolerance=-0\.1; expected a number of at least 0"),
+        ("iterative", {"max_iterations": 0}, "max_iterations=0; expected at least 1"),
+    ],
+)
+def test_unknown_names_and_options(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_quantizer(name, **options)
+
+
+@every_quantizer
+@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
+def test_one_call_gives_positive_scales_in_the_shape_of_the_granularity(
+    quantizer: Quantizer, fmt: Format
+) -> None:
+    x = torch.rand(4, 6, 2).add_(-0.5 if fmt.is_signed else 0.0)
+    shapes = {
+        "per_tensor": ((), PerTensor()),
+        "per_channel": ((4, 1, 1), PerChannel()),
+        "per_group:3": ((4, 4, 1), PerGroup(3)),
+    }
+    for name, (shape, granularity) in shapes.items():
+        params = quantizer.choose_qparams(x, fmt, name)
+        assert params.granularity == granularity
+        assert params.scale.shape == shape
+        assert params.scale.dtype == torch.float32
+        assert (params.scale > 0).all()
+        assert params.zero_point is None
+    assert quantizer.choose_qparams(x, fmt).scale.shape == ()
+    assert quantizer.choose_qparams(x, fmt, axis=1).scale.shape == (1, 6, 1)
+    assert quantizer.choose_qparams(x, fmt, PerChannel(2)).scale.shape == (1, 1, 2)
+
+
+@every_quantizer
+@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
+def test_per_channel_is_stacked_per_tensor(quantizer: Quantizer, fmt: Format) -> None:
+    x = torch.randn(5, 40) * torch.logspace(-3, 2, 5).unsqueeze(1)
+    together = quantizer.choose_qparams(x, fmt, "per_channel").scale.flatten()
+    alone = torch.stack([quantizer.choose_qparams(row, fmt).scale for row in x])
+    # Sums over a row may run in another order.
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+
+
+@every_quantizer
+@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
+def test_rows_of_zeros_get_scale_one(quantizer: Quantizer, fmt: Format) -> None:
+    x = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 0.5]])
+    scale = quantizer.choose_qparams(x, fmt, "per_channel").scale.flatten()
+    assert scale[0] == 1
+    assert scale[1] <= 2
+    assert fake_quantize(x, quantizer.choose_qparams(x, fmt), fmt)[0].count_nonzero() == 0
+
+
+@every_quantizer
+def test_an_unsigned_format_on_negative_data_gets_a_positive_scale(quantizer: Quantizer) -> None:
+    params = quantizer.choose_qparams(-torch.rand(50), get_format("uint4"))
+    assert params.scale > 0
+    assert fake_quantize(-torch.rand(50), params, get_format("uint4")).count_nonzero() == 0
+
+
+@every_quantizer
+@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
+def test_a_constant_is_reproduced(quantizer: Quantizer, fmt: Format) -> None:
+    x = torch.full((30,), 0.37)
+    x_hat = fake_quantize(x, quantizer.choose_qparams(x, fmt), fmt)
+    # One ratio of two float32 sums and one product.
+    torch.testing.assert_close(x_hat, x, rtol=1e-5, atol=0)
+
+
+@every_quantizer
+def test_dtype_and_layout_do_not_matter(quantizer: Quantizer) -> None:
+    x = torch.randn(6, 32).bfloat16()
+    expected = quantizer.choose_qparams(x.float(), INT4, "per_channel").scale
+    for other in (x, x.double(), x.T.contiguous().T, x.float().requires_grad_()):
+        params = quantizer.choose_qparams(other, INT4, "per_channel")
+        torch.testing.assert_close(params.scale, expected, rtol=1e-5, atol=0)
+        assert not params.scale.requires_grad
+
+
+@every_quantizer
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_input_is_refused(quantizer: Quantizer, bad: float) -> None:
+    with pytest.raises(ValueError, match="got NaN or infinite values in x; remove them first"):
+        quantizer.choose_qparams(torch.tensor([1.0, bad]), INT4)
+    with pytest.raises(ValueError, match=r"got an empty x of shape \(0, 2\)"):
+        quantizer.choose_qparams(torch.empty(0, 2), INT4)
+    with pytest.raises(TypeError, match=r"got x of dtype torch\.int64; expected a floating"):
+        quantizer.choose_qparams(torch.tensor([1]), INT4)
+
+
+@given(st.sampled_from(ALL_FORMATS), rows_of_floats, st.floats(2.0**-10, 2.0**10, width=32))
+def test_a_fixed_point_step_never_raises_the_error(
+    fmt: Format, row: list[float], scale: float
+) -> None:
+    rows = torch.tensor([row])
+    stepped = fixed_point_step(rows, torch.tensor([scale]), fmt)
+    error = ErrorOf(rows.double().numpy())
+    before, after = error(fmt, scale), error(fmt, float(stepped))
+    # The step is a ratio of float32 sums: off by 1e-6 of itself, which costs 1e-12 of the energy;
+    # the reference itself cancels to 1e-13 of the energy.
+    assert after <= before + 1e-11 * float(rows.double().square().mean())
+
+
+@given(st.sampled_from(ALL_FORMATS), rows_of_floats, st.floats(2.0**-10, 2.0**10, width=32))
+def test_squared_error_equals_the_reference(fmt: Format, row: list[float], scale: float) -> None:
+    rows = torch.tensor([row])
+    expected = ErrorOf(rows.double().numpy())(fmt, scale) * len(row)
+    got = squared_error(rows, torch.tensor([scale]), fmt).item()
+    # Each error is a difference of float32 numbers: off by 1e-7 of the value.
+    energy = float(rows.double().square().sum())
+    assert got == pytest.approx(
+        expected, rel=1e-4, abs=1e-4 * math.sqrt(expected * energy) + 1e-12 * energy
+    )
+
+
+@every_quantizer
+@given(row=rows_of_floats, fmt=st.sampled_from(ALL_FORMATS))
+def test_doubling_the_data_doubles_the_scale(
+    quantizer: Quantizer, row: list[float], fmt: Format
+) -> None:
+    x = torch.tensor(row)
+    if quantizer.name == "iterative" and x.abs().max() < 2.0**-20:
+        return  # the spectrum ends at 2**-32
+    x = x[x.abs() > x.abs().max() * 2.0**-20] if x.any() else x
+    params = quantizer.choose_qparams(x, fmt).scale
+    if fake_quantize(x, quantizer.choose_qparams(x, fmt), fmt).any():
+        assert quantizer.choose_qparams(2 * x, fmt).scale.item() == 2 * params.item()
+
+
+@every_quantizer
+@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
+def test_a_statistic_of_the_data_gives_almost_the_scale_of_the_data(
+    quantizer: Quantizer, fmt: Format
+) -> None:
+    x = torch.randn(20_000) if fmt.is_signed else torch.randn(20_000).relu_()
+    statistics = Statistics(
+        EnergySpectrum.of(x) if quantizer.needs_spectrum else None,
+        x.min().view(1) if quantizer.needs_range else None,
+        x.max().view(1) if quantizer.needs_range else None,
+    )
+    assert statistics.has_negative.item() == fmt.is_signed
+    scale = quantizer.from_statistics(statistics, fmt)
+    assert scale.shape == (1,)
+    error = ErrorOf(x.numpy())
+    got, expected = (
+        error(fmt, float(scale)),
+        error(fmt, float(quantizer.choose_qparams(x, fmt).scale)),
+    )
+    if quantizer.name == "minmax":
+        assert got == expected
+    elif quantizer.name == "iterative":
+        assert got < expected * 1.05  # the spectrum knows values to 3 %: 0.2 dB
+    else:
+        # From a statistic the closed forms are compared and not refined. They fit a normal within
+        # 0.4 dB; for half a normal, half of it zeros, min-max may be the best of them.
+        assert got < expected * (1.1 if fmt.is_signed else 1.5)
+        minmax = get_quantizer("minmax").choose_qparams(x, fmt).scale
+        assert got < error(fmt, float(minmax)) * 1.05

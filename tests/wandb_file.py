@@ -1,0 +1,69 @@
+"""Reads what an offline W&B run has logged from its `.wandb` file.
+
+The file is a LevelDB log: a header of 7 bytes, then blocks of 32 KiB that hold chunks of records,
+each with checksum, length and kind. A record is a protobuf message.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BLOCK = 32 * 1024
+FILE_HEADER = struct.Struct("<4sHB")  # b":W&B", 0xBEE1, version
+CHUNK_HEADER = struct.Struct("<IHB")  # checksum, length, kind
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+class Run(NamedTuple):
+    """What a run holds: a row for each step, the summary and the configuration."""
+
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+    config: dict[str, Any]
+
+
+def read_run(path: Path) -> Run:
+    """History, summary and configuration of the run in a `.wandb` file."""
+    from wandb.proto import wandb_internal_pb2  # type: ignore[import-untyped, unused-ignore]
+
+    run = Run([], {}, {})
+    for data in _records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            run.history.append(_values(record.history.item))
+        elif kind == "summary":
+            run.summary.update(_values(record.summary.update))
+        elif kind == "config":
+            run.config.update(_values(record.config.update))
+    return run
+
+
+def _values(items: Any) -> dict[str, Any]:
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def _records(content: bytes) -> Iterator[bytes]:
+    identifier, magic, _ = FILE_HEADER.unpack_from(content)
+    if (identifier, magic) != (b":W&B", 0xBEE1):
+        raise ValueError(f"not a .wandb file: it starts with {content[:7]!r}")
+    position, record = FILE_HEADER.size, b""
+    while position + CHUNK_HEADER.size <= len(content):
+        rest_of_block = BLOCK - position % BLOCK
+        if rest_of_block < CHUNK_HEADER.size:
+            position += rest_of_block  # no chunk starts in the last bytes of a block
+            continue
+        _, length, kind = CHUNK_HEADER.unpack_from(content, position)
+        if kind not in (FULL, FIRST, MIDDLE, LAST):
+            return  # zeros: the rest was never written
+        position += CHUNK_HEADER.size
+        chunk = content[position : position + length]
+        position += length
+        record = chunk if kind in (FULL, FIRST) else record + chunk
+        if kind in (FULL, LAST):
+            yield record
