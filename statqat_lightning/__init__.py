@@ -1,7 +1,10 @@
 """Quantization-aware training whose scales come from statistics, as PyTorch Lightning callbacks."""
 
+from statqat_lightning.callbacks import ExportCallback as ExportCallback
 from statqat_lightning.callbacks import SNRMonitor as SNRMonitor
 from statqat_lightning.callbacks import StatQATCallback as StatQATCallback
+from statqat_lightning.export import freeze as freeze
+from statqat_lightning.export import load_quantized as load_quantized
 from statqat_lightning.formats import get_format as get_format
 from statqat_lightning.functional import fake_quantize as fake_quantize
 from statqat_lightning.functional import snr_db as snr_db

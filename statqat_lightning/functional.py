@@ -115,17 +115,23 @@ def _carrier(x: Tensor, qparams: QParams, fmt: Format, gradient: str) -> Tensor:
     if gradient == "pass_through":
         return x.clone()
     offset = 0.0 if qparams.zero_point is None else qparams.zero_point
-    low, high = (fmt.min - offset) * qparams.scale, (fmt.max - offset) * qparams.scale
+    scale = qparams.scale.to(x.dtype)
+    low, high = (fmt.min - offset) * scale, (fmt.max - offset) * scale
     if gradient == "magnitude":
         with torch.no_grad():
             clipped = torch.clamp(x, low, high)
             factor = torch.where(clipped == x, 1.0, clipped / x)
-        return x * factor
+        y = x * factor
+        with torch.no_grad():
+            return y.copy_(clipped)  # an infinity times its factor, zero, would be NaN
+    # At a limit itself the gradient of PyTorch's operators is 0, 1/2 or 1, by operator and version:
+    # theirs are the next numbers beyond ours.
     if low.dim() == 0 and x.device.type == "cpu" and not torch.compiler.is_compiling():
         # On CPU this operator is several times faster than `clamp`, and reading two numbers costs
-        # nothing. Its gradient is zero *at* its limits, hence the next numbers beyond them.
+        # nothing.
         return F.hardtanh(x, _outwards(low.item(), x.dtype), _outwards(high.item(), x.dtype))
-    return torch.clamp(x, low, high)
+    infinity = torch.full_like(high, torch.inf)
+    return torch.clamp(x, low.nextafter(-infinity), high.nextafter(infinity))
 
 
 def _outwards(limit: float, dtype: torch.dtype) -> float:

@@ -210,9 +210,14 @@ def prepare(
             f"{', '.join(candidates)}. Give at least one of them a format."
         )
     _refuse_uninitialised({name: candidates[name] for name in chosen})
-    for name, rule in chosen.items():
-        if not is_quantized(candidates[name]):
-            _attach(name, candidates[name], rule, observer or ObserverConfig())
+    made = {
+        name: _quantizers(name, candidates[name], rule, observer or ObserverConfig())
+        for name, rule in chosen.items()
+        if not is_quantized(candidates[name])
+    }
+    for name, quantizers in made.items():  # only now that nothing can fail any more
+        candidates[name]._statqat = quantizers  # type: ignore[assignment]
+        candidates[name].__class__ = _quantized_class(type(candidates[name]))
     return InsertionReport(
         tuple(
             _quantized_row(name, module)

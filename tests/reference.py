@@ -26,7 +26,7 @@ def every_finite_bfloat16() -> Tensor:
 
 
 def nearest(fmt: Format, x: Array) -> Array:
-    """Nearest value of the grid by search among the midpoints, in float64; ties go to the even code.
+    """Nearest value of the grid by search among the midpoints, in float64; ties to the even code.
 
     Even codes are every other value, counted from zero: both in integers and in sign-magnitude
     floats neighbouring values have neighbouring codes.
@@ -58,8 +58,8 @@ class ErrorOf:
         count, first, second = np.diff(self.sums[:, [0, *edges, len(self.x)]], axis=1)
         return float((second - 2 * q * first + q * q * count).sum() / len(self.x))
 
-    def best(self, fmt: Format, per_octave: int = 96) -> float:
-        """Least error over a dense set of clip points, from 11 octaves below the top to one above."""
+    def best(self, fmt: Format, per_octave: int = 64) -> float:
+        """Least error over dense clip points from 11 octaves below the top to one above."""
         top = np.log2(np.abs(self.x).max())
         clips = np.exp2(np.arange(top - 11, top + 1, 1 / per_octave))
         return min(self(fmt, clip / fmt.max) for clip in clips)

@@ -124,7 +124,7 @@ def test_zero_of_either_sign_encodes_to_code_zero() -> None:
 
 @pytest.mark.parametrize("off_grid", [0.3, 1e6, -1e6, torch.nan, torch.inf])
 def test_encode_refuses_values_off_the_grid(off_grid: float) -> None:
-    with pytest.raises(ValueError, match="int4.encode: got values off the grid"):
+    with pytest.raises(ValueError, match=r"int4\.encode: got values off the grid"):
         get_format("int4").encode(torch.tensor([1.0, off_grid]))
 
 

@@ -28,11 +28,12 @@ class Run(NamedTuple):
 
 def read_run(path: Path) -> Run:
     """History, summary and configuration of the run in a `.wandb` file."""
-    from wandb.proto import wandb_internal_pb2  # type: ignore[import-untyped, unused-ignore]
+    from wandb.proto import wandb_internal_pb2
 
+    new_record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined, unused-ignore]
     run = Run([], {}, {})
     for data in _records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record = new_record()
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "history":

@@ -208,14 +208,30 @@ def _freeze_layer(
 
 def _drop_weight(name: str, module: nn.Module) -> None:
     if parametrize.is_parametrized(module, "weight"):
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        drop_parametrization(module)
+        return
     if "weight" not in module._parameters:
         raise ValueError(
             f"freeze: the weight of layer {name!r} is not a parameter: a forward hook makes it "
-            "(torch.nn.utils.weight_norm or "
-            "spectral_norm). Use their successors in torch.nn.utils.parametrizations."
+            "(torch.nn.utils.weight_norm or spectral_norm). Use their successors in "
+            "torch.nn.utils.parametrizations."
         )
     del module._parameters["weight"]
+
+
+def drop_parametrization(module: nn.Module) -> None:
+    """Leave a parametrized layer without a weight.
+
+    `remove_parametrizations` would do more than that: it takes the property `weight` off a class
+    that copies of the module share.
+    """
+    original = parametrize.type_before_parametrizations(module)
+    parametrizations = module.get_submodule("parametrizations")
+    assert isinstance(parametrizations, nn.ModuleDict)
+    del parametrizations["weight"]
+    if not parametrizations:
+        del module._modules["parametrizations"]
+        module.__class__ = original
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}

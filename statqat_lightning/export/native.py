@@ -24,6 +24,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from statqat_lightning.export.files import replacing
 from statqat_lightning.export.frozen import (
@@ -32,6 +33,7 @@ from statqat_lightning.export.frozen import (
     WEIGHT_SCALE,
     FrozenLayer,
     FrozenTensor,
+    drop_parametrization,
     freeze,
     frozen_layers,
 )
@@ -217,9 +219,12 @@ def _load_native(model: nn.Module, path: Path) -> nn.Module:
         for entry in layers.values()
         if entry.weight is not None
     }
+    remove(model)
+    for name, part in list(model.named_modules()):
+        if any(key.endswith(f".{name}.weight") for key in (f".{key}" for key in weights)):
+            _make_plain(part)
     own = {key for entry in layers.values() for key in entry.keys_in_file()}
     state = {name: t for name, t in tensors.items() if name not in own}
-    remove(model)
     prefix = _prefix(model, state.keys() | weights.keys(), str(path))
     holder = _nested(model, prefix)
     layers = {name: entry for name, entry in layers.items() if f"{name}.".startswith(prefix)}
@@ -446,7 +451,7 @@ def _load_tensors(
 def _check_quantizers(model: nn.Module, state: Mapping[str, Any], where: str) -> None:
     """A checkpoint's quantizers must have the shapes and kinds of formats of the model's."""
     own = quantizer_state(model)
-    for name in own.keys() & state.keys():
+    for name in sorted(own.keys() & state.keys()):
         shapes = [tuple(s["scale"].shape) for s in (state[name], own[name])]
         formats = [s["format"].removeprefix("u") for s in (state[name], own[name])]
         if shapes[0] != shapes[1] or formats[0] != formats[1]:
@@ -457,6 +462,14 @@ def _check_quantizers(model: nn.Module, state: Mapping[str, Any], where: str) ->
                 "was trained: the recipe goes by "
                 "the position of layers."
             )
+
+
+def _make_plain(module: nn.Module) -> None:
+    """Give a parametrized layer a weight of its own: the file has the weight, not its making."""
+    if parametrize.is_parametrized(module, "weight"):
+        weight = weight_of(module).detach().clone()
+        drop_parametrization(module)
+        module.weight = nn.Parameter(weight)
 
 
 def _shared_keys(model: nn.Module, in_file: Any) -> frozenset[str]:

@@ -66,7 +66,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 def _words(parts: Tensor, bits: int, per_word: int = 8) -> Tensor:
     """Each run of `per_word` parts of `bits` bits as one int64, first part lowest."""
     shifts = bits * torch.arange(per_word, device=parts.device)
-    return torch.sum(parts.reshape(-1, per_word).to(torch.int64) << shifts, dim=1)
+    words: Tensor = (parts.reshape(-1, per_word).to(torch.int64) << shifts).sum(1)
+    return words
 
 
 def _check_bits(bits: int) -> None:

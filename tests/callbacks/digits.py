@@ -64,7 +64,7 @@ class DigitsModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.seen = MeanMetric(nan_strategy="disable")
-        self.net = small_cnn()
+        self.net: Any = small_cnn()
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.net(x)
@@ -90,7 +90,10 @@ class DigitsModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         decayed = [p for p in self.parameters() if p.dim() > 1]
         plain = [p for p in self.parameters() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": 1e-4}, {"params": plain}]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": 1e-4},
+            {"params": plain},
+        ]
         return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
 
 

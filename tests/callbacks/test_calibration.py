@@ -96,7 +96,7 @@ DATA: dict[str, Callable[[], Any]] = {
         digits(), batch_sampler=RotatingBatches()
     ),
     "no batching": lambda: torch.utils.data.DataLoader(
-        torch.utils.data.StackDataset(*digits().tensors),
+        digits(),
         sampler=BatchSampler(SequentialSampler(digits()), 32, drop_last=False),
         batch_size=None,
     ),
@@ -151,7 +151,10 @@ def test_as_many_batches_as_asked_or_an_epoch(asked: int, got: int) -> None:
     class Look(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             observer = quantizer_of(pl_module, "net.0/input").observer
-            seen["count"], seen["max"] = float(observer.num_batches), float(observer.running_extremes[1])
+            seen["count"], seen["max"] = (
+                float(observer.num_batches),
+                float(observer.running_extremes[1]),
+            )
 
     train(callback, Look(), data=data)
     assert seen["count"] == got
@@ -249,7 +252,7 @@ class AnyArguments(DigitsModule):
 
 
 class OtherNames(DigitsModule):
-    def training_step(self, samples: Any, number: int, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+    def training_step(self, samples: Any, number: int, scale: float = 1.0) -> Tensor:
         return super().training_step(samples, number) * scale
 
 
@@ -293,10 +296,10 @@ class ScaledByModule(DigitsModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("transfers", torch.zeros(()))
+        self.transfers = nn.Buffer(torch.zeros(()))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        self.transfers += 1
+        self.transfers.add_(1)
         x, y = batch
         return 100 * x, y
 

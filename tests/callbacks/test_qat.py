@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class LayersFromSetup(DigitsModule):
 class LayersFromConfigureModel(DigitsModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net: Any = None
+        self.net = None
 
     def configure_model(self) -> None:
         if self.net is None:
@@ -186,7 +187,7 @@ def test_a_layer_used_twice_counts_one_batch_with_both_inputs() -> None:
 def test_validation_and_sanity_check_leave_no_trace_in_the_statistics() -> None:
     # A generator of its own: starting a loader draws from the global one, in float runs, too.
     other = loader(digits_times_ten(), shuffle=False, generator=torch.Generator())
-    plain, without = train(statqat(), max_epochs=2, limit_val_batches=0)
+    _, without = train(statqat(), max_epochs=2, limit_val_batches=0)
     module, with_validation = train(
         statqat(), validation=other, max_epochs=2, val_check_interval=2, num_sanity_val_steps=2
     )
@@ -233,19 +234,18 @@ def behind_scales(state: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_scales_stop_at_the_share_of_the_training(
-    length: dict[str, int], freeze_at: float | None, first_frozen: int, messages: Messages
+    length: dict[str, Any], freeze_at: float | None, first_frozen: int, messages: Messages
 ) -> None:
     _, witness = train(statqat(freeze_at=freeze_at), **length)
     states = [behind_scales(state) for state in witness.states]
     for state in states[first_frozen:]:
         assert_same(state, states[first_frozen - 1])
-    for before, after in zip(states[:first_frozen], states[1:first_frozen], strict=False):
+    for before, after in itertools.pairwise(states[:first_frozen]):
         for name in before:
             assert not torch.equal(before[name]["scale"], after[name]["scale"])
-    frozen = [f"frozen at step {first_frozen}"] if first_frozen < len(states) else []
-    assert [message in m for message, m in zip(frozen, messages.about("frozen"), strict=True)] == [
-        True for _ in frozen
-    ]
+    said = messages.about("frozen")
+    assert len(said) == (first_frozen < len(states))
+    assert all(f"frozen at step {first_frozen}" in message for message in said)
 
 
 def test_a_second_fit_starts_unfrozen() -> None:
@@ -296,7 +296,9 @@ def test_recipe_from_a_yaml_path(working_directory: Path) -> None:
     path = working_directory / "recipe.yaml"
     QuantRecipe([QuantRule("net.3", "int2", "uint3"), QuantRule("net.8", "int5")]).to_yaml(path)
     module, _ = train(StatQATCallback(recipe=path, verbose=False))
-    formats = {q.name: q.fmt.name for _, _, layer in quantized_layers(module) for q in layer.present()}
+    formats = {
+        q.name: q.fmt.name for _, _, layer in quantized_layers(module) for q in layer.present()
+    }
     assert formats == {"net.3/weight": "int2", "net.3/input": "uint3", "net.8/weight": "int5"}
 
 

@@ -69,7 +69,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert_same(quantizer_state(resumed), quantizer_state(whole))
 
 
-def evaluated(module: LightningModule, ckpt_path: Path | None = None, *callbacks: Callback) -> float:
+def evaluated(
+    module: LightningModule, ckpt_path: Path | None = None, *callbacks: Callback
+) -> float:
     (result,) = make_trainer(*callbacks).test(module, held_out(), ckpt_path, verbose=False)
     return float(result["test_loss"])
 
@@ -193,4 +195,4 @@ def test_the_best_checkpoint_can_be_tested_and_validated_after_the_fit(tmp_path:
     trainer.fit(module, loader(), held_out())
     (best,) = trainer.test(module, held_out(), "best", verbose=False)
     (again,) = trainer.validate(module, held_out(), "best", verbose=False)
-    assert best["test_loss"] == again["val_loss"] == float(keep.best_model_score)
+    assert best["test_loss"] == again["val_loss"] == float(keep.best_model_score or 0)

@@ -131,9 +131,11 @@ def from_csv(logger: Any) -> Rows:
 
 
 def from_tensorboard(logger: Any) -> Rows:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing import (  # type: ignore[import-untyped, unused-ignore]
+        event_accumulator,
+    )
 
-    events = EventAccumulator(logger.log_dir)
+    events = event_accumulator.EventAccumulator(logger.log_dir)
     events.Reload()
     rows: Rows = {}
     for tag in events.Tags()["scalars"]:
@@ -150,7 +152,7 @@ def from_wandb(logger: Any) -> Rows:
     run = read_run(path)
     for line in run.history:
         rows.setdefault(int(line["trainer/global_step"]), {}).update(line)
-    assert run.summary["snr_db/min"] == run.history[-1]["snr_db/min"]
+    assert run.summary["snr_db/min"] == rows[max(rows)]["snr_db/min"]
     return rows
 
 
@@ -232,20 +234,19 @@ def test_bars_and_short_cuts_live_with_it(
     bar: type[Callback] | None, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     monitor = SNRMonitor(prog_bar=True)
-    plain = options.get("barebones")
-    callbacks: list[Callback] = [statqat(), monitor, *([bar()] if bar else [])]
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        callbacks=callbacks,
-        **({} if plain else {"logger": False, "log_every_n_steps": 1}),
-        **({} if plain else {"enable_model_summary": False, "enable_progress_bar": bar is not None}),
-        **({"enable_checkpointing": False} if not plain else {}),
-        **options,
-    )
+    callbacks = [statqat(), monitor, *([bar()] if bar else [])]
+    if "barebones" not in options:
+        options = options | {
+            "logger": False,
+            "log_every_n_steps": 1,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "enable_progress_bar": bar is not None,
+        }
+    trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=callbacks, **options)
     trainer.fit(DigitsModule(), loader(), held_out())
-    if plain:
-        assert "snr_db/mean" not in trainer.callback_metrics
+    if "barebones" in options:
+        assert not any("snr_db" in name for name in trainer.callback_metrics)
         return
     assert len(monitor.history) == (1 if "fast_dev_run" in options else STEPS_PER_EPOCH)
     assert "snr_db/worst_layer" in trainer.callback_metrics
@@ -281,9 +282,7 @@ def test_history_survives_a_checkpoint(tmp_path: Path) -> None:
     train(statqat(), whole, keep, data=data, max_epochs=2)
     resumed = SNRMonitor()
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    train(
-        statqat(), resumed, keep, data=data, max_epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt"
-    )
+    train(statqat(), resumed, keep, data=data, max_epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt")
     steps = [step for step, _ in resumed.history]
     assert steps == [*range(2 * STEPS_PER_EPOCH)]
     assert resumed.history[:STEPS_PER_EPOCH] == whole.history[:STEPS_PER_EPOCH]

@@ -29,7 +29,7 @@ class ScaledLinear(nn.Linear):
 
 
 class Everything(nn.Module):
-    """Every supported layer; normalisation, tensors without quantizers, signed and unsigned inputs."""
+    """Every supported layer, normalisation, and inputs with and without negative values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def recipe_of(weights: Any, inputs: Any = None, granularity: str | None = None) 
 
 
 def calibrated(model: nn.Module, recipe: QuantRecipe, *batch: Tensor) -> nn.Module:
-    """The model with quantizers that know a batch, in eval mode, with BatchNorm statistics of its own."""
+    """The model in eval mode, with quantizers and BatchNorm statistics that know a batch."""
     prepare(model, recipe=recipe)
     set_observing(model, True)
     with torch.no_grad():

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+import statqat_lightning.callbacks.export as export_callback
+import statqat_lightning.export.artefacts as artefacts
+from statqat_lightning.callbacks.export import ExportCallback, ExportWarning
+from statqat_lightning.export.native import load_quantized, read_header
+from statqat_lightning.export.onnx import ONNXExportError
+from statqat_lightning.export.verify import onnx_session
+from statqat_lightning.insertion import quantized_layers
+from tests.callbacks.conftest import Messages
+from tests.callbacks.digits import (
+    DigitsModule,
+    digits,
+    held_out,
+    loader,
+    make_trainer,
+    statqat,
+    train,
+)
+
+IMAGES = digits().tensors[0]
+
+
+@torch.no_grad()
+def predictions(module: Any) -> Tensor:
+    module.eval()
+    out: Tensor = module(IMAGES)
+    return out
+
+
+class CallsItsNetwork(DigitsModule):
+    """`training_step` goes round `forward`."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+
+class TwoParts(DigitsModule):
+    """`training_step` calls a small part, then a large one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(self.stem(x))
+        return out
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.net(self.stem(x)), y)
+
+
+def test_both_files_are_written_checked_and_reported(tmp_path: Path, messages: Messages) -> None:
+    export = ExportCallback("exported/model.onnx")
+    qat = statqat("int4", "int4")
+    module, _ = train(qat, export)
+    report = export.report
+    assert report is not None
+    assert report.onnx is not None
+    assert report.native is not None
+    onnx_path, native_path = Path("exported/model.onnx"), Path("exported/model.safetensors")
+    assert (report.onnx_path, report.native_path) == (str(onnx_path), str(native_path))
+    assert report.onnx_bytes == onnx_path.stat().st_size
+    assert report.native_bytes == native_path.stat().st_size
+    assert {f.name for f in Path("exported").iterdir()} == {onnx_path.name, native_path.name}
+    assert report.native.max_difference == 0
+    assert report.native.agreement == 1
+    assert report.examples == 32
+    assert report.notes == ()
+    assert json.loads(json.dumps(report.to_dict()))["agreement"] == report.agreement
+    assert messages.about("StatQAT exported:\nexported/model.safetensors: ")
+
+    # The figures hold on data the export has not seen.
+    expected = predictions(module)
+    assert torch.equal(predictions(load_quantized(DigitsModule(), native_path)), expected)
+    (given,) = onnx_session(onnx_path).run(None, {"x": IMAGES.numpy()})
+    assert (given.argmax(1) == expected.argmax(1).numpy()).mean() > 0.99
+    assert np.abs(given - expected.numpy()).max() < 0.02 * expected.abs().max()
+    assert read_header(native_path)["recipe"] == qat.recipe.to_dict()
+
+
+def test_the_module_is_never_converted() -> None:
+    plain, _ = train(statqat())
+    module, _ = train(statqat(), ExportCallback("model.onnx"))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(module.state_dict().values(), plain.state_dict().values(), strict=True)
+    )
+    assert [type(m) for m in module.modules()] == [type(m) for m in plain.modules()]
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in module.modules())
+    assert torch.equal(predictions(module), predictions(plain))
+
+
+@pytest.mark.parametrize("formats", [("int2", "int2"), ("fp4", "fp4"), ("fp4", "fp8")])
+def test_formats(formats: tuple[str, str]) -> None:
+    export = ExportCallback("model.onnx")
+    train(statqat(*formats, first_last_bits=None), export, limit_train_batches=2)
+    assert export.report is not None
+    assert export.report.max_difference < 1e-5
+    assert export.report.agreement == 1
+
+
+def test_what_ran_is_exported_where_forward_is_bypassed() -> None:
+    export = ExportCallback("model.onnx")
+    module, _ = train(statqat(), export, module=CallsItsNetwork, limit_train_batches=2)
+    assert read_header("model.safetensors")["module"] == "net"
+    assert export.report is not None
+    assert export.report.agreement == 1
+    # The native file holds the LightningModule, and serves the network, too.
+    expected = predictions(module)
+    assert torch.equal(
+        predictions(load_quantized(CallsItsNetwork(), "model.safetensors")), expected
+    )
+    assert torch.equal(
+        predictions(load_quantized(DigitsModule().net, "model.safetensors")), expected
+    )
+
+
+def test_the_part_with_most_quantized_layers_is_exported_and_the_rest_named() -> None:
+    export = ExportCallback("model.onnx")
+    train(statqat(), export, module=TwoParts, limit_train_batches=2)
+    assert export.report is not None
+    assert export.report.notes == ("ONNX: holds 'net'; these quantized layers are outside: stem.",)
+
+
+def test_a_named_module_is_exported() -> None:
+    export = ExportCallback("model.onnx", module="net.8", native=False)
+    train(statqat(), export, limit_train_batches=2)
+    assert not Path("model.safetensors").exists()
+    (given,) = onnx_session("model.onnx").get_inputs()
+    assert given.shape == ["batch", 72]
+    with pytest.raises(ValueError, match=r"no submodule 'nett'; expected one of seen, net"):
+        train(statqat(), ExportCallback("b.onnx", module="nett"), limit_train_batches=1)
+
+
+class KnowsItsInput(DigitsModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = torch.rand(3, 1, 8, 8)
+
+
+def test_example_inputs_come_first_from_the_user_then_from_the_module() -> None:
+    given = ExportCallback("a.onnx", example_input=torch.rand(5, 1, 8, 8))
+    known = ExportCallback("b.onnx")
+    train(statqat(), given, known, module=KnowsItsInput, limit_train_batches=2)
+    assert given.report is not None
+    assert known.report is not None
+    assert (given.report.examples, known.report.examples) == (5, 3)
+
+
+def test_without_an_input_the_native_file_is_written_and_the_way_out_named() -> None:
+    class Functional(DigitsModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            for layer in self.net:
+                x = type(layer).forward(layer, x)
+            return F.cross_entropy(x, y)
+
+    export = ExportCallback("model.onnx")
+    with pytest.warns(ExportWarning, match=r"no .onnx file.*Set example_input_array"):
+        train(statqat(), export, module=Functional, limit_train_batches=2)
+    assert Path("model.safetensors").exists()
+    assert not Path("model.onnx").exists()
+
+
+def test_a_forward_that_cannot_be_exported_leaves_the_native_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: Any) -> None:
+        raise ONNXExportError("stopped at line 7")
+
+    monkeypatch.setattr(artefacts, "save_onnx", fail)
+    export = ExportCallback("model.onnx")
+    with pytest.warns(ExportWarning, match="stopped at line 7"):
+        train(statqat(), export, limit_train_batches=2)
+    assert export.report is not None
+    assert export.report.onnx_path is None
+    assert Path("model.safetensors").exists()
+
+
+def test_the_best_checkpoint_is_exported() -> None:
+    class GetsWorse(DigitsModule):
+        def on_validation_epoch_end(self) -> None:
+            self.log("score", float(-self.current_epoch))
+
+    checkpoint = ModelCheckpoint("checkpoints", monitor="score", mode="max")
+    export = ExportCallback("best.onnx", best=True, onnx=False)
+    last = ExportCallback("last.onnx", onnx=False)
+    qat = statqat(calibration_batches=2)
+    module, _ = train(qat, checkpoint, export, last, module=GetsWorse, max_epochs=2)
+    best = predictions(load_quantized(GetsWorse(), checkpoint.best_model_path))
+    assert torch.equal(predictions(load_quantized(GetsWorse(), "best.safetensors")), best)
+    assert torch.equal(
+        predictions(load_quantized(GetsWorse(), "last.safetensors")), predictions(module)
+    )
+    assert not torch.equal(best, predictions(module))
+
+
+def test_best_without_a_checkpoint_callback_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match="the Trainer has no ModelCheckpoint"):
+        train(statqat(), ExportCallback("model.onnx", best=True))
+
+
+# Before training
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    trained = []
+
+    class Watch(L.Callback):
+        def on_fit_start(self, *args: Any) -> None:
+            trained.append(True)
+
+    with pytest.raises(OSError, match=r"Export folder 'file/below' cannot be written"):
+        train(statqat(), ExportCallback("file/below/model.onnx"), Watch())
+    assert not trained
+
+
+def test_a_missing_extra_is_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise ModuleNotFoundError("ONNX export needs onnx: pip install 'statqat-lightning[onnx]'.")
+
+    monkeypatch.setattr(export_callback, "require_packages", missing)
+    with pytest.raises(ModuleNotFoundError, match=r"statqat-lightning\[onnx\]"):
+        train(statqat(), ExportCallback("model.onnx"))
+    train(statqat(), ExportCallback("model.onnx", onnx=False), limit_train_batches=1)
+    assert Path("model.safetensors").exists()
+
+
+def test_no_file_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="got onnx=False and native=False"):
+        ExportCallback("model.onnx", onnx=False, native=False)
+
+
+# Nothing to write
+
+
+def test_without_quantizers_nothing_is_written(messages: Messages) -> None:
+    export = ExportCallback("out/model.onnx")
+    train(export, limit_train_batches=1)
+    assert messages.about("nothing written: the module has no quantizers. Add StatQATCallback")
+    assert export.report is None
+    assert not [*Path("out").iterdir()]
+
+
+def test_without_a_training_step_nothing_is_written(messages: Messages) -> None:
+    export = ExportCallback("out/model.onnx")
+    train(statqat(), export, limit_train_batches=0)
+    assert messages.about("nothing written: no training step ran")
+    assert not [*Path("out").iterdir()]
+
+
+def test_switched_off_quantizers_write_nothing(messages: Messages) -> None:
+    train(statqat(enabled=False), ExportCallback("out/model.onnx"), limit_train_batches=1)
+    assert messages.about("nothing written: all quantizers are switched off")
+
+
+def test_a_trial_run_does_not_replace_a_trained_model() -> None:
+    Path("model.onnx").write_bytes(b"trained")
+    export = ExportCallback("model.onnx", best=True)
+    train(statqat(), export, fast_dev_run=True)
+    assert Path("model.onnx").read_bytes() == b"trained"
+    assert export.report is not None
+    assert export.report.onnx_path == "fast_dev_run/model.onnx"
+
+
+def test_a_layer_that_never_ran_is_named() -> None:
+    class Idle(DigitsModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle = nn.Linear(3, 3)
+
+    export = ExportCallback("model.onnx", onnx=False)
+    with pytest.warns(UserWarning, match="idle"):
+        train(statqat(), export, module=Idle, limit_train_batches=2)
+    assert export.report is not None
+    assert export.report.notes == ("Left in float: idle/input (no statistics).",)
+
+
+def test_a_failed_write_leaves_the_old_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("model.onnx", "model.safetensors"):
+        Path(name).write_bytes(b"old")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("statqat_lightning.export.native.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(statqat(), ExportCallback("model.onnx"), limit_train_batches=1)
+    assert {f.name: f.read_bytes() for f in Path().iterdir()} == {
+        "model.onnx": b"old",
+        "model.safetensors": b"old",
+    }
+
+
+def test_a_model_that_is_random_in_eval_mode_is_reported() -> None:
+    class Random(DigitsModule):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.rand(10)
+
+    with pytest.warns(ExportWarning, match="Is the forward random in eval mode"):
+        train(
+            statqat(),
+            ExportCallback("model.onnx", onnx=False),
+            module=Random,
+            limit_train_batches=1,
+        )
+
+
+def test_export_after_resuming_a_finished_run(tmp_path: Path) -> None:
+    trainer = make_trainer(statqat())
+    trainer.fit(DigitsModule(), loader(), held_out())
+    trainer.save_checkpoint("end.ckpt")
+    export = ExportCallback("model.onnx", example_input=IMAGES[:4])
+    module, _ = train(statqat(), export, ckpt_path="end.ckpt")
+    assert export.report is not None
+    assert torch.equal(
+        predictions(load_quantized(DigitsModule(), "model.safetensors")), predictions(module)
+    )
+
+
+def test_two_ranks_write_once(tmp_path: Path) -> None:
+    export = ExportCallback("model.onnx")
+    module, _ = train(statqat(), export, strategy="ddp_notebook", devices=1, limit_train_batches=2)
+    assert len(quantized_layers(module)) == 3
+    # DDP calls the module to run `training_step`; what is exported is `forward` all the same.
+    assert [i.name for i in onnx_session("model.onnx").get_inputs()] == ["x"]

@@ -1,0 +1,616 @@
+"""Insertion: with quantizers in it, the model stays the user's model."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from statqat_lightning.functional import QParams, fake_quantize
+from statqat_lightning.insertion import (
+    InsertionReport,
+    base_class,
+    input_quantizers,
+    is_quantized,
+    load_quantizer_state,
+    prepare,
+    quantized_layers,
+    quantizer_state,
+    refresh,
+    remove,
+    set_enabled,
+    set_frozen,
+    set_observing,
+)
+from statqat_lightning.observers import COUNT
+from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+
+
+class Net(nn.Module):
+    """One layer of each supported kind, a normalisation and a tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2d = nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect")
+        self.norm = nn.BatchNorm2d(4)
+        self.conv1d = nn.Conv1d(4, 4, 3, groups=2, bias=False)
+        self.conv3d = nn.Conv3d(1, 2, 2, stride=2)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv2d(x)).relu()  # (n, 4, 6, 6)
+        x = self.conv1d(x.flatten(2))  # (n, 4, 34)
+        x = self.conv3d(x[..., :32].reshape(-1, 1, 4, 4, 8)[..., :6])  # (n, 2, 2, 2, 3)
+        return self.head(x.flatten(1)) * self.gain
+
+
+X = torch.randn(5, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+LAYERS = ["conv2d", "conv1d", "conv3d", "head"]
+
+
+def calibrated(model: nn.Module, *arguments: Any, x: Tensor = X, **options: Any) -> nn.Module:
+    prepare(model, *arguments, **options)
+    set_observing(model, True)
+    model(x)
+    refresh(model)
+    return model
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# What must not change
+
+
+def test_keys_parameters_and_types_are_those_of_the_float_model() -> None:
+    model = Net()
+    keys, parameters = list(model.state_dict()), dict(model.named_parameters())
+    buffers, modules = dict(model.named_buffers()), dict(model.named_modules())
+    calibrated(model, "int4", "int4")
+    assert list(model.state_dict()) == keys
+    assert list(dict(model.named_parameters())) == list(parameters)
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert all(b is buffers[name] for name, b in model.named_buffers())
+    assert list(dict(model.named_modules())) == list(modules)
+    assert all(m is modules[name] for name, m in model.named_modules())
+    assert isinstance(model.head, nn.Linear)
+    assert isinstance(model.conv3d, nn.Conv3d)
+    assert not isinstance(model.conv1d, nn.Conv2d)
+    assert is_quantized(model.head)
+    assert not is_quantized(model.norm)
+    assert base_class(model.head) is nn.Linear
+    assert repr(model.head).endswith("(in_features=24, out_features=3, bias=True)")
+
+
+def test_checkpoints_load_strictly_in_both_directions() -> None:
+    float_model, model = Net(), calibrated(Net(), "int4", "int4")
+    assert model.load_state_dict(float_model.state_dict(), strict=True)
+    assert float_model.load_state_dict(model.state_dict(), strict=True)
+
+
+def test_remove_restores_the_float_model() -> None:
+    model = Net()
+    types = [type(module) for module in model.modules()]
+    attributes = [set(vars(module)) for module in model.modules()]
+    before = model(X)
+    model.load_state_dict(fresh := state(model))
+    calibrated(model, "int2", "int2")
+    model.load_state_dict(fresh)  # the batch norm has moved on
+    assert not torch.equal(model(X), before)
+    model.load_state_dict(fresh)
+    remove(model)
+    assert [type(module) for module in model.modules()] == types
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert torch.equal(model(X), before)
+    assert quantized_layers(model) == []
+
+
+@pytest.mark.parametrize("switched_off", ["disabled", "uncalibrated"])
+def test_switched_off_it_trains_bit_for_bit_like_the_float_model(switched_off: str) -> None:
+    float_model = Net()
+    model = copy.deepcopy(float_model)
+    if switched_off == "disabled":
+        prepare(model, "int2", "int2")
+        set_enabled(model, weights=False, inputs=False)
+    else:
+        prepare(model, None, "int2")  # inputs without statistics pass unchanged
+    set_observing(model, True)
+    for net in (float_model, model):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+        for step in range(4):
+            optimizer.zero_grad()
+            net(X * (step + 1)).square().mean().backward()
+            optimizer.step()
+            if net is model and switched_off == "disabled":
+                refresh(net)
+    for ours, theirs in zip(state(model).values(), state(float_model).values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# What it computes
+
+
+def test_layers_compute_with_quantized_weight_and_input() -> None:
+    model = calibrated(Net(), "int4", "fp4", first_last_bits=None).eval()
+    weights = {n: q.weight(m.weight) for n, m, q in quantized_layers(model) if q.weight}
+    inputs: dict[str, Callable[[Tensor], Tensor]] = {
+        n: q.input.quantize for n, _, q in quantized_layers(model) if q.input
+    }
+    assert list(weights) == list(inputs) == LAYERS
+
+    x = F.pad(inputs["conv2d"](X), (1, 1, 1, 1), mode="reflect")
+    x = F.conv2d(x, weights["conv2d"], model.conv2d.bias)
+    x = inputs["conv1d"](model.norm(x).relu().flatten(2))
+    x = F.conv1d(x, weights["conv1d"], groups=2)[..., :32]
+    x = inputs["conv3d"](x.reshape(-1, 1, 4, 4, 8)[..., :6])
+    x = F.conv3d(x, weights["conv3d"], model.conv3d.bias, stride=2)
+    x = F.linear(inputs["head"](x.flatten(1)), weights["head"], model.head.bias)
+    assert torch.equal(model(X), x * model.gain)
+
+
+def test_gradients_reach_weights_straight_through() -> None:
+    layer = nn.Linear(3, 2, bias=False)
+    calibrated(layer, TensorSpec("int2", quantizer="minmax"), None, x=torch.randn(4, 3))
+    x, upstream = torch.randn(5, 3), torch.randn(5, 2)
+    layer(x).backward(upstream)
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, upstream.T @ x)  # min-max clips nothing
+
+
+class Scaled(nn.Linear):
+    """A subclass with a forward of its own, more arguments, and two uses of the weight."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor, factor: float = 1.0, *, shift: float = 0.0) -> Tensor:  # type: ignore[override]
+        self.seen.append(self.weight)
+        return factor * F.linear(x, self.weight, self.bias) + shift * self.weight.sum()
+
+
+class Inherited(Scaled):
+    pass
+
+
+class CallsSuper(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class Raises(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize("cls", [Scaled, Inherited])
+def test_a_subclass_with_its_own_forward(cls: type[Scaled]) -> None:
+    layer = cls(4, 3)
+    parameter = layer.weight
+    x = torch.randn(6, 4)
+    calibrated(layer, "int4", "int4", x=x)
+    ((_, _, quantizers),) = quantized_layers(layer)
+    assert quantizers.weight is not None
+    assert quantizers.input is not None
+    w, x_hat = quantizers.weight(parameter), quantizers.input.quantize(x)
+    expected = 3.0 * F.linear(x_hat, w, layer.bias) + 0.5 * w.sum()
+    assert torch.equal(layer(x, 3.0, shift=0.5), expected)
+    assert torch.equal(layer(x=x, factor=3.0, shift=0.5), expected)
+    assert layer.weight is parameter
+    assert isinstance(layer, cls)
+    assert "weight" not in vars(layer)
+    layer(x, 3.0).sum().backward()
+    assert parameter.grad is not None
+
+
+def test_a_subclass_that_calls_super() -> None:
+    layer = CallsSuper(1, 2, 3)
+    x = torch.randn(2, 1, 5, 5)
+    calibrated(layer, "int4", None, x=x)
+    ((_, _, quantizers),) = quantized_layers(layer)
+    assert quantizers.weight is not None
+    expected = F.conv2d(x, quantizers.weight(layer.weight), layer.bias) * 2
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_forward_that_raises_leaves_the_weight_in_place() -> None:
+    layer = Raises(2, 2)
+    parameter = layer.weight
+    prepare(layer, "int4", None)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="boom"):
+            layer(torch.ones(1, 2))
+    assert layer.weight is parameter
+
+
+def test_input_by_keyword_as_torch_names_it() -> None:
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    calibrated(layer, x=x)
+    assert torch.equal(layer(input=x), layer(x))
+
+
+def test_hooks_of_the_user_still_run() -> None:
+    layer, seen = nn.Linear(3, 2), []
+    layer.register_forward_pre_hook(lambda module, inputs: seen.append("before"))
+    calibrated(layer, x=torch.randn(4, 3))
+    layer.register_forward_hook(lambda module, inputs, output: seen.append("after"))
+    layer(torch.randn(4, 3))
+    assert seen == ["before", "before", "after"]
+
+
+# Copies
+
+
+def through_pickle(model: nn.Module) -> nn.Module:
+    copied: nn.Module = pickle.loads(pickle.dumps(model))
+    return copied
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copied: nn.Module = torch.load(buffer, weights_only=False)
+    return copied
+
+
+@pytest.mark.parametrize("copied_by", [copy.deepcopy, through_pickle, through_torch_save])
+def test_a_copy_is_quantized_and_independent(copied_by: Callable[[nn.Module], nn.Module]) -> None:
+    model = calibrated(Net(), "int4", "int4").eval()
+    before = model(X)
+    twin = copied_by(model).eval()
+    assert torch.equal(twin(X), before)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1.0)
+    set_observing(twin, True)
+    twin(X)
+    refresh(twin)
+    set_enabled(twin, weights=False)
+    assert torch.equal(model(X), before)
+    remove(twin)
+    assert torch.equal(model(X), before)
+
+
+def test_quantizer_state_goes_from_model_to_model() -> None:
+    model = calibrated(Net(), "int4", "int4")
+    twin = Net()
+    twin.load_state_dict(model.state_dict())
+    prepare(twin, "int4", "int4")
+    load_quantizer_state(twin, quantizer_state(model))
+    assert torch.equal(twin.eval()(X), model.eval()(X))
+    assert list(quantizer_state(model)) == [
+        f"{name}/{role}" for name in LAYERS for role in ("weight", "input")
+    ]
+
+
+def test_quantizer_state_of_other_layers_is_refused() -> None:
+    model, other = calibrated(Net(), "int4"), Net()
+    prepare(other, "int4", exclude=["conv1d"])
+    before = quantizer_state(other)
+    message = r"only in the model: \[\]; only in the state: \['conv1d/input', 'conv1d/weight'\]"
+    with pytest.raises(ValueError, match=message):
+        load_quantizer_state(other, quantizer_state(model))
+    for name, entries in quantizer_state(other).items():
+        assert torch.equal(entries["scale"], before[name]["scale"])
+
+
+# Layers that are shared, used often, or recomputed
+
+
+def test_tied_weights_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode, self.decode = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.decode.weight = self.encode.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.decode(self.encode(x))
+
+    model = calibrated(Tied(), "int4", "int4", x=torch.randn(8, 4))
+    assert model.encode.weight is model.decode.weight
+    assert len(list(model.parameters())) == 3
+    model(torch.randn(8, 4)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    refresh(model)
+    (_, _, first), (_, _, second) = quantized_layers(model)
+    assert first.weight is not None
+    assert second.weight is not None
+    assert torch.equal(first.weight.scale, second.weight.scale)
+
+
+def test_a_module_under_two_names_is_one_layer() -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    report = prepare(model, "int4", "int4")
+    assert report.num_quantized == 1
+    assert [name for name, _, _ in quantized_layers(model)] == ["0"]
+    set_observing(model, True)
+    model(torch.randn(6, 4))
+    (quantizer,) = input_quantizers(model)
+    assert quantizer.observer.sums[COUNT] == 48  # both uses
+    refresh(model)
+    assert quantizer.observer.num_batches == 1
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_observes_once_and_changes_nothing(use_reentrant: bool) -> None:
+    plain = calibrated(
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)),
+        "int4",
+        "int4",
+        x=torch.randn(6, 4),
+    )
+    model = copy.deepcopy(plain)
+    x = torch.randn(6, 4, requires_grad=True)
+    plain(x).square().sum().backward()
+    checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+    for ours, theirs in zip(input_quantizers(model), input_quantizers(plain), strict=True):
+        assert ours.observer.sums[COUNT] == 24
+        assert torch.equal(ours.observer.sums, theirs.observer.sums)
+        assert torch.equal(ours.observer.spectrum, theirs.observer.spectrum)
+
+
+# Dtype and device
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_statistics_stay_float32_when_the_model_changes_precision(dtype: torch.dtype) -> None:
+    model = calibrated(Net(), "int4", "int4").eval()
+    scales = {name: entries["scale"] for name, entries in quantizer_state(model).items()}
+    model.to(dtype)
+    for _, module, quantizers in quantized_layers(model):
+        assert module.weight.dtype == dtype
+        assert quantizers.weight is not None
+        assert quantizers.input is not None
+        assert quantizers.weight.scale.dtype == torch.float32
+        observer = quantizers.input.observer
+        assert {getattr(observer, n).dtype for n in observer.tensors()} == {torch.float32}
+    assert all(torch.equal(e["scale"], scales[n]) for n, e in quantizer_state(model).items())
+    set_observing(model, True)
+    assert model(X.to(dtype)).dtype == dtype
+    assert not refresh(model).any()
+
+
+def test_autocast() -> None:
+    model = calibrated(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), "int4", "int4", x=torch.randn(4, 8)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(torch.randn(4, 8))
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    assert not refresh(model).any()
+
+
+def test_from_the_meta_device_to_the_cpu() -> None:
+    expected = calibrated(Net(), "int4", "int4").eval()
+    with torch.device("meta"):
+        model = Net()
+    prepare(model, "int4", "int4")
+    for _, _, quantizers in quantized_layers(model):
+        assert all(q.scale.device.type == "cpu" and not q.ready for q in quantizers.present())
+    model.to_empty(device="cpu")
+    model.load_state_dict(expected.state_dict())
+    load_quantizer_state(model, quantizer_state(expected))
+    assert torch.equal(model.eval()(X), expected(X))
+
+
+def test_to_empty_leaves_scales_intact() -> None:
+    model = calibrated(Net(), "int4", "int4")
+    before = quantizer_state(model)
+    model.to_empty(device="cpu")
+    for name, entries in quantizer_state(model).items():
+        assert torch.equal(entries["scale"], before[name]["scale"])
+
+
+def test_scales_do_not_vanish_on_the_meta_device() -> None:
+    model = calibrated(Net(), "int4", "int4")
+    model.to("meta")
+    assert all(q.scale.device.type == "cpu" for q in input_quantizers(model))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_equals_the_eager_one(backend: str) -> None:
+    model = calibrated(
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)),
+        "int4",
+        "int4",
+        x=torch.randn(4, 8),
+    )
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend=backend)
+    x = torch.randn(4, 8)
+    for net in (model, compiled):
+        net(x).square().sum().backward()
+        refresh(net)
+    assert [name for name, _, _ in quantized_layers(compiled)] == ["0", "2"]
+    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    for one, other in zip(input_quantizers(twin), input_quantizers(model), strict=True):
+        assert one.observer.num_batches == other.observer.num_batches == 2
+        torch.testing.assert_close(one.scale, other.scale)
+
+
+# Switches and refresh
+
+
+def test_frozen_inputs_and_enabled_switches() -> None:
+    model = calibrated(Net(), "int4", "int4").eval()
+    quantized = model(X)
+    set_frozen(model, True)
+    before = quantizer_state(model)
+    model(100 * X)
+    refresh(model, weights=False)
+    for name, entries in quantizer_state(model).items():
+        assert torch.equal(entries["scale"], before[name]["scale"])
+    set_enabled(model, weights=False, inputs=False)
+    off = model(X)
+    set_enabled(model, weights=True)
+    weights_only = model(X)
+    set_enabled(model, inputs=True)
+    assert torch.equal(model(X), quantized)
+    assert len({float(y.sum()) for y in (quantized, off, weights_only)}) == 3
+
+
+def test_refresh_follows_the_weight() -> None:
+    model = calibrated(Net(), "int8", None)
+    before = quantizer_state(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    refresh(model, weights=False)
+    assert torch.equal(
+        quantizer_state(model)["head/weight"]["scale"], before["head/weight"]["scale"]
+    )
+    refresh(model)
+    for _ in range(16):  # a search is due by then
+        refresh(model)
+    for name, entries in quantizer_state(model).items():
+        torch.testing.assert_close(entries["scale"], 2 * before[name]["scale"], rtol=0.02, atol=0)
+
+
+def test_bad_inputs_are_reported_by_layer() -> None:
+    model = calibrated(Net(), "int4", "int4")
+    model(X)
+    assert refresh(model).tolist() == [False] * 4
+    bad = X.clone()
+    bad[0, 0, 0, 0] = torch.nan
+    model.eval()(bad)
+    assert refresh(model).tolist() == [True] * 4  # NaN spreads to all that follows
+    assert all(torch.isfinite(e["scale"]).all() for e in quantizer_state(model).values())
+
+
+# Report and mistakes
+
+
+def test_report_of_every_layer_with_parameters() -> None:
+    recipe = QuantRecipe(
+        [
+            QuantRule("conv1d"),
+            QuantRule("conv3d", "int4"),
+            QuantRule("head", TensorSpec("fp4", "per_group:8"), "fp8"),
+            QuantRule("conv2d", TensorSpec("int2", "per_tensor", "minmax"), "int4"),
+        ]
+    )
+    report = prepare(Net(), recipe=recipe)
+    rows = {row.name: (row.type, row.parameters, row.weight, row.input) for row in report.rows}
+    assert rows == {
+        "": ("Net", 1, None, None),
+        "conv2d": ("Conv2d", 40, "int2 per_tensor minmax", "int4 or uint4 per_tensor iterative"),
+        "norm": ("BatchNorm2d", 8, None, None),
+        "conv1d": ("Conv1d", 24, None, None),
+        "conv3d": ("Conv3d", 18, "int4 per_channel analytic", None),
+        "head": ("Linear", 75, "fp4_e2m1 per_group:8 analytic", "fp8_e4m3 per_tensor iterative"),
+    }
+    reasons = {row.name: row.reason for row in report.rows if row.reason}
+    assert reasons == {
+        "": "type not supported",
+        "norm": "normalisation stays in float",
+        "conv1d": "left in float by rule 'conv1d'",
+    }
+    assert report.num_quantized == 3
+    text = str(report)
+    assert "3 of 6 layers with parameters are quantized; they hold 133 of 166 parameters" in text
+    assert "80.1 %" in text
+    lines = text.splitlines()
+    assert len(lines) == 8
+    assert lines[0].split() == ["layer", "type", "parameters", "weight", "input"]
+    assert lines[1].startswith("(model)  Net")
+    assert len({line.index("int4") for line in lines if line.startswith("conv3d")}) == 1
+
+
+def test_report_of_a_prepared_model_tells_what_is_there() -> None:
+    model = Net()
+    first = prepare(model, "int4", "fp8", first_last_bits=None)
+    again = prepare(model, "int2", "int2", first_last_bits=None)
+    assert again == first
+    assert isinstance(again, InsertionReport)
+
+
+def test_attention_is_named_and_its_projection_left_alone() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    report = prepare(model, "int8", "int8")
+    rows = {row.name: row for row in report.rows}
+    assert rows["self_attn"].reason == "type not supported"
+    assert rows["self_attn.out_proj"].reason == "its parent reads the weight without calling it"
+    assert rows["linear1"].weight
+    set_observing(model, True)
+    model(torch.randn(2, 3, 8))
+    assert not refresh(model).any()
+
+
+def test_a_model_without_layers_to_quantize_lists_what_there_is() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.ReLU(), nn.LayerNorm(4))
+    with pytest.raises(ValueError, match="Sequential: no layer can be quantized") as caught:
+        prepare(model)
+    assert "0 (Embedding), 2 (LayerNorm)" in str(caught.value)
+    assert "Supported are Linear, Conv1d, Conv2d, Conv3d" in str(caught.value)
+    with pytest.raises(ValueError, match="Layers with parameters here: none"):
+        prepare(nn.ReLU())
+
+
+def test_a_recipe_that_leaves_all_in_float_lists_the_layers() -> None:
+    with pytest.raises(ValueError, match="leaves all layers in float: conv2d, conv1d, conv3d, he"):
+        prepare(Net(), recipe=QuantRecipe([QuantRule("*")]))
+
+
+@pytest.mark.parametrize(
+    ("exclude", "hint"),
+    [("conv_1d", "'conv1d'"), ("type:Conv2", "'type:Conv2d'"), ("heed", "'head'")],
+)
+def test_an_unknown_pattern_suggests_near_misses(exclude: str, hint: str) -> None:
+    model = Net()
+    with pytest.raises(ValueError, match=f"matched no layer. Did you mean {hint}"):
+        prepare(model, exclude=[exclude])
+    assert quantized_layers(model) == []
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(3), nn.LazyConv2d(3, 1)])
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_a_lazy_layer_is_refused_by_name(lazy: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), lazy)
+    with pytest.raises(ValueError, match="Layers 1 are lazy and not initialised yet"):
+        prepare(model)
+    assert quantized_layers(model) == []
+
+
+def test_a_mistake_in_one_layer_leaves_the_model_as_it_was() -> None:
+    model = Net()
+    with pytest.raises(ValueError, match="conv2d/weight: PerGroup: got size=12 for rows of 9"):
+        prepare(model, TensorSpec("int4", "per_group:12"), recipe=None, first_last_bits=None)
+    recipe = QuantRecipe(
+        [QuantRule("conv2d", "int4"), QuantRule("*", TensorSpec("int4", "per_group:5"))]
+    )
+    with pytest.raises(ValueError, match="conv1d/weight: PerGroup: got size=5"):
+        prepare(model, recipe=recipe)
+    assert quantized_layers(model) == []
+
+
+def test_a_model_that_is_a_layer_itself() -> None:
+    layer = nn.Linear(4, 2)
+    x = torch.randn(3, 4)
+    calibrated(layer, "int4", "int4", x=x)
+    assert list(quantizer_state(layer)) == ["weight", "input"]
+    (quantizer,) = input_quantizers(layer)
+    expected = fake_quantize(x, QParams(quantizer.scale), quantizer.fmt)
+    assert torch.equal(quantizer.quantize(x), expected)
