@@ -1,4 +1,4 @@
-"""What all tests share: fixed seeds, a working directory of their own, no network, few threads."""
+"""What all tests share: fixed seeds, a working directory of their own, no network, one thread."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
-# The models of the tests are tiny: more threads cost more than they bring, and sums in another
-# order would make results depend on the machine.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# The models of the tests are tiny: more threads cost more than they bring, on shared cores many times
+# more, and sums in another order would make results depend on the machine.
+torch.set_num_threads(1)
 
 # `derandomize` makes a run repeatable; no deadline, because shared cores stall now and then.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -102,7 +102,16 @@ class FakeQuantizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Take over what `state_dict` returned.
+
+        Raises:
+            ValueError: If the scale has another shape; nothing is changed then.
+        """
+        if state["scale"].shape != self.scale.shape:
+            raise ValueError(
+                f"{self.name}: the saved scale has shape {tuple(state['scale'].shape)}; expected "
+                f"{tuple(self.scale.shape)}. Use the model and the recipe it was saved with."
+            )
         self.fmt = get_format(state["format"])
         self.ready = bool(state["ready"])
         self.scale.copy_(state["scale"])
@@ -252,9 +261,10 @@ def refresh_weights(weights: Sequence[tuple[WeightFakeQuantizer, Tensor]]) -> No
         search = not quantizer.ready or quantizer.num_refreshes % quantizer.search_every == 0
         alone = number if rows.numel() > _MAX_GROUP else -1
         spec = quantizer.spec
-        kind = (quantizer.fmt, spec.quantizer, spec.options, rows.shape[1], quantizer.ready, search)
-        kinds.setdefault((*kind, alone), []).append((quantizer, rows))
-    for (fmt, *_, ready, search, _), group in kinds.items():
+        kind = (spec.quantizer, spec.options, rows.shape[1], rows.device, alone)
+        key = (quantizer.fmt, quantizer.ready, search, *kind)
+        kinds.setdefault(key, []).append((quantizer, rows))
+    for (fmt, ready, search, *_), group in kinds.items():
         quantizers = [quantizer for quantizer, _ in group]
         rows = torch.cat([rows for _, rows in group]) if len(group) > 1 else group[0][1]
         warm = torch.cat([q.scale.flatten() for q in quantizers])

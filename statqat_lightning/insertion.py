@@ -303,7 +303,10 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         quantizer.load_state_dict(state[name])
 
 
-def _attach(name: str, module: nn.Module, rule: QuantRule, config: ObserverConfig) -> None:
+def _quantizers(
+    name: str, module: nn.Module, rule: QuantRule, config: ObserverConfig
+) -> LayerQuantizers:
+    """The quantizers that a rule gives to a layer."""
     weight = weight_of(module)
     weight_quantizer = input_quantizer = None
     if isinstance(rule.weights, TensorSpec):
@@ -312,8 +315,7 @@ def _attach(name: str, module: nn.Module, rule: QuantRule, config: ObserverConfi
             refresh_weights([(weight_quantizer, weight)])
     if isinstance(rule.inputs, TensorSpec):
         input_quantizer = InputFakeQuantizer(name, rule.inputs, config, weight.device)
-    module._statqat = LayerQuantizers(weight_quantizer, input_quantizer)  # type: ignore[assignment]
-    module.__class__ = _quantized_class(type(module))
+    return LayerQuantizers(weight_quantizer, input_quantizer)
 
 
 def weight_of(module: nn.Module) -> Tensor:

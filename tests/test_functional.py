@@ -43,8 +43,8 @@ def gradient_of(x: Tensor, params: QParams, fmt: Format, rule: str, upstream: Te
 def test_equals_a_cast_by_ml_dtypes_on_every_finite_bfloat16(scale: float) -> None:
     x = every_finite_bfloat16()
     # A power of two divides exactly, so the oracle sees the very quotient.
-    expected = (x.float() / scale).clamp(-448, 448).numpy().astype(ml_dtypes.float8_e4m3fn)
-    expected = torch.from_numpy(expected.astype(np.float32)) * scale
+    cast = (x.float() / scale).clamp(-448, 448).numpy().astype(ml_dtypes.float8_e4m3fn)
+    expected = torch.from_numpy(cast.astype(np.float32)) * scale
     got = fake_quantize(x.float(), qparams(scale), get_format("fp8"))
     assert torch.equal(got, expected)
     assert torch.equal(fake_quantize(x, qparams(scale), get_format("fp8")), expected.bfloat16())

@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from statqat_lightning.insertion import (
     set_enabled,
     set_frozen,
     set_observing,
+    weight_of,
 )
 from statqat_lightning.observers import COUNT
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
@@ -50,14 +51,18 @@ class Net(nn.Module):
         x = self.norm(self.conv2d(x)).relu()  # (n, 4, 6, 6)
         x = self.conv1d(x.flatten(2))  # (n, 4, 34)
         x = self.conv3d(x[..., :32].reshape(-1, 1, 4, 4, 8)[..., :6])  # (n, 2, 2, 2, 3)
-        return self.head(x.flatten(1)) * self.gain
+        y: Tensor = self.head(x.flatten(1)) * self.gain
+        return y
 
 
 X = torch.randn(5, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 LAYERS = ["conv2d", "conv1d", "conv3d", "head"]
 
 
-def calibrated(model: nn.Module, *arguments: Any, x: Tensor = X, **options: Any) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def calibrated(model: M, *arguments: Any, x: Tensor = X, **options: Any) -> M:
     prepare(model, *arguments, **options)
     set_observing(model, True)
     model(x)
@@ -142,7 +147,7 @@ def test_switched_off_it_trains_bit_for_bit_like_the_float_model(switched_off: s
 
 def test_layers_compute_with_quantized_weight_and_input() -> None:
     model = calibrated(Net(), "int4", "fp4", first_last_bits=None).eval()
-    weights = {n: q.weight(m.weight) for n, m, q in quantized_layers(model) if q.weight}
+    weights = {n: q.weight(weight_of(m)) for n, m, q in quantized_layers(model) if q.weight}
     inputs: dict[str, Callable[[Tensor], Tensor]] = {
         n: q.input.quantize for n, _, q in quantized_layers(model) if q.input
     }
@@ -170,11 +175,11 @@ def test_gradients_reach_weights_straight_through() -> None:
 class Scaled(nn.Linear):
     """A subclass with a forward of its own, more arguments, and two uses of the weight."""
 
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes)
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
         self.seen: list[Tensor] = []
 
-    def forward(self, x: Tensor, factor: float = 1.0, *, shift: float = 0.0) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, factor: float = 1.0, *, shift: float = 0.0) -> Tensor:
         self.seen.append(self.weight)
         return factor * F.linear(x, self.weight, self.bias) + shift * self.weight.sum()
 
@@ -317,7 +322,8 @@ def test_tied_weights_stay_tied() -> None:
             self.decode.weight = self.encode.weight
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.decode(self.encode(x))
+            y: Tensor = self.decode(self.encode(x))
+            return y
 
     model = calibrated(Tied(), "int4", "int4", x=torch.randn(8, 4))
     assert model.encode.weight is model.decode.weight
@@ -361,10 +367,10 @@ def test_gradient_checkpointing_observes_once_and_changes_nothing(use_reentrant:
         assert ours.grad is not None
         assert theirs.grad is not None
         assert torch.equal(ours.grad, theirs.grad)
-    for ours, theirs in zip(input_quantizers(model), input_quantizers(plain), strict=True):
-        assert ours.observer.sums[COUNT] == 24
-        assert torch.equal(ours.observer.sums, theirs.observer.sums)
-        assert torch.equal(ours.observer.spectrum, theirs.observer.spectrum)
+    for one, other in zip(input_quantizers(model), input_quantizers(plain), strict=True):
+        assert one.observer.sums[COUNT] == 24
+        assert torch.equal(one.observer.sums, other.observer.sums)
+        assert torch.equal(one.observer.spectrum, other.observer.spectrum)
 
 
 # Dtype and device
@@ -436,7 +442,7 @@ def test_a_compiled_model_equals_the_eager_one(backend: str) -> None:
         x=torch.randn(4, 8),
     )
     twin = copy.deepcopy(model)
-    compiled = torch.compile(twin, backend=backend)
+    compiled = cast(nn.Module, torch.compile(twin, backend=backend))
     x = torch.randn(4, 8)
     for net in (model, compiled):
         net(x).square().sum().backward()
@@ -469,7 +475,7 @@ def test_frozen_inputs_and_enabled_switches() -> None:
     weights_only = model(X)
     set_enabled(model, inputs=True)
     assert torch.equal(model(X), quantized)
-    assert len({float(y.sum()) for y in (quantized, off, weights_only)}) == 3
+    assert len({y.sum().item() for y in (quantized, off, weights_only)}) == 3
 
 
 def test_refresh_follows_the_weight() -> None:

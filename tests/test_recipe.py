@@ -29,7 +29,9 @@ LAYERS: dict[str, nn.Module] = {
 
 
 def patterns(recipe: QuantRecipe) -> dict[str, str | None]:
-    return {name: rule and rule.pattern for name, rule in recipe.assign(LAYERS).items()}
+    return {
+        name: None if rule is None else rule.pattern for name, rule in recipe.assign(LAYERS).items()
+    }
 
 
 # Specifications
@@ -168,7 +170,7 @@ def test_first_match_wins() -> None:
 def test_default_recipe_keeps_first_and_last_wide() -> None:
     assigned = QuantRecipe.default("int4", "fp4", exclude=["layer2.*"]).assign(LAYERS)
     formats = {
-        name: rule and (rule.weights and rule.weights.format, rule.inputs and rule.inputs.format)  # type: ignore[union-attr]
+        name: rule and (rule.weights and rule.weights.format, rule.inputs and rule.inputs.format)
         for name, rule in assigned.items()
     }
     assert formats == {

@@ -280,8 +280,6 @@ def _window_points(device: torch.device, points: int = 4) -> tuple[Tensor, Tenso
 def _responses(fmt: Format, device: torch.device) -> Tensor:
     """Mean relative squared error in each bin of the window, float32 `(candidates, bins)`."""
     x, power = _window_points(torch.device("cpu"), points=16)
-    rows = []
-    for clip in _candidate_clips(torch.device("cpu")).tolist():
-        scale = clip / fmt.max
-        rows.append((fmt.round(x / scale) * scale - x).square().mean(1) / power)
-    return torch.stack(rows).to(device)
+    scale = (_candidate_clips(torch.device("cpu")) / fmt.max).view(-1, 1, 1)
+    error = fmt.round_(x / scale).mul_(scale).sub_(x)
+    return (error.square_().mean(-1) / power).to(device)

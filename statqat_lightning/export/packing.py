@@ -59,7 +59,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         )
     words = _words(torch.nn.functional.pad(packed, (0, -packed.numel() % bits)), 8, bits)
     shifts = bits * torch.arange(8, device=packed.device)
-    codes = (words.unsqueeze(1) >> shifts) & (2**bits - 1)
+    codes: Tensor = (words.unsqueeze(1) >> shifts) & (2**bits - 1)
     return codes.to(torch.uint8).reshape(-1)[:count]
 
 

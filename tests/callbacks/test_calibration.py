@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, Dataset, IterableDataset, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, Dataset, IterableDataset, Sampler
 
 from statqat_lightning import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.callbacks.qat import StatQATCallback, StatQATWarning
@@ -96,9 +96,7 @@ DATA: dict[str, Callable[[], Any]] = {
         digits(), batch_sampler=RotatingBatches()
     ),
     "no batching": lambda: torch.utils.data.DataLoader(
-        digits(),
-        sampler=BatchSampler(SequentialSampler(digits()), 32, drop_last=False),
-        batch_size=None,
+        digits(), sampler=RotatingBatches(), batch_size=None
     ),
     "dict of loaders": lambda: {"a": loader(), "b": loader(shuffle=False)},
     "combined": lambda: CombinedLoader([loader(), loader(Noisy())], "max_size_cycle"),

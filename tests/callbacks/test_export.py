@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from torch import Tensor, nn
 
 import statqat_lightning.callbacks.export as export_callback
@@ -18,7 +20,7 @@ from statqat_lightning.callbacks.export import ExportCallback, ExportWarning
 from statqat_lightning.export.native import load_quantized, read_header
 from statqat_lightning.export.onnx import ONNXExportError
 from statqat_lightning.export.verify import onnx_session
-from statqat_lightning.insertion import quantized_layers
+from statqat_lightning.insertion import prepare
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     DigitsModule,
@@ -26,6 +28,7 @@ from tests.callbacks.digits import (
     held_out,
     loader,
     make_trainer,
+    small_cnn,
     statqat,
     train,
 )
@@ -334,9 +337,29 @@ def test_export_after_resuming_a_finished_run(tmp_path: Path) -> None:
     )
 
 
-def test_two_ranks_write_once(tmp_path: Path) -> None:
-    export = ExportCallback("model.onnx")
-    module, _ = train(statqat(), export, strategy="ddp_notebook", devices=1, limit_train_batches=2)
-    assert len(quantized_layers(module)) == 3
-    # DDP calls the module to run `training_step`; what is exported is `forward` all the same.
-    assert [i.name for i in onnx_session("model.onnx").get_inputs()] == ["x"]
+@pytest.mark.parametrize(("bypass", "name"), [(False, ""), (True, "net")])
+def test_a_wrapper_that_calls_the_module_to_run_training_step(bypass: bool, name: str) -> None:
+    class Plain(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_cnn()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.net(x)
+            return out
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return (self.net if bypass else self)(batch[0]).mean()
+
+    module = Plain()
+    prepare(module)
+    for _ in range(2):  # it leaves `forward` on the instance behind
+        capture = export_callback._Capture(module, None)
+        batch = IMAGES[:4], digits().tensors[1][:4]
+        _ForwardRedirection()(module, module, "training_step", batch, 0)  # as DDP does
+        capture.stop()
+        best = capture.best()
+        assert best is not None
+        assert best[0] == name
+        assert torch.equal(best[1].args[0], IMAGES[:4])
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in module.modules())

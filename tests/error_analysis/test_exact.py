@@ -48,7 +48,7 @@ CONSTANTS = {
 
 @dataclass(frozen=True)
 class UniformLevels(Format):
-    """`count` levels at distance 1 around zero, as in Max's table; an even count has none at zero."""
+    """`count` levels at distance 1 around zero, as in Max's table; no zero if `count` is even."""
 
     count: int
 

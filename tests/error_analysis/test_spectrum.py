@@ -141,7 +141,7 @@ def test_predicted_error_equals_the_error_of_the_values(fmt: Format, name: str) 
     x, spectrum = SAMPLES[name], spectrum_of(name)
     for factor in (1.0, 0.6, 1.7):
         scale = factor * float(spectrum.optimal_scale(fmt))
-        expected = decibels(np.mean(x**2) / ERRORS[name](fmt, scale))
+        expected = decibels(float(np.mean(x**2)) / ERRORS[name](fmt, scale))
         got = spectrum.predicted_snr_db(fmt, scale).item()
         assert got == pytest.approx(expected, abs=PREDICTION_TOLERANCE[name])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_more_iterations_never_hurt() -> None:
         ERRORS["laplace"](fmt, float(Iterative(max_iterations=n).choose_qparams(x, fmt).scale))
         for n in (1, 2, 5, 20)
     ]
-    assert all(later <= earlier * (1 + 1e-7) for earlier, later in zip(errors, errors[1:]))
+    assert all(later <= earlier * (1 + 1e-7) for earlier, later in itertools.pairwise(errors))
 
 
 def test_tracking_takes_one_step_by_hand() -> None:

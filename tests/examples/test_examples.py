@@ -1,0 +1,137 @@
+"""The examples and the README's code run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.wandb_file import read_run
+
+COMMANDS = ("digits.py", "cifar10_resnet20.py", "image_folder.py", "benchmarks/step_time.py")
+
+
+def run_example(repository: Path, *arguments: str) -> str:
+    command = [sys.executable, str(repository / "examples" / arguments[0]), *arguments[1:]]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(repository: Path, command: str) -> None:
+    assert "usage:" in run_example(repository, command, "--help")
+
+
+def test_digits_fast_dev_run(repository: Path) -> None:
+    output = run_example(repository, "digits.py", "--fast-dev-run", "--output", "out")
+    rows = [
+        line for line in output.splitlines() if re.match(r"(float|StatQAT|min-max QAT) +W?", line)
+    ]
+    assert len([row for row in rows if "%" in row]) >= 5
+
+
+@pytest.mark.slow
+def test_image_folder_on_a_folder_of_images(repository: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(6):
+            pixels = torch.randint(256, (40, 48, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{number}.png")
+    output = run_example(
+        repository,
+        "image_folder.py",
+        str(tmp_path / "images"),
+        *("--model", "resnet18", "--image-size", "32", "--fast-dev-run"),
+    )
+    assert "StatQAT" in output
+
+
+@pytest.mark.slow
+def test_step_time_measures_all_variants(repository: Path) -> None:
+    output = run_example(
+        repository, "benchmarks/step_time.py", "--rounds", "2", "--batch-size", "2"
+    )
+    for variant in ("float", "StatQAT W8A8", "StatQAT W4A4", "StatQAT FP4", "torch.ao, fused"):
+        assert variant in output
+
+
+class MyModule(L.LightningModule):
+    """The reader's own module of the README."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 8), nn.Linear(8, 3)
+        )
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.network(x))
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_python_code_of_the_readme_runs(repository: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    loader = DataLoader(TensorDataset(torch.randn(16, 1, 8, 8), torch.randint(3, (16,))), 4)
+    names = {"MyModule": MyModule, "loader": loader}
+    for block in blocks:
+        # Three epochs of a demonstration are not needed to see that it runs.
+        exec(block.replace("L.Trainer(", "L.Trainer(logger=False, "), names)
+    assert Path("exported/model.onnx").exists()
+    assert Path("exported/model.safetensors").exists()
+
+
+@pytest.mark.cifar
+def test_cifar10_example_logs_the_snr_of_all_layers_to_wandb(repository: Path) -> None:
+    run_example(
+        repository,
+        "cifar10_resnet20.py",
+        *("--limit-train-batches", "6", "--limit-test-batches", "1", "--wandb", "offline"),
+        *("--log-every-n-steps", "2", "--batch-size", "32", "--output", "out"),
+    )
+    (path,) = Path("out").rglob("*.wandb")
+    history = read_run(path).history
+    layers = ["conv1", "linear"] + [
+        f"layer{stage}.{block}.conv{conv}"
+        for stage in (1, 2, 3)
+        for block in (0, 1, 2)
+        for conv in (1, 2)
+    ]
+    for layer in layers:
+        for role in ("weight", "input"):
+            curve = [row[key] for row in history if (key := f"snr_db/model.{layer}/{role}") in row]
+            assert len(curve) == 3
+            assert all(5 < value < 60 for value in curve)
+
+
+@pytest.mark.cifar
+@pytest.mark.slow
+@pytest.mark.parametrize(("formats", "least"), [("int4", 87.0), ("int2", 79.0)])
+def test_one_epoch_on_cifar10(repository: Path, formats: str, least: float) -> None:
+    output = run_example(
+        repository,
+        "cifar10_resnet20.py",
+        *("--weights", formats, "--activations", formats, "--epochs", "1", "--output", "out"),
+    )
+    accuracy = re.search(r"StatQAT .*? (\d+\.\d+) %", output)
+    assert accuracy is not None, output
+    assert float(accuracy[1]) >= least
