@@ -21,8 +21,8 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
-# The models of the tests are tiny: more threads cost more than they bring, on shared cores many times
-# more, and sums in another order would make results depend on the machine.
+# The models of the tests are tiny: more threads cost more than they bring (on shared cores much
+# more), and sums in another order would make results depend on the machine.
 torch.set_num_threads(1)
 
 # `derandomize` makes a run repeatable; no deadline, because shared cores stall now and then.

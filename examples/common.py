@@ -10,8 +10,6 @@ import argparse
 import difflib
 import itertools
 import logging
-import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from statqat_lightning import ExportCallback, SNRMonitor, StatQATCallback, TensorSpec, get_format
+from statqat_lightning.report import History, plot_snr
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -515,71 +514,12 @@ def print_results(results: Sequence[Result]) -> None:
         print("  ".join(left + right))
 
 
-def plot_snr(
-    histories: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]], path: Path
-) -> Path | None:
-    """Draw the SNR of each layer over training: a column for each run, weights over inputs.
-
-    Args:
-        histories: `SNRMonitor.history` of each run, by title.
-        path: The PNG file to write.
-
-    Returns:
-        `path`, or None if nothing was recorded or matplotlib is missing.
-    """
+def plot_histories(histories: Mapping[str, History], path: Path) -> Path | None:
+    """Draw the SNR of each layer over training; None if nothing was recorded."""
     histories = {title: history for title, history in histories.items() if history}
     if not histories:
         return None
-    try:
-        import matplotlib as mpl
-    except ModuleNotFoundError:
-        print("No picture: matplotlib is missing (pip install matplotlib).", file=sys.stderr)
-        return None
-    mpl.use("Agg")  # writes files, needs no display
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        2,
-        len(histories),
-        figsize=(1.5 + 3.6 * len(histories), 5.6),
-        sharex="col",
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    names = list(
-        dict.fromkeys(
-            key.rpartition("/")[0]
-            for history in histories.values()
-            for _, values in history
-            for key in values
-        )
-    )
-    # Depth runs from dark to light; the lightest yellow is hard to see on white.
-    colors = {n: plt.cm.viridis(0.92 * i / max(1, len(names) - 1)) for i, n in enumerate(names)}
-    for column, (title, history) in enumerate(histories.items()):
-        for row, role in enumerate(("weight", "input")):
-            axis = axes[row, column]
-            for name in names:
-                points = [
-                    (step, v[f"{name}/{role}"]) for step, v in history if f"{name}/{role}" in v
-                ]
-                points = [(step, value) for step, value in points if math.isfinite(value)]
-                if points:
-                    axis.plot(*zip(*points, strict=True), color=colors[name], lw=1.3, label=name)
-            axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[0, column].set_title(title)
-        axes[1, column].set_xlabel("training step")
-    for row, role in enumerate(("weights", "layer inputs")):
-        axes[row, 0].set_ylabel(f"SNR of {role} [dB]")
-    handles = [plt.Line2D([], [], color=colors[name], lw=2, label=name) for name in names]
-    figure.legend(
-        handles=handles, loc="outside right center", frameon=False, fontsize=7, title="layer"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plot_snr(histories, path)
     return path
 
 
@@ -639,7 +579,7 @@ def train_and_report(
     method = METHODS[args.quantizer]
     formats = f"{args.weights or 'float'}/{args.activations or 'float'}"
     results.append(measure(method, formats, trainer, module, quantization, test_loader))
-    picture = plot_snr({f"{method} {formats}": quantization.monitor.history}, run / "snr.png")
+    picture = plot_histories({f"{method} {formats}": quantization.monitor.history}, run / "snr.png")
     print()
     print_results(results)
     print()

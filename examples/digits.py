@@ -124,7 +124,7 @@ def main() -> None:
         if (report := quantization.export.report) is not None:
             paths[title] = Path(report.onnx_path).parent
 
-    picture = common.plot_snr(histories, args.output / "snr_per_layer.png")
+    picture = common.plot_histories(histories, args.output / "snr_per_layer.png")
     print(f"\nHeld-out accuracy after {time.perf_counter() - start:.0f} s")
     common.print_results(results)
     print()

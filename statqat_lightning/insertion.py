@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from statqat_lightning.fake_quantizer import (
     FakeQuantizer,
@@ -414,9 +415,16 @@ def _plain_name(name: str) -> str:
 
 def _supported_class(module: nn.Module) -> type[nn.Module] | None:
     """The supported class that a layer is an instance of."""
-    if isinstance(module, _BYPASSED):
+    if isinstance(module, _BYPASSED) or _hides_its_weight(module):
         return None
     return next((cls for cls in _FUNCTIONALS if isinstance(module, cls)), None)
+
+
+def _hides_its_weight(module: nn.Module) -> bool:
+    """Whether a layer's own forward reads a parametrized weight: nothing can be put before it."""
+    supported = next((cls for cls in _FUNCTIONALS if isinstance(module, cls)), None)
+    own_forward = supported is not None and base_class(module).forward is not supported.forward
+    return own_forward and is_parametrized(module, "weight")
 
 
 def _refuse_uninitialised(layers: Mapping[str, nn.Module]) -> None:
@@ -439,6 +447,8 @@ def _why_float(name: str, module: nn.Module, rule: QuantRule | None, candidate: 
         return "normalisation stays in float"
     if isinstance(module, _BYPASSED):
         return "its parent reads the weight without calling it"
+    if _hides_its_weight(module):
+        return "its own forward reads a parametrized weight"
     return "type not supported"
 
 

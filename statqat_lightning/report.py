@@ -64,60 +64,71 @@ class SNRSummary:
         return cls(sum(finite.values()) / len(finite), finite[worst], worst)
 
 
-def plot_snr(
-    history: Sequence[tuple[int, Mapping[str, float]]], path: str | Path, title: str = ""
-) -> None:
-    """Draw the SNR of every tensor over training steps: weights above, inputs below.
+History = Sequence[tuple[int, Mapping[str, float]]]
+"""Steps with the SNR in dB of each tensor, as `SNRMonitor.history` holds them."""
 
-    The first layers are dark, the last ones bright.
+
+def plot_snr(histories: Mapping[str, History], path: str | Path) -> None:
+    """Draw the SNR of every tensor over training steps: a column a run, weights above inputs.
+
+    The first layers are dark, the last ones bright. The file appears whole or not at all.
 
     Args:
-        history: Steps and SNRs by tensor, as `SNRMonitor.history` holds them.
+        histories: Histories of runs by title.
         path: Where the picture is written; its ending says the kind.
-        title: Title of the picture.
 
     Raises:
         ValueError: If there is nothing to draw.
         ModuleNotFoundError: If matplotlib is missing; the message names the extra.
     """
-    if not history:
-        raise ValueError("plot_snr: got an empty history; expected at least one step.")
+    tensors = [
+        name for history in histories.values() for _, decibels in history for name in decibels
+    ]
+    if not tensors:
+        raise ValueError("plot_snr: got empty histories; expected at least one step.")
     try:
+        from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "plot_snr needs matplotlib: pip install 'statqat-lightning[plot]'."
         ) from error
-    from matplotlib import colormaps
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 1, sharex=True)
-    for axis, role in zip(axes, ("weight", "input"), strict=True):
-        names = [
-            name
-            for name in dict.fromkeys(n for _, row in history for n in row)
-            if name.endswith(role)
-        ]
-        for number, name in enumerate(names):
-            points = [(step, row[name]) for step, row in history if name in row]
-            layer = name.rpartition("/")[0] or name
-            color = colormaps["viridis"](number / max(len(names) - 1, 1))
-            axis.plot(
-                *zip(*points, strict=True),
-                color=color,
-                label=layer,
-                linewidth=1.2,
-                marker=".",
-                markersize=3,
-            )
-        axis.set_ylabel(f"{role} SNR (dB)")
-        axis.grid(alpha=0.3)
-        if names:
-            columns = 1 + (len(names) - 1) // 12
-            axis.legend(fontsize=6, ncols=columns, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes[1].set_xlabel("optimizer step")
-    if title:
-        figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    layers = list(dict.fromkeys(name.rpartition("/")[0] for name in tensors))
+    # The brightest yellow is hard to see on white.
+    colors = {
+        layer: colormaps["viridis"](0.92 * number / max(len(layers) - 1, 1))
+        for number, layer in enumerate(layers)
+    }
+    figure = Figure(figsize=(1.8 + 3.4 * len(histories), 5.4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(histories), sharex="col", sharey=True, squeeze=False)
+    for column, (title, history) in enumerate(histories.items()):
+        for axis, role in zip(axes[:, column], ("weight", "input"), strict=True):
+            for layer in layers:
+                name = f"{layer}/{role}" if layer else role
+                points = [(step, row[name]) for step, row in history if name in row]
+                if points:
+                    axis.plot(*zip(*points, strict=True), color=colors[layer], linewidth=1.3)
+            axis.grid(alpha=0.3)
+        axes[0, column].set_title(title)
+        axes[1, column].set_xlabel("training step")
+    axes[0, 0].set_ylabel("SNR of weights (dB)")
+    axes[1, 0].set_ylabel("SNR of layer inputs (dB)")
+    handles = [
+        axes[0, 0].plot([], [], color=color, label=layer)[0] for layer, color in colors.items()
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside right center",
+        ncols=1 + (len(layers) - 1) // 24,
+        frameon=False,
+        fontsize=7,
+        title="layer",
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
+    canvas.print_figure(unfinished, dpi=110)
+    unfinished.replace(path)

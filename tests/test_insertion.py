@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from statqat_lightning.functional import QParams, fake_quantize
@@ -216,6 +217,26 @@ def test_a_subclass_with_its_own_forward(cls: type[Scaled]) -> None:
     assert "weight" not in vars(layer)
     layer(x, 3.0).sum().backward()
     assert parameter.grad is not None
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_a_parametrized_weight_is_quantized_or_reported() -> None:
+    plain, own = nn.Linear(4, 3), Scaled(4, 3)
+    for layer in (plain, own):
+        parametrize.register_parametrization(layer, "weight", Doubled())
+    model = nn.Sequential(plain, own)
+    report = {row.name: row.reason for row in prepare(model, "int4", None).rows}
+    assert report["0"] == ""
+    assert report["1"] == "its own forward reads a parametrized weight"
+    x = torch.randn(2, 4)
+    (quantizer,) = (q.weight for _, _, q in quantized_layers(model))
+    assert quantizer is not None
+    expected = fake_quantize(plain.weight, quantizer.qparams, quantizer.fmt)
+    assert torch.equal(plain(x), F.linear(x, expected, plain.bias))
 
 
 def test_a_subclass_that_calls_super() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +27,33 @@ class Run(NamedTuple):
     config: dict[str, Any]
 
 
+def read_finished_run(path: Path, patience: float = 60.0) -> Run:
+    """The run in a `.wandb` file, once W&B's own process has written its last record.
+
+    `finish()` can return before that where cores are busy.
+
+    Raises:
+        TimeoutError: If that record does not come within `patience` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        run, finished = _read(path)
+        if finished:
+            return run
+        time.sleep(0.1)
+    raise TimeoutError(f"{path}: the run did not finish within {patience} s")
+
+
 def read_run(path: Path) -> Run:
-    """History, summary and configuration of the run in a `.wandb` file."""
+    """History, summary and configuration of the run in a `.wandb` file, as far as it is written."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[Run, bool]:
     from wandb.proto import wandb_internal_pb2
 
     new_record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined, unused-ignore]
-    run = Run([], {}, {})
+    run, finished = Run([], {}, {}), False
     for data in _records(path.read_bytes()):
         record = new_record()
         record.ParseFromString(data)
@@ -42,7 +64,8 @@ def read_run(path: Path) -> Run:
             run.summary.update(_values(record.summary.update))
         elif kind == "config":
             run.config.update(_values(record.config.update))
-    return run
+        finished = finished or kind == "exit"
+    return run, finished
 
 
 def _values(items: Any) -> dict[str, Any]:
@@ -50,6 +73,8 @@ def _values(items: Any) -> dict[str, Any]:
 
 
 def _records(content: bytes) -> Iterator[bytes]:
+    if len(content) < FILE_HEADER.size:
+        return
     identifier, magic, _ = FILE_HEADER.unpack_from(content)
     if (identifier, magic) != (b":W&B", 0xBEE1):
         raise ValueError(f"not a .wandb file: it starts with {content[:7]!r}")

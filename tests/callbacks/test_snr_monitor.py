@@ -34,7 +34,7 @@ from tests.callbacks.digits import (
     statqat,
     train,
 )
-from tests.wandb_file import read_run
+from tests.wandb_file import read_finished_run
 
 KEYS = {f"snr_db/{layer}/{role}" for layer in LAYERS for role in ("weight", "input")}
 AGGREGATES = {"snr_db/mean", "snr_db/min"}
@@ -149,7 +149,7 @@ def from_wandb(logger: Any) -> Rows:
     logger.experiment.finish()
     (path,) = folder.glob("*.wandb")
     rows: Rows = {}
-    run = read_run(path)
+    run = read_finished_run(path)
     for line in run.history:
         rows.setdefault(int(line["trainer/global_step"]), {}).update(line)
     assert run.summary["snr_db/min"] == rows[max(rows)]["snr_db/min"]

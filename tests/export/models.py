@@ -14,7 +14,12 @@ from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 
 INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)]
 FLOATS = ["fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1"]
-GRANULARITIES = ["per_channel", "per_tensor", "per_group:4"]
+# Every format, and every granularity with a few of them.
+FORMATS_AND_GRANULARITIES = [
+    *((fmt, "per_channel") for fmt in (*INTEGERS, *FLOATS)),
+    *((fmt, "per_tensor") for fmt in ("int3", "uint8", "fp8_e4m3", "fp4_e2m1")),
+    *((fmt, "per_group:4") for fmt in ("int3", "int8", "fp6_e2m3", "fp4_e2m1")),
+]
 
 
 class ScaledLinear(nn.Linear):
@@ -63,7 +68,7 @@ def small_net() -> nn.Sequential:
     )
 
 
-def images(count: int = 32) -> Tensor:
+def images(count: int = 8) -> Tensor:
     return torch.randn(count, 1, 8, 8)
 
 

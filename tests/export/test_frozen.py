@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from statqat_lightning.export.frozen import FrozenLayer, LeftInFloatWarning, freeze, frozen_layers
 from statqat_lightning.insertion import is_quantized, prepare, quantized_layers, set_enabled
 from tests.export.models import (
-    FLOATS,
-    GRANULARITIES,
-    INTEGERS,
+    FORMATS_AND_GRANULARITIES,
     Everything,
     ScaledLinear,
     calibrated,
@@ -39,8 +37,7 @@ def everything(
     return calibrated(Everything(), recipe, x), images()
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("fmt", [*INTEGERS, *FLOATS])
+@pytest.mark.parametrize(("fmt", "granularity"), FORMATS_AND_GRANULARITIES)
 def test_frozen_outputs_are_bit_equal(fmt: str, granularity: str) -> None:
     model, x = everything(fmt, fmt, granularity)
     assert torch.equal(freeze(model)(x), outputs(model, x))

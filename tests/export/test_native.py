@@ -18,9 +18,7 @@ from statqat_lightning.insertion import quantized_layers, quantizer_state
 from statqat_lightning.recipe import QuantRecipe
 from tests.callbacks.digits import DigitsModule, held_out, loader, make_trainer, small_cnn, statqat
 from tests.export.models import (
-    FLOATS,
-    GRANULARITIES,
-    INTEGERS,
+    FORMATS_AND_GRANULARITIES,
     Everything,
     calibrated,
     images,
@@ -40,8 +38,7 @@ def model() -> nn.Module:
     return calibrated(Everything(), recipe_of("int4", "int4"), images())
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("fmt", [*INTEGERS, *FLOATS])
+@pytest.mark.parametrize(("fmt", "granularity"), FORMATS_AND_GRANULARITIES)
 def test_every_format_and_granularity_reloads_bit_equal(
     fmt: str, granularity: str, path: Path
 ) -> None:
@@ -351,7 +348,7 @@ def test_bad_checkpoints(checkpoint: tuple[Path, DigitsModule], tmp_path: Path) 
     wrong = data[native.KEY] | {"recipe": recipe_of("int8", "int8").to_dict()}
     torch.save(data | {native.KEY: wrong}, path)
     with pytest.raises(
-        ValueError, match=r"is int4 with scales of shape .* in the checkpoint, int8"
+        ValueError, match=r"is uint4 with scales of shape .* in the checkpoint, int8"
     ):
         load_quantized(DigitsModule(), path)
 
