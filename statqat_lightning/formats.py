@@ -42,8 +42,12 @@ class Format(ABC):
         """Value of each code `0 .. 2**bits - 1`, float64; NaN for a code without a finite value."""
 
     @abstractmethod
+    def round_inside_(self, x: Tensor) -> Tensor:
+        """Like `round_`, for values that lie between `min` and `max` but for a rounding error."""
+
     def round_(self, x: Tensor) -> Tensor:
         """Like `round`, overwriting `x`, which must be float32 or float64."""
+        return self.round_inside_(x.clamp_(self.min, self.max))
 
     def round(self, x: Tensor) -> Tensor:
         """Nearest value of the grid at scale 1; ties go to the even code, the ends saturate.
@@ -154,8 +158,8 @@ class IntFormat(Format):
         values[half] = math.nan
         return values
 
-    def round_(self, x: Tensor) -> Tensor:
-        return x.clamp_(self.min, self.max).round_()
+    def round_inside_(self, x: Tensor) -> Tensor:
+        return x.round_()
 
     def as_unsigned(self) -> IntFormat:
         """The unsigned integers of the same width."""
@@ -212,8 +216,7 @@ class FloatFormat(Format):
             positive[-self.num_special :] = math.nan
         return torch.cat([positive, -positive])
 
-    def round_(self, x: Tensor) -> Tensor:
-        x.clamp_(self.min, self.max)
+    def round_inside_(self, x: Tensor) -> Tensor:
         spacing = self._binade(x).clamp_min_(2.0**self.min_exponent)
         # Adding and subtracting 1.5 * 2**p in units of the local spacing (p: fraction bits of the
         # dtype) leaves no fraction bits below the spacing, and the addition itself rounds half to

@@ -97,12 +97,13 @@ def fake_quantize(x: Tensor, qparams: QParams, fmt: Format, gradient: str = "cli
     y = _carrier(_wide(view), qparams, fmt, gradient)
     # The carrier fixes the gradient; its values become the grid's. Nothing has saved `y` so far.
     # (`x + (x_hat - x).detach()` would leave the grid for values far outside the clip points.)
+    round_ = fmt.round_ if gradient == "pass_through" else fmt.round_inside_
     with torch.no_grad():
         y.div_(qparams.scale)
         if qparams.zero_point is None:
-            fmt.round_(y)
+            round_(y)
         else:
-            fmt.round_(y.add_(qparams.zero_point)).sub_(qparams.zero_point)
+            round_(y.add_(qparams.zero_point)).sub_(qparams.zero_point)
         y.mul_(qparams.scale)
     return y.to(x.dtype).reshape(x.shape)
 

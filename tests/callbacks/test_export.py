@@ -349,7 +349,8 @@ def test_a_wrapper_that_calls_the_module_to_run_training_step(bypass: bool, name
             return out
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return (self.net if bypass else self)(batch[0]).mean()
+            out: Tensor = (self.net if bypass else self)(batch[0])
+            return out.mean()
 
     module = Plain()
     prepare(module)

@@ -64,7 +64,7 @@ class UniformLevels(Format):
     def code_values(self) -> Tensor:
         raise NotImplementedError
 
-    def round_(self, x: Tensor) -> Tensor:
+    def round_inside_(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     @cached_property

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_codes_and_scales_take_the_place_of_weights() -> None:
         assert torch.equal(scale, quantizers.weight.scale)
         assert torch.equal(state[f"{name}.input_scale"], quantizers.input.scale)
         assert torch.equal(
-            frozen.get_submodule(name).weight,
+            frozen.get_submodule(name).weight,  # type: ignore[arg-type]
             quantizers.weight(layer.weight),  # type: ignore[arg-type]
         )
     assert [name for name, _ in frozen_layers(frozen)] == [*EVERYTHING_LAYERS]
@@ -109,7 +110,7 @@ def test_other_precisions_are_bit_equal_and_keep_float32_scales(dtype: torch.dty
     x = torch.randn(16, 12, dtype=dtype)
     make = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
     model = calibrated(make.to(dtype), recipe_of("int4", "int8"), x)
-    frozen = freeze(model)
+    frozen: Any = freeze(model)
     assert torch.equal(frozen(x), outputs(model, x))
     assert frozen[0].weight.dtype == dtype
     assert frozen[0].weight_scale.dtype == torch.float32
@@ -148,7 +149,7 @@ def test_a_weight_from_a_hook_is_refused() -> None:
 
 def test_what_has_no_scale_or_is_switched_off_stays_in_float_and_is_named() -> None:
     x = images()
-    model = small_net()
+    model: nn.Module = small_net()
     prepare(model, recipe=recipe_of("int4", "int4"))
     with pytest.warns(LeftInFloatWarning, match=r"0/input \(no statistics\), 2/input"):
         frozen = freeze(model.eval())

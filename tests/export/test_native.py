@@ -14,7 +14,7 @@ from statqat_lightning.export.files import replacing
 from statqat_lightning.export.frozen import freeze
 from statqat_lightning.export.native import load_quantized, read_header, save_native
 from statqat_lightning.export.packing import pack
-from statqat_lightning.insertion import quantized_layers, quantizer_state
+from statqat_lightning.insertion import quantized_layers, quantizer_state, weight_of
 from statqat_lightning.recipe import QuantRecipe
 from tests.callbacks.digits import DigitsModule, held_out, loader, make_trainer, small_cnn, statqat
 from tests.export.models import (
@@ -55,7 +55,7 @@ def test_every_format_and_granularity_reloads_bit_equal(
         assert qa.weight is not None
         assert qb.weight is not None
         codes = [
-            q.fmt.encode(q.fmt.round(q.granularity.view(m.weight) / q.scale))
+            q.fmt.encode(q.fmt.round(q.granularity.view(weight_of(m)) / q.scale))
             for m, q in ((a, qa.weight), (b, qb.weight))
         ]
         assert torch.equal(*codes)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import statqat_lightning.export.onnx as onnx_export
 from statqat_lightning.export.frozen import freeze
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.onnx import OPSET, ONNXExportError, save_onnx
@@ -124,8 +123,8 @@ def test_integers_are_int8_codes_with_a_scale_per_channel(tmp_path: Path) -> Non
     model = calibrated(small_net(), recipe_of("int4", "int4"), images())
     save_onnx(model, tmp_path / "m.onnx", images(4))
     stored = initializers(tmp_path / "m.onnx")
-    layer = model[2]
-    quantizer = layer._statqat.weight  # type: ignore[union-attr]
+    layer: Any = model.get_submodule("2")
+    quantizer = layer._statqat.weight
     codes = next(v for k, v in stored.items() if k.endswith("2.weight_codes"))
     scale = next(v for k, v in stored.items() if k.endswith("2.weight_scale"))
     assert codes.data_type == onnx.TensorProto.INT8
@@ -207,7 +206,7 @@ def test_half_precision_becomes_float32(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).to(torch.bfloat16)
     x = torch.randn(16, 8)
     calibrated(model, recipe_of("int4", "int8"), x.bfloat16())
-    frozen = freeze(model)
+    frozen: Any = freeze(model)
     save_onnx(frozen, tmp_path / "m.onnx", x.bfloat16())
     (given,) = run(tmp_path / "m.onnx", x)
     assert given.dtype == np.float32
@@ -249,7 +248,7 @@ def test_export_is_silent(
 def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        onnx_export.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name: None if name == "onnxscript" else find(name),
     )
