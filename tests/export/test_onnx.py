@@ -93,7 +93,7 @@ class Identity(nn.Linear):
         return torch.cat([x, self.weight * torch.ones_like(x[:1])])
 
 
-@pytest.mark.parametrize("fmt", [*FLOATS, "int8", "uint8", "int5", "uint2"])
+@pytest.mark.parametrize("fmt", [*FLOATS, "int8", "uint2"])
 def test_rounding_is_ours_on_ties_subnormals_and_beyond_the_range(fmt: str, tmp_path: Path) -> None:
     grid = get_format(fmt)
     values = grid.values.float()
