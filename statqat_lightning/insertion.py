@@ -168,7 +168,10 @@ def prepare(
     first_last_bits: int | None = 8,
     observer: ObserverConfig | None = None,
 ) -> InsertionReport:
-    """Give the layers of a model their fake quantizers, in place; layers that have them keep them.
+    """Give the layers of a model their fake quantizers, in place.
+
+    A layer that already has quantizers of the same specifications keeps them, with their state;
+    those of another recipe are replaced or taken out.
 
     Weight scales are chosen at once, from the weights. Inputs pass unchanged until their statistics
     are known: run batches between `set_observing(model, True)` and `refresh(model)`.
@@ -214,9 +217,13 @@ def prepare(
     made = {
         name: _quantizers(name, candidates[name], rule, observer or ObserverConfig())
         for name, rule in chosen.items()
-        if not is_quantized(candidates[name])
+        if not _follows(candidates[name], rule)
     }
-    for name, quantizers in made.items():  # only now that nothing can fail any more
+    # Only now that nothing can fail any more:
+    for name, module in candidates.items():
+        if name in made or name not in chosen:
+            _detach(module)
+    for name, quantizers in made.items():
         candidates[name]._statqat = quantizers  # type: ignore[assignment]
         candidates[name].__class__ = _quantized_class(type(candidates[name]))
     return InsertionReport(
@@ -232,8 +239,23 @@ def prepare(
 def remove(model: nn.Module) -> None:
     """Take all fake quantizers out of a model, in place; it is then the float model it was."""
     for _, module, _ in quantized_layers(model):
+        _detach(module)
+
+
+def _detach(module: nn.Module) -> None:
+    """Take the quantizers off a layer, if it has any."""
+    if is_quantized(module):
         module.__class__ = base_class(module)
         del module._statqat
+
+
+def _follows(module: nn.Module, rule: QuantRule) -> bool:
+    """Whether a layer has the quantizers that a rule asks for."""
+    if not is_quantized(module):
+        return False
+    quantizers: LayerQuantizers = module._statqat  # type: ignore[assignment]
+    specs = [q and q.spec for q in (quantizers.weight, quantizers.input)]
+    return specs == [rule.weights, rule.inputs]
 
 
 def set_observing(model: nn.Module, observing: bool) -> None:

@@ -197,7 +197,7 @@ def fold(
     if ranged:
         seen[ranged] &= extremes.isfinite().all(1)
     num_batches = torch.stack([o.num_batches for o in observers])
-    momentum = torch.tensor([o.config.momentum for o in observers], device=sums.device)
+    momentum = sums.new_tensor([o.config.momentum for o in observers])
     weight = torch.where(seen, (1 / (num_batches + 1)).maximum(momentum), 0.0)
     _fold_sums(observers, sums, weight)
     if spectral:

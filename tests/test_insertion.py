@@ -569,7 +569,7 @@ def test_report_of_every_layer_with_parameters() -> None:
 def test_report_of_a_prepared_model_tells_what_is_there() -> None:
     model = Net()
     first = prepare(model, "int4", "fp8", first_last_bits=None)
-    again = prepare(model, "int2", "int2", first_last_bits=None)
+    again = prepare(model, "int4", "fp8", first_last_bits=None)
     assert again == first
     assert isinstance(again, InsertionReport)
 
@@ -641,3 +641,18 @@ def test_a_model_that_is_a_layer_itself() -> None:
     (quantizer,) = input_quantizers(layer)
     expected = fake_quantize(x, QParams(quantizer.scale), quantizer.fmt)
     assert torch.equal(quantizer.quantize(x), expected)
+
+
+def test_another_recipe_replaces_quantizers_and_the_same_one_keeps_them() -> None:
+    model = Net()
+    prepare(model, "int8", "int8")
+    first = {name: quantizers for name, _, quantizers in quantized_layers(model)}
+    prepare(model, "int8", "int8")
+    assert {name: q for name, _, q in quantized_layers(model)} == first
+    recipe = QuantRecipe([QuantRule("conv*", "int2", "int8"), QuantRule("head")])
+    report = prepare(model, recipe=recipe)
+    now = {name: quantizers for name, _, quantizers in quantized_layers(model)}
+    assert list(now) == ["conv2d", "conv1d", "conv3d"]
+    assert all(q.weight is not None and q.weight.fmt.name == "int2" for q in now.values())
+    assert {row.name: row.reason for row in report.rows}["head"] == "left in float by rule 'head'"
+    assert type(model.head) is nn.Linear

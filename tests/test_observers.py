@@ -348,3 +348,21 @@ def test_momentum_out_of_range(momentum: float) -> None:
 def test_sample_too_small() -> None:
     with pytest.raises(ValueError, match="max_values: got 255; expected at least 256"):
         ObserverConfig(max_values=255)
+
+
+def test_statistics_do_not_depend_on_the_default_dtype() -> None:
+    x = torch.randn(100)
+    folded = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            observer = InputObserver(ObserverConfig(), needs_spectrum=True, needs_range=True)
+            observer.add(x, x.round(), statistics=True, count_negatives=True)
+            fold([observer], statistics=True)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        folded.append(observer)
+    for name in folded[0].tensors():
+        one, other = (getattr(observer, name) for observer in folded)
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)

@@ -66,7 +66,8 @@ class StatQATCallback(Callback):
             weights, and errors there cost most. None treats them like all others.
         calibration_batches: Batches that calibrate inputs before the first step. Default 8: enough
             for a scale, and a small part of an epoch. Where the data can be read only once, the
-            first step observes in float instead, and a message says so.
+            first step observes in float instead, and a message says so. A dataset with a random
+            generator of its own is advanced by these batches.
         freeze_at: Share of the training after which scales and statistics stop, so that the last
             steps train the weights for exactly the quantizers that are exported. Default 0.9; None
             never freezes.
@@ -150,12 +151,14 @@ class StatQATCallback(Callback):
         self._patch(pl_module, "on_load_checkpoint", before=self._read_state)
 
     def _insert(self, pl_module: LightningModule, *_: Any) -> None:
-        inserted_before = bool(quantized_layers(pl_module))
+        before = [layer.quantizers for layer in quantized_layers(pl_module)]
         self.report = prepare(pl_module, recipe=self.recipe, observer=self.observer_config)
         set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
-        # Quantizers of an earlier run keep their scales, frozen ones above all.
-        self._weights_are_new = not inserted_before
-        if self.verbose and not inserted_before:
+        # Quantizers of an earlier run keep their scales, frozen ones above all. New ones have just
+        # chosen theirs, but a checkpoint may still replace the weights.
+        after = [layer.quantizers for layer in quantized_layers(pl_module)]
+        self._weights_are_new = before != after
+        if self.verbose and before != after:
             rank_zero_info(f"StatQAT inserted fake quantizers:\n{self.report}")
 
     def _write_state(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
