@@ -481,7 +481,8 @@ def measure(
         result.onnx_bytes, result.native_bytes = report.onnx_bytes, report.native_bytes
         # As many batches as the Trainer tested, so that both accuracies are of the same images.
         batches = itertools.islice(loader, int(trainer.num_test_batches[0]))
-        result.onnx_accuracy = onnx_accuracy(Path(report.onnx_path), batches)
+        if report.onnx_path is not None:
+            result.onnx_accuracy = onnx_accuracy(Path(report.onnx_path), batches)
     return result
 
 

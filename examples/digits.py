@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from pathlib import Path
 
 import common
 import lightning as L
@@ -121,8 +120,8 @@ def main() -> None:
             )
         )
         histories[title] = quantization.monitor.history
-        if (report := quantization.export.report) is not None:
-            paths[title] = Path(report.onnx_path).parent
+        if quantization.export.report is not None:
+            paths[title] = export_path.parent
 
     picture = common.plot_histories(histories, args.output / "snr_per_layer.png")
     print(f"\nHeld-out accuracy after {time.perf_counter() - start:.0f} s")

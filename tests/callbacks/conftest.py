@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 
 class Messages(list[str]):
@@ -14,15 +13,6 @@ class Messages(list[str]):
 
     def about(self, text: str) -> list[str]:
         return [message for message in self if text in message]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On models this small a second thread only waits, for long where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
