@@ -6,7 +6,6 @@ gradient checkpointing, gradient accumulation and a layer that is used twice see
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +28,8 @@ Reduce = Callable[[Tensor, str], Tensor]
 COUNT, NEGATIVE, SIGNAL, NOISE, QUANTIZED = range(5)
 NUM_SUMS = 5
 
+_RUN = 16  # neighbouring values in a sample: a cache line of float32
+
 
 @dataclass
 class ObserverConfig:
@@ -38,8 +39,7 @@ class ObserverConfig:
         momentum: Weight of the newest batch in the running statistics; the first batches are
             averaged evenly.
         max_values: Values of each input taken into the spectrum and the SNR at each forward pass:
-            an evenly spaced sample whose stride has no common factor with the input's size, so
-            that it meets every channel, row and column. The range is always exact.
+            short runs spread evenly over the input. The range is always exact.
     """
 
     momentum: float = 0.1
@@ -111,7 +111,8 @@ class InputObserver:
                 the SNR.
             count_negatives: Count negative values; an unsigned format cannot represent them.
         """
-        sample = _sample(x, self.config.max_values)
+        starts = _run_starts(x, self.config.max_values)
+        sample = _sample(x, starts)
         zero = self.sums.new_zeros(())
         sums = [torch.full_like(zero, sample.numel()), zero, zero, zero, zero]
         if count_negatives:
@@ -119,7 +120,7 @@ class InputObserver:
             # CPU.
             sums[NEGATIVE] = sample.clamp(max=0.0).sign_().sum().neg_()
         if x_hat is not None:
-            error = _sample(x_hat, self.config.max_values).sub_(sample)
+            error = _sample(x_hat, starts).sub_(sample)
             sums[SIGNAL], sums[NOISE] = torch.dot(sample, sample), torch.dot(error, error)
             sums[QUANTIZED] = sums[COUNT]
         self.sums.add_(torch.stack(sums))
@@ -139,16 +140,33 @@ class InputObserver:
         return self.ACCUMULATORS + self.RUNNING
 
 
-def _sample(x: Tensor, max_values: int) -> Tensor:
-    """About `max_values` evenly spaced values of `x` in memory order, float32, contiguous."""
+def _run_starts(x: Tensor, max_values: int) -> Tensor | None:
+    """Where the runs of a sample begin, int64 `(runs,)`; None if `x` is small enough to be whole.
+
+    One run lies in each of equal parts of memory, at a place in it that moves on by the golden
+    ratio: evenly spread whatever the dimensions are, and the same for every tensor of a size.
+    """
+    num_runs = max_values // _RUN
+    part = x.numel() // num_runs
+    if part <= _RUN:
+        return None
+    span = part - _RUN + 1
+    number = torch.arange(num_runs, device=x.device)
+    return number * part + number * int(0.618 * span) % span
+
+
+def _sample(x: Tensor, starts: Tensor | None) -> Tensor:
+    """The runs of `x` in memory order that begin at `starts`, or all of it; float32, contiguous.
+
+    Runs and not single values, each of which would touch a cache line of its own.
+    """
     x = x.detach()
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     flat = x.reshape(-1)
-    stride = max(1, -(-flat.numel() // max_values))
-    while math.gcd(stride, flat.numel()) > 1:
-        stride += 1
-    return flat[::stride].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if starts is None:
+        return flat.to(torch.float32, copy=True)
+    return flat.unfold(0, _RUN, 1).index_select(0, starts).view(-1).to(torch.float32)
 
 
 @torch.no_grad()
