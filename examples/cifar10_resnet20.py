@@ -2,7 +2,8 @@
 
 Without options: W4A4, one epoch, some minutes on two cores. The images come from the folder
 `../shared/data` beside the repository, or from a torchvision `CIFAR10` folder (`--data`), which
-torchvision downloads when `--download` is given.
+torchvision downloads when `--download` is given. The float weights are looked for beside the images
+and in `../shared/data`; `--float-epochs N` trains them first.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from pathlib import Path
 from types import ModuleType
 
 import common
+import lightning as L
 import torch
 from common import BatchedTensors, Compose, ImageClassifier, Normalize, RandomCropFlip, ResNet20
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 SHARED_DATA = common.REPOSITORY.parent / "shared" / "data"
+CHECKPOINT = "resnet20_cifar10.pt"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,11 +39,17 @@ def parse_arguments() -> argparse.Namespace:
         default=Path.home() / ".cache" / "statqat",
         help="folder for the decoded images",
     )
-    data.add_argument(
+    start = parser.add_argument_group("float weights").add_mutually_exclusive_group()
+    start.add_argument(
         "--checkpoint",
         type=Path,
-        help="float state dict to start from; default: resnet20_cifar10.pt beside the data",
+        help=f"float state dict to start from; default: {CHECKPOINT} beside the data, or in "
+        "../shared/data",
     )
+    start.add_argument(
+        "--float-epochs", type=common.positive, help="train the float network first, from scratch"
+    )
+    parser.add_argument("--float-lr", type=float, default=0.2, help="highest rate of that")
     common.add_quantization_arguments(parser, weights="int4", activations="int4")
     common.add_trainer_arguments(parser)
     parser.add_argument("--float-test", action="store_true", help="test the float weights as well")
@@ -86,10 +96,25 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
+def find_checkpoint(folder: Path) -> Path:
+    """Float weights beside the data, or else in the shared data."""
+    places = dict.fromkeys((folder / CHECKPOINT, SHARED_DATA / CHECKPOINT))
+    for place in places:
+        if place.exists():
+            return place
+    raise common.fail(
+        f"no float weights at {' or '.join(map(str, places))}. Name a state dict with "
+        "--checkpoint, or train the float network first with --float-epochs N."
+    )
+
+
 def load_network(checkpoint: Path) -> ResNet20:
     """ResNet-20 with the weights of a state dict."""
     if not checkpoint.exists():
-        raise common.fail(f"no float weights at {checkpoint}. Name a state dict with --checkpoint.")
+        raise common.fail(
+            f"no float weights at {checkpoint}. Name another state dict with --checkpoint, or "
+            "train the float network first with --float-epochs N."
+        )
     network = ResNet20()
     try:
         network.load_state_dict(torch.load(checkpoint, weights_only=True))
@@ -98,20 +123,42 @@ def load_network(checkpoint: Path) -> ResNet20:
     return network
 
 
+def train_network(args: argparse.Namespace, loader: DataLoader[common.Batch]) -> ResNet20:
+    """ResNet-20 trained in float from scratch; the weights are kept for `--checkpoint`."""
+    L.seed_everything(args.seed, verbose=False)
+    module = ImageClassifier(ResNet20(), lr=args.float_lr)
+    trainer = common.make_trainer(
+        args.output,
+        args.float_epochs,
+        accelerator=args.accelerator,
+        fast_dev_run=args.fast_dev_run,
+        limit_train_batches=args.limit_train_batches,
+    )
+    trainer.fit(module, loader)
+    if not args.fast_dev_run:
+        args.output.mkdir(parents=True, exist_ok=True)
+        torch.save(module.model.state_dict(), args.output / CHECKPOINT)
+        print(f"float weights: {args.output / CHECKPOINT}")
+    return module.model
+
+
 def main() -> None:
     args = parse_arguments()
-    checkpoint = args.checkpoint or args.data / "resnet20_cifar10.pt"
-    module = ImageClassifier(load_network(checkpoint), lr=args.lr)
+    network = None
+    if not args.float_epochs:  # what is missing shows before the images are decoded
+        network = load_network(args.checkpoint or find_checkpoint(args.data))
     data = load_data(args.data, args.cache, download=args.download)
 
     normalize = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     train = BatchedTensors(*data["train"], Compose((RandomCropFlip(pad=4), normalize)))
     test = BatchedTensors(*data["test"], normalize)
+    train_loader = train.loader(args.batch_size, shuffle=True)
+    network = network or train_network(args, train_loader)
     common.train_and_report(
         args,
         f"resnet20_{args.weights}_{args.activations}_{args.quantizer}",
-        module,
-        train.loader(args.batch_size, shuffle=True),
+        ImageClassifier(network, lr=args.lr),
+        train_loader,
         test.loader(500),
     )
 

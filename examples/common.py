@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from statqat_lightning import ExportCallback, SNRMonitor, StatQATCallback, TensorSpec, get_format
+from statqat_lightning.export.verify import onnx_session
 from statqat_lightning.report import History, plot_snr
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -428,15 +429,7 @@ def accuracy(trainer: L.Trainer, module: L.LightningModule, loader: Iterable[Bat
 
 def onnx_accuracy(path: Path, loader: Iterable[Batch]) -> float:
     """Fraction of right predictions of an `.onnx` file in ONNX Runtime."""
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise fail("onnxruntime is missing: pip install onnxruntime") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Without this, some 4-bit products round their input to int8 on the way.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnx_session(path)
     name, right, total = session.get_inputs()[0].name, 0, 0
     for images, labels in loader:
         logits = session.run(None, {name: images.numpy()})[0]

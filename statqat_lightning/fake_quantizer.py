@@ -158,20 +158,24 @@ class InputFakeQuantizer(FakeQuantizer):
         observing: Whether forward passes add to the observer: to the sums behind the SNR, and
             unless `frozen` to the statistics behind the scale.
         frozen: Whether statistics and scale are kept as they are.
+        deciding: Whether the sign of the format may still change. It is settled by the smallest of
+            all values of the first batches, not by a sample.
+        lowest: Smallest value seen while deciding, or 0; float32 `()`.
     """
 
     role = INPUT
+    batches_to_decide = 8
 
     def __init__(
         self, layer: str, spec: TensorSpec, config: ObserverConfig, device: torch.device
     ) -> None:
         quantizer = get_quantizer(spec.quantizer or "iterative", **dict(spec.options))
         super().__init__(layer, spec, PerTensor(), quantizer, ())
-        # The spectrum tells the sign of the data as well, so whoever must decide on the sign needs
-        # one of the two.
         self.observer = InputObserver(config, quantizer.needs_spectrum, quantizer.needs_range)
         self.observing = False
         self.frozen = False
+        self.deciding = spec.unsigned_if_nonnegative
+        self.lowest = torch.zeros((), dtype=torch.float32, device="cpu")
         if device.type != "meta":
             self.to(device)
 
@@ -184,28 +188,35 @@ class InputFakeQuantizer(FakeQuantizer):
                 statistics=not self.frozen,
                 count_negatives=not self.fmt.is_signed,
             )
+            if self.deciding and x.numel() and not self.frozen:
+                self.lowest = torch.fmin(self.lowest, x.detach().amin().to(torch.float32))
         return x_hat
 
     def to(self, device: torch.device) -> None:
         super().to(device)
+        self.lowest = self.lowest.to(device)
         for name in self.observer.tensors():
             setattr(self.observer, name, getattr(self.observer, name).to(device))
 
-    def settle(self) -> bool:
+    def settle(self) -> None:
         """Make the quantizer ready if its statistics allow it, and choose the sign of its format.
 
-        Reads from the device, so it is called at the end of calibration and not at every step.
-
-        Returns:
-            Whether the quantizer is ready.
+        Reads from the device, but only until both are settled.
         """
-        if not self.ready and self.observer.num_batches.item() > 0:
+        if self.ready and not self.deciding:
+            return
+        num_batches = self.observer.num_batches.item()
+        if num_batches == 0:
+            return
+        fmt = get_format(self.spec.format)
+        if self.spec.unsigned_if_nonnegative and isinstance(fmt, IntFormat):
+            fmt = IntFormat(fmt.width, signed=self.lowest.item() < 0)
+        self.deciding = self.deciding and num_batches < self.batches_to_decide
+        if not self.ready or fmt != self.fmt:
+            self.fmt = fmt
             statistics = statistics_of([self.observer])
-            if self.spec.unsigned_if_nonnegative and isinstance(self.fmt, IntFormat):
-                self.fmt = IntFormat(self.fmt.width, signed=bool(statistics.has_negative.item()))
-            self.scale.copy_(self.quantizer.from_statistics(statistics, self.fmt).squeeze(0))
+            self.scale.copy_(self.quantizer.from_statistics(statistics, fmt).squeeze(0))
             self.ready = True
-        return self.ready
 
     @property
     def negative_share(self) -> float:
@@ -228,10 +239,13 @@ class InputFakeQuantizer(FakeQuantizer):
             name: getattr(self.observer, name).detach().cpu().clone()
             for name in self.observer.RUNNING
         }
-        return super().state_dict() | running
+        deciding = {"deciding": self.deciding, "lowest": self.lowest.detach().cpu().clone()}
+        return super().state_dict() | running | deciding
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        self.deciding = bool(state["deciding"])
+        self.lowest.copy_(state["lowest"])
         for name in self.observer.RUNNING:
             getattr(self.observer, name).copy_(state[name])
         self.observer.reset_accumulators()
@@ -291,7 +305,7 @@ def refresh_inputs(
     """Fold what inputs have added into their statistics, and choose their scales anew.
 
     One reduction over ranks for all layers, one batched search for all layers of a kind, and no
-    host synchronisation once every quantizer is ready.
+    read from the device once every quantizer is settled.
 
     Args:
         quantizers: Input quantizers of one model, in the same order on every rank.
@@ -304,8 +318,13 @@ def refresh_inputs(
         return torch.zeros(0, dtype=torch.bool)
     statistics = not quantizers[0].frozen
     overflow = fold([q.observer for q in quantizers], statistics, reduce)
-    if statistics:
-        refresh_scales([q for q in quantizers if q.ready])
+    if not statistics:
+        return overflow
+    refresh_scales([q for q in quantizers if q.ready])
+    undecided = [q for q in quantizers if q.deciding]
+    if undecided and reduce is not None:
+        lowest = -reduce(-torch.stack([q.lowest for q in undecided]), "max")
+        torch._foreach_copy_([q.lowest for q in undecided], list(lowest.unbind()))
     for quantizer in quantizers:
         quantizer.settle()
     return overflow

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -163,7 +164,7 @@ def prepare(
     weights: str | TensorSpec | None = "int8",
     activations: str | TensorSpec | None = "int8",
     *,
-    recipe: QuantRecipe | None = None,
+    recipe: QuantRecipe | str | Path | None = None,
     exclude: Sequence[str] = (),
     first_last_bits: int | None = 8,
     observer: ObserverConfig | None = None,
@@ -180,19 +181,22 @@ def prepare(
         model: Any module.
         weights: Format or specification of weights, see `QuantRecipe.default`.
         activations: Format or specification of inputs, likewise.
-        recipe: Which layers get what; replaces the arguments before and after it.
+        recipe: Which layers get what, or the path of a recipe in YAML; in place of the arguments
+            that describe one: the two before it and the two after it.
         exclude: Patterns of layers that stay in float.
         first_last_bits: Least width of the first and the last layer.
-        observer: How inputs are observed.
+        observer: How inputs are observed. None leaves quantizers that are kept as they are, and
+            gives new ones the defaults.
 
     Returns:
         What was done to every layer with parameters, and what was left in float and why.
 
     Raises:
-        ValueError: If no layer is quantized, if a pattern matches nothing, or if a layer is not
-            initialised yet.
+        ValueError: If no layer is quantized, if a pattern matches nothing, if a layer that would be
+            quantized is not initialised yet, or if a recipe comes beside arguments that describe
+            another. The model is unchanged then.
     """
-    recipe = recipe or QuantRecipe.default(weights, activations, exclude, first_last_bits)
+    recipe = QuantRecipe.choose(recipe, weights, activations, exclude, first_last_bits)
     layers = dict(_named_layers(model))
     candidates = {name: module for name, module in layers.items() if _supported_class(module)}
     if not candidates:
@@ -219,21 +223,28 @@ def prepare(
         for name, rule in chosen.items()
         if not _follows(candidates[name], rule)
     }
+    kept = {name: _attached(candidates[name]) for name in chosen if name not in made}
+    classes = {name: _quantized_class(base_class(candidates[name])) for name in made}
+    report = InsertionReport(
+        tuple(
+            _quantized_row(name, module, made.get(name) or kept[name])
+            if name in chosen
+            else _float_row(name, module, assigned.get(name), name in candidates)
+            for name, module in layers.items()
+        )
+    )
     # Only now that nothing can fail any more:
     for name, module in candidates.items():
         if name in made or name not in chosen:
             _detach(module)
     for name, quantizers in made.items():
         candidates[name]._statqat = quantizers  # type: ignore[assignment]
-        candidates[name].__class__ = _quantized_class(type(candidates[name]))
-    return InsertionReport(
-        tuple(
-            _quantized_row(name, module)
-            if name in chosen
-            else _float_row(name, module, assigned.get(name), name in candidates)
-            for name, module in layers.items()
-        )
-    )
+        candidates[name].__class__ = classes[name]
+    if observer is not None:
+        for quantizers in kept.values():
+            if quantizers.input is not None:
+                quantizers.input.observer.config = observer
+    return report
 
 
 def remove(model: nn.Module) -> None:
@@ -253,9 +264,15 @@ def _follows(module: nn.Module, rule: QuantRule) -> bool:
     """Whether a layer has the quantizers that a rule asks for."""
     if not is_quantized(module):
         return False
-    quantizers: LayerQuantizers = module._statqat  # type: ignore[assignment]
+    quantizers = _attached(module)
     specs = [q and q.spec for q in (quantizers.weight, quantizers.input)]
     return specs == [rule.weights, rule.inputs]
+
+
+def _attached(module: nn.Module) -> LayerQuantizers:
+    """The quantizers of a layer that has some."""
+    quantizers: LayerQuantizers = module._statqat  # type: ignore[assignment]
+    return quantizers
 
 
 def set_observing(model: nn.Module, observing: bool) -> None:
@@ -342,8 +359,22 @@ def _quantizers(
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a supported layer, as its forward sees it."""
-    weight = module.weight
+    """The weight of a supported layer, as its forward sees it; to look at it changes nothing.
+
+    Parametrizations are evaluated in eval mode: in train mode some change their own state whenever
+    they are read, as `spectral_norm` does.
+    """
+    modes: list[tuple[nn.Module, bool]] = []
+    if is_parametrized(module, "weight"):
+        parametrizations = module.parametrizations.weight  # type: ignore[union-attr]
+        modes = [(part, part.training) for part in parametrizations.modules()]  # type: ignore[union-attr]
+    try:
+        for part, _ in modes:
+            part.training = False
+        weight = module.weight
+    finally:
+        for part, training in modes:
+            part.training = training
     assert isinstance(weight, Tensor), "supported layers have a weight"
     return weight
 
@@ -450,16 +481,17 @@ def _hides_its_weight(module: nn.Module) -> bool:
 
 
 def _refuse_uninitialised(layers: Mapping[str, nn.Module]) -> None:
-    lazy = [
-        name
-        for name, module in layers.items()
-        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False))
-    ]
+    lazy = [name for name, module in layers.items() if _is_lazy(module)]
     if lazy:
         raise ValueError(
             f"Layers {', '.join(lazy)} are lazy and not initialised yet; quantizers need their "
             "shapes. Run one batch through the model before, or give the layers their sizes."
         )
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    """Whether a layer has parameters without a shape so far."""
+    return any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False))
 
 
 def _why_float(name: str, module: nn.Module, rule: QuantRule | None, candidate: bool) -> str:
@@ -481,12 +513,12 @@ def _float_row(
         name,
         base_class(module).__name__,
         _count(module),
-        reason=_why_float(name, module, rule, candidate),
+        reason=_why_float(name, module, rule, candidate)
+        + ("; not initialised yet" if _is_lazy(module) else ""),
     )
 
 
-def _quantized_row(name: str, module: nn.Module) -> LayerReport:
-    quantizers: LayerQuantizers = module._statqat  # type: ignore[assignment]
+def _quantized_row(name: str, module: nn.Module, quantizers: LayerQuantizers) -> LayerReport:
     return LayerReport(
         name,
         base_class(module).__name__,
@@ -509,4 +541,7 @@ def describe(quantizer: FakeQuantizer) -> str:
 
 
 def _count(module: nn.Module) -> int:
-    return sum(math.prod(p.shape) for p in module.parameters(recurse=False))
+    """Number of parameters, without those that have no shape so far."""
+    return sum(
+        math.prod(p.shape) for p in module.parameters(recurse=False) if not nn.parameter.is_lazy(p)
+    )

@@ -25,8 +25,8 @@ Reduce = Callable[[Tensor, str], Tensor]
 """Reduces a tensor over all ranks: called with the tensor and "sum" or "max"."""
 
 # Sums kept beside the spectrum, in this order.
-COUNT, NEGATIVE, SIGNAL, NOISE, QUANTIZED = range(5)
-NUM_SUMS = 5
+COUNT, NEGATIVE, NONFINITE, SIGNAL, NOISE, QUANTIZED = range(6)
+NUM_SUMS = 6
 
 _RUN = 16  # neighbouring values in a sample: a cache line of float32
 
@@ -114,7 +114,11 @@ class InputObserver:
         starts = _run_starts(x, self.config.max_values)
         sample = _sample(x, starts)
         zero = self.sums.new_zeros(())
-        sums = [torch.full_like(zero, sample.numel()), zero, zero, zero, zero]
+        sums = [torch.full_like(zero, sample.numel()), zero, zero, zero, zero, zero]
+        if not x.requires_grad:
+            # Data, and not the output of a layer: only here can a lone NaN escape the sample. From
+            # the first layer on it spreads.
+            sums[NONFINITE] = x.sum(dtype=torch.float32) * 0
         if count_negatives:
             # -1 for each negative value; comparisons that give bool are several times slower on
             # CPU.

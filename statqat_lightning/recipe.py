@@ -50,13 +50,20 @@ class QuantRule:
             that can be quantized (`position:first`, `position:last`).
         weights: Specification of the weight, a format name, or None for float.
         inputs: Specification of the input, likewise.
+        outputs: None; outputs are not quantized yet.
     """
 
     pattern: str
     weights: TensorSpec | str | None = None
     inputs: TensorSpec | str | None = None
+    outputs: None = None
 
     def __post_init__(self) -> None:
+        if self.outputs is not None:
+            raise ValueError(
+                f"QuantRule {self.pattern!r}: got outputs={self.outputs!r}; outputs are not "
+                "quantized yet. Quantize the inputs of the layer that reads them instead."
+            )
         object.__setattr__(self, "weights", weight_spec(self.weights))
         object.__setattr__(self, "inputs", input_spec(self.inputs))
         if self.pattern.startswith("position:") and self.pattern not in (
@@ -84,7 +91,7 @@ class QuantRule:
         if self.pattern.startswith("re:"):
             return re.fullmatch(self.pattern[3:], name) is not None
         if self.pattern.startswith("type:"):
-            return self.pattern[5:] in (cls.__name__ for cls in type(module).__mro__)
+            return self.pattern[5:] in (cls.__name__ for cls in _own_types(module))
         return fnmatch.fnmatchcase(name, self.pattern)
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,6 +151,7 @@ class QuantRecipe:
             first_last_bits: Least width of the first and last layer; None treats them like the
                 others.
         """
+        _check_exclude(exclude)
         if weights is None and activations is None:
             raise ValueError("got weights=None and activations=None; expected at least one format.")
         weight, inputs = weight_spec(weights), input_spec(activations)
@@ -154,8 +162,49 @@ class QuantRecipe:
                 for spec in (weight, inputs)
             ]
             if wide != [weight, inputs]:
-                rules += [QuantRule(f"position:{place}", *wide) for place in ("first", "last")]
+                rules += [
+                    QuantRule(f"position:{place}", wide[0], wide[1]) for place in ("first", "last")
+                ]
         return cls([*rules, QuantRule("*", weight, inputs)])
+
+    @classmethod
+    def choose(
+        cls,
+        recipe: QuantRecipe | str | Path | None = None,
+        weights: str | TensorSpec | None = "int8",
+        activations: str | TensorSpec | None = "int8",
+        exclude: Sequence[str] = (),
+        first_last_bits: int | None = 8,
+    ) -> QuantRecipe:
+        """The recipe that a caller gave, or the default one from the arguments beside it.
+
+        Args:
+            recipe: A recipe, the path of one in YAML, or None for `QuantRecipe.default`.
+            weights: See `default`; like the others only where no recipe is given.
+            activations: Likewise.
+            exclude: Likewise.
+            first_last_bits: Likewise.
+
+        Raises:
+            ValueError: If a recipe comes beside arguments that it would silently replace.
+        """
+        _check_exclude(exclude)
+        if recipe is None:
+            return cls.default(weights, activations, exclude, first_last_bits)
+        if not isinstance(recipe, (QuantRecipe, str, Path)):
+            raise TypeError(f"recipe: got {recipe!r}; expected a QuantRecipe or the path of one.")
+        given = {
+            "weights": (weights, "int8"),
+            "activations": (activations, "int8"),
+            "exclude": (list(exclude), []),
+            "first_last_bits": (first_last_bits, 8),
+        }
+        if void := [f"{name}={v!r}" for name, (v, default) in given.items() if v != default]:
+            raise ValueError(
+                f"got {', '.join(void)} beside recipe=...; the recipe alone says what layers get. "
+                "Put them into its rules, or leave out the recipe."
+            )
+        return recipe if isinstance(recipe, QuantRecipe) else cls.from_yaml(recipe)
 
     def assign(self, layers: Mapping[str, nn.Module]) -> dict[str, QuantRule | None]:
         """The rule of each layer, None where no rule matches.
@@ -180,7 +229,7 @@ class QuantRecipe:
                         assigned[name] = rule
         unused = [rule.pattern for rule, used in matched.items() if not used]
         if unused:
-            types = {f"type:{type(module).__name__}" for module in layers.values()}
+            types = {f"type:{_own_types(module)[0].__name__}" for module in layers.values()}
             near = difflib.get_close_matches(unused[0], [*layers, *types], n=3)
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(
@@ -201,16 +250,17 @@ class QuantRecipe:
             ValueError: If an entry is missing or unknown.
         """
         _expect_keys("recipe", data, {"rules"}, required={"rules"})
+        if not isinstance(data["rules"], Sequence) or isinstance(data["rules"], str):
+            raise ValueError(f"recipe: got rules={data['rules']!r}; expected a list of rules.")
         rules = []
         for number, entry in enumerate(data["rules"]):
-            _expect_keys(
-                f"rule {number}", entry, {"pattern", "weights", "inputs"}, required={"pattern"}
-            )
+            known = {"pattern", "weights", "inputs", "outputs"}
+            _expect_keys(f"rule {number}", entry, known, required={"pattern"})
             specs = {
                 role: _spec_from(f"rule {number}, {role}", entry.get(role))
                 for role in ("weights", "inputs")
             }
-            rules.append(QuantRule(entry["pattern"], **specs))
+            rules.append(QuantRule(entry["pattern"], **specs, outputs=entry.get("outputs")))
         return cls(rules)
 
     def to_yaml(self, path: str | Path) -> None:
@@ -224,18 +274,31 @@ class QuantRecipe:
         Raises:
             ValueError: If the file does not hold a recipe; the message names the file.
         """
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
         try:
-            return cls.from_dict(data)
-        except (ValueError, TypeError) as error:
+            return cls.from_dict(yaml.safe_load(text))
+        except (ValueError, TypeError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _check_exclude(exclude: Sequence[str]) -> None:
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude: got {exclude!r}; expected a list of patterns: [{exclude!r}].")
+
+
+def _own_types(module: nn.Module) -> list[type]:
+    """The classes of a layer, without the one that insertion gives it."""
+    return [cls for cls in type(module).__mro__ if not hasattr(cls, "_statqat_base")]
 
 
 def _spec_from(where: str, entry: Any) -> TensorSpec | str | None:
     if isinstance(entry, Mapping):
         if "format" not in entry:
             raise ValueError(f"{where}: got {dict(entry)!r}; expected an entry 'format'.")
-        return TensorSpec(**entry)
+        try:
+            return TensorSpec(**entry)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from error
     if entry is None or isinstance(entry, str):
         return entry
     raise ValueError(f"{where}: got {entry!r}; expected a format name or a mapping.")

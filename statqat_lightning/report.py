@@ -19,16 +19,16 @@ def snr_by_tensor(model: nn.Module) -> dict[str, float]:
 
     Weights are measured now, on the whole weight. Inputs are measured in training, on a sample of
     every batch, as a running mean of signal and of noise energy. Where nothing was lost the SNR is
-    infinite; inputs not quantized yet are left out. One transfer from the device serves all
-    tensors.
+    infinite; what is switched off or not quantized yet is left out. One transfer from the device
+    serves all tensors.
     """
     names: list[str] = []
     energies: list[Tensor] = []
     for _, module, quantizers in quantized_layers(model):
-        if quantizers.weight is not None:
+        if quantizers.weight is not None and quantizers.weight.enabled and quantizers.weight.ready:
             names.append(quantizers.weight.name)
             energies.append(torch.stack(quantizers.weight.energies(weight_of(module))))
-        if quantizers.input is not None:
+        if quantizers.input is not None and quantizers.input.enabled:
             names.append(quantizers.input.name)
             energies.append(torch.stack(quantizers.input.mean_energies()))
     if not energies:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from dataclasses import dataclass, fields
 from typing import Any
 
 from statqat_lightning.formats import Format, IntFormat, get_format
 from statqat_lightning.functional import GRADIENTS
 from statqat_lightning.granularity import get_granularity
-from statqat_lightning.quantizers import get_quantizer
+from statqat_lightning.quantizers import get_quantizer, option_names, quantizer_names
 
 
 @dataclass(frozen=True, init=False)
@@ -46,6 +47,7 @@ class TensorSpec:
         gradient: str = "clipped",
         **options: Any,
     ) -> None:
+        _refuse_unknown(options)
         fmt = get_format(format)
         if granularity is not None:
             get_granularity(granularity)
@@ -95,3 +97,16 @@ class TensorSpec:
         if self.gradient != "clipped":
             entries["gradient"] = self.gradient
         return entries | dict(self.options)
+
+
+def _refuse_unknown(options: dict[str, Any]) -> None:
+    """Refuse options that no quantizer has: misspelt entries end up among them."""
+    own = [field.name for field in fields(TensorSpec) if field.name != "options"]
+    known = [*own, *(option for name in quantizer_names() for option in option_names(name))]
+    if unknown := [option for option in options if option not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=2)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(
+            f"TensorSpec: got unknown entries {unknown}.{hint} Known are {', '.join(own)} and the "
+            f"options of quantizers, {', '.join(known[len(own) :])}."
+        )

@@ -135,10 +135,26 @@ def test_calibration_chooses_the_sign(quantizer_name: str, low: float, expected:
     quantizer(torch.tensor([low, 0.0, 3.0]))
     refresh_inputs([quantizer])
     assert quantizer.fmt.name == expected
-    # Later batches do not change it.
+    # A negative value in the first batches changes it, later ones do not.
+    for _ in range(quantizer.batches_to_decide - 1):
+        quantizer(torch.tensor([0.0, 3.0]))
+        refresh_inputs([quantizer])
     quantizer(torch.tensor([-9.0, 1.0]))
     refresh_inputs([quantizer])
     assert quantizer.fmt.name == expected
+
+
+def test_a_negative_value_in_a_later_calibration_batch_makes_the_format_signed() -> None:
+    quantizer = for_input(TensorSpec("int4", unsigned_if_nonnegative=True))
+    quantizer(torch.rand(1_000))
+    refresh_inputs([quantizer])
+    assert quantizer.fmt.name == "uint4"
+    x = torch.rand(300_000)
+    x[123_457] = -0.5  # no sample needs to meet it
+    quantizer(x)
+    refresh_inputs([quantizer])
+    assert quantizer.fmt.name == "int4"
+    assert float(quantizer.scale) == pytest.approx(1 / 7, rel=0.2)
 
 
 def test_negative_values_under_an_unsigned_format_are_counted() -> None:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from statqat_lightning.functional import QParams, fake_quantize
@@ -32,8 +34,9 @@ from statqat_lightning.insertion import (
     set_observing,
     weight_of,
 )
-from statqat_lightning.observers import COUNT
+from statqat_lightning.observers import COUNT, ObserverConfig
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.report import snr_by_tensor
 
 
 class Net(nn.Module):
@@ -237,6 +240,22 @@ def test_a_parametrized_weight_is_quantized_or_reported() -> None:
     assert quantizer is not None
     expected = fake_quantize(plain.weight, quantizer.qparams, quantizer.fmt)
     assert torch.equal(plain(x), F.linear(x, expected, plain.bias))
+
+
+def test_looking_at_a_parametrized_weight_changes_nothing() -> None:
+    model = nn.Sequential(spectral_norm(nn.Linear(6, 5)), nn.ReLU(), nn.Linear(5, 2))
+    modes = [module.training for module in model.modules()]
+    before = state(model)
+    prepare(model, "int4", "int4")
+    refresh(model)
+    snr_by_tensor(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
+    assert [module.training for module in model.modules()] == modes
+    model(torch.randn(3, 6))  # the layer's own forward in training goes on as ever
+    assert not torch.equal(
+        model.state_dict()["0.parametrizations.weight.0._u"],
+        before["0.parametrizations.weight.0._u"],
+    )
 
 
 def test_a_subclass_that_calls_super() -> None:
@@ -621,6 +640,30 @@ def test_a_lazy_layer_is_refused_by_name(lazy: nn.Module) -> None:
     assert quantized_layers(model) == []
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_lazy_layers_that_stay_in_float_are_no_obstacle() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(3))
+    report = prepare(model, exclude=["3"])
+    assert [(row.name, row.parameters, row.reason) for row in report.rows] == [
+        ("0", 20, ""),
+        ("1", 0, "normalisation stays in float; not initialised yet"),
+        ("3", 0, "left in float by rule '3'; not initialised yet"),
+    ]
+    assert model(torch.randn(2, 1, 5, 5)).shape == (2, 3)
+    assert [row.parameters for row in prepare(model, exclude=["3"]).rows] == [20, 4, 57]
+
+
+def test_a_report_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> str:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("statqat_lightning.insertion.describe", fail)
+    model = Net()
+    with pytest.raises(RuntimeError, match="boom"):
+        prepare(model)
+    assert quantized_layers(model) == []
+
+
 def test_a_mistake_in_one_layer_leaves_the_model_as_it_was() -> None:
     model = Net()
     with pytest.raises(ValueError, match="conv2d/weight: PerGroup: got size=12 for rows of 9"):
@@ -656,3 +699,26 @@ def test_another_recipe_replaces_quantizers_and_the_same_one_keeps_them() -> Non
     assert all(q.weight is not None and q.weight.fmt.name == "int2" for q in now.values())
     assert {row.name: row.reason for row in report.rows}["head"] == "left in float by rule 'head'"
     assert type(model.head) is nn.Linear
+
+
+def test_kept_quantizers_observe_as_asked_last() -> None:
+    model = Net()
+    prepare(model)
+    first = input_quantizers(model)
+    config = ObserverConfig(0.5, 2**20)
+    prepare(model, observer=config)
+    assert [id(q) for q in input_quantizers(model)] == [id(q) for q in first]
+    assert all(q.observer.config == config for q in first)
+    prepare(model)
+    assert all(q.observer.config == config for q in first)
+
+
+def test_a_recipe_replaces_nothing_silently(tmp_path: Path) -> None:
+    recipe = QuantRecipe([QuantRule("head", "int4")])
+    model = Net()
+    with pytest.raises(ValueError, match="got weights='int2', exclude="):
+        prepare(model, "int2", recipe=recipe, exclude=["conv2d"])
+    assert quantized_layers(model) == []
+    recipe.to_yaml(tmp_path / "recipe.yaml")
+    prepare(model, recipe=tmp_path / "recipe.yaml")
+    assert [name for name, _, _ in quantized_layers(model)] == ["head"]

@@ -368,3 +368,13 @@ def test_statistics_do_not_depend_on_the_default_dtype() -> None:
         one, other = (getattr(observer, name) for observer in folded)
         assert one.dtype == torch.float32
         assert torch.equal(one, other)
+
+
+def test_a_lone_nan_in_data_is_noticed_however_large_the_data() -> None:
+    x = torch.rand(2_000_000)
+    x[1_234_567] = torch.nan
+    observer = spectral()
+    add(observer, x)
+    assert fold([observer], statistics=True).tolist() == [True]
+    assert observer.running_spectrum.isfinite().all()
+    assert observer.num_batches == 1

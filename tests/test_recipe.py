@@ -12,6 +12,7 @@ import yaml
 from torch import nn
 
 from statqat_lightning.formats import get_format
+from statqat_lightning.insertion import prepare
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec, input_spec, weight_spec
 
 
@@ -61,7 +62,15 @@ def test_spec_holds_what_it_was_given() -> None:
         ({"format": "int4", "quantizer": "iteratve"}, "Did you mean 'iterative'"),
         (
             {"format": "int4", "quantizer": "iterative", "tolerence": 0.1},
-            r"got unknown options \['tolerence'\]; expected \['tolerance', 'max_iterations'\]",
+            r"got unknown entries \['tolerence'\]. Did you mean 'tolerance'\?",
+        ),
+        (
+            {"format": "int4", "granularty": "per_tensor"},
+            r"\['granularty'\]. Did you mean 'granula",
+        ),
+        (
+            {"format": "int4", "quantizer": "minmax", "prior": "normal"},
+            r"'minmax': got unknown options \['prior'\]; expected none",
         ),
         ({"format": "int4", "tolerance": 0.1}, r"options \['tolerance'\] without a quantizer"),
         ({"format": "int4", "gradient": "clip"}, "gradient='clip'; expected one of clipped"),
@@ -145,11 +154,32 @@ def test_patterns(pattern: str, matched: list[str]) -> None:
             {"pattern": "*", "weights": TensorSpec("int8", unsigned_if_nonnegative=True)},
             "got unsigned_if_nonnegative for weights",
         ),
+        (
+            {"pattern": "fc", "outputs": "int8"},
+            "'fc': got outputs='int8'; outputs are not quantized yet. Quantize the inputs of the",
+        ),
     ],
 )
 def test_mistakes_in_a_rule(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QuantRule(**arguments)
+
+
+def test_outputs_may_be_named_and_are_float() -> None:
+    assert QuantRule("*", weights="int4", inputs="int8", outputs=None) == QuantRule(
+        "*", "int4", "int8"
+    )
+
+
+def test_a_layer_with_quantizers_goes_by_its_own_type() -> None:
+    layer = nn.Conv2d(4, 4, 3)
+    prepare(layer)
+    assert QuantRule("type:Conv2d").matches("", layer, 0, 1)
+    assert not QuantRule("type:FakeQuantizedConv2d").matches("", layer, 0, 1)
+    with pytest.raises(ValueError, match=r"Did you mean 'type:Conv2d'\?"):
+        QuantRecipe([QuantRule("type:FakeQuantizedConv2D")]).assign({"a": layer})
+    with pytest.raises(ValueError, match=r"Did you mean 'type:Conv2d'\?"):
+        QuantRecipe([QuantRule("type:Conv2D")]).assign({"a": layer})
 
 
 # Recipes
@@ -195,6 +225,40 @@ def test_recipes_without_content() -> None:
         QuantRecipe([])
     with pytest.raises(ValueError, match="got weights=None and activations=None"):
         QuantRecipe.default(None, None)
+
+
+def test_exclude_is_a_list() -> None:
+    message = r"exclude: got 'head'; expected a list of patterns: \['head'\]"
+    with pytest.raises(TypeError, match=message):
+        QuantRecipe.default(exclude="head")
+    with pytest.raises(TypeError, match=message):
+        QuantRecipe.choose(RECIPE, exclude="head")
+
+
+def test_choose_takes_a_recipe_its_path_or_the_arguments_of_the_default(tmp_path: Path) -> None:
+    RECIPE.to_yaml(tmp_path / "recipe.yaml")
+    assert QuantRecipe.choose(RECIPE) is RECIPE
+    assert QuantRecipe.choose(tmp_path / "recipe.yaml") == RECIPE
+    assert QuantRecipe.choose(str(tmp_path / "recipe.yaml")) == RECIPE
+    arguments: tuple[Any, ...] = ("int4", None, ["head"], None)
+    assert QuantRecipe.choose(None, *arguments) == QuantRecipe.default(*arguments)
+    with pytest.raises(TypeError, match="recipe: got 3; expected a QuantRecipe or the path"):
+        QuantRecipe.choose(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"weights": "int4"}, "weights='int4'"),
+        ({"activations": None, "first_last_bits": 4}, "activations=None, first_last_bits=4"),
+        ({"exclude": ["head"]}, r"exclude=\['head'\]"),
+    ],
+)
+def test_a_recipe_beside_arguments_that_it_would_replace(
+    arguments: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=f"got {named} beside recipe="):
+        QuantRecipe.choose(RECIPE, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +318,14 @@ def test_a_hand_written_file(tmp_path: Path) -> None:
         ("layers: []", r"recipe: got unknown entries \['layers'\]; expected \['rules'\]"),
         ("{}", r"recipe: entries \['rules'\] are missing"),
         ("rules: []", "got no rules"),
+        ("rules: [", "while parsing"),
+        ("rules:", "recipe: got rules=None; expected a list of rules"),
+        ("rules: {pattern: a}", "recipe: got rules={'pattern': 'a'}; expected a list of rules"),
+        ("rules: [{pattern: a, outputs: int8}]", "outputs are not quantized yet"),
+        (
+            "rules: [{pattern: a, inputs: {format: int4, granularty: per_tensor}}]",
+            r"rule 0, inputs: .*unknown entries \['granularty'\]. Did you mean 'granularity'",
+        ),
         ("rules: [x]", "rule 0: got 'x'; expected a mapping"),
         ("rules: [{weights: int4}]", r"rule 0: entries \['pattern'\] are missing"),
         ("rules: [{pattern: a, weight: int4}]", r"rule 0: got unknown entries \['weight'\]"),

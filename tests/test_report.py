@@ -18,7 +18,7 @@ from statqat_lightning.insertion import (
     set_enabled,
     set_observing,
 )
-from statqat_lightning.recipe import QuantRecipe, QuantRule
+from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.report import SNRSummary, plot_snr, snr_by_tensor
 from tests.reference import snr_db
 
@@ -77,10 +77,26 @@ def test_snr_is_the_ratio_of_mean_energies_over_batches() -> None:
 
 
 def test_nothing_lost_is_infinite_and_nothing_quantized_is_empty() -> None:
-    model, _ = model_in_training()
+    layer = nn.Linear(2, 2)
+    assert snr_by_tensor(layer) == {}
+    nn.init.constant_(layer.weight, 0.5)
+    prepare(layer, TensorSpec("int2", quantizer="minmax"), None, first_last_bits=None)
+    assert snr_by_tensor(layer) == {"weight": math.inf}
+
+
+def test_what_is_not_quantized_is_left_out() -> None:
+    model, x = model_in_training()
+    model(x)
+    refresh(model)
+    assert list(snr_by_tensor(model)) == ["0/weight", "0/input", "2/weight"]
     set_enabled(model, weights=False)
-    assert snr_by_tensor(model) == {"0/weight": math.inf, "2/weight": math.inf}
-    assert snr_by_tensor(nn.Linear(2, 2)) == {}
+    assert list(snr_by_tensor(model)) == ["0/input"]
+    set_enabled(model, weights=True, inputs=False)
+    assert list(snr_by_tensor(model)) == ["0/weight", "2/weight"]
+    _, (_, _, last) = quantized_layers(model)
+    assert last.weight is not None
+    last.weight.ready = False
+    assert list(snr_by_tensor(model)) == ["0/weight"]
 
 
 def test_a_weight_of_zeros_has_no_snr() -> None:

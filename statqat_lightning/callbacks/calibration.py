@@ -8,7 +8,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -54,28 +53,50 @@ def calibrate(
         raise CannotCalibrate(f"{type(trainer.strategy).__name__} shards the module")
     if not pl_module.automatic_optimization:
         raise CannotCalibrate("with manual optimization, training_step updates the weights")
-    failure: Exception | None = None
     with isolate_rng():
-        try:
-            twin = _twin(pl_module)
-            batches = _batches(trainer, num_batches, reduce)
-            progress = Tqdm(
-                batches,
-                desc="StatQAT calibration",
-                total=num_batches,
-                leave=False,
-                disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
-            )
-            _run(trainer, twin, progress, reduce)
-            load_quantizer_state(pl_module, quantizer_state(twin))
-        except Exception as error:
-            failure = error  # raised below: past an exception, isolate_rng restores nothing
+        failure = _calibrate(trainer, pl_module, num_batches, reduce)
     if isinstance(failure, CannotCalibrate):
         raise failure
     if failure is not None:
         raise CannotCalibrate(
             f"a batch could not be run ahead of training ({type(failure).__name__}: {failure})"
         ) from failure
+
+
+_GO_ON, _AT_END, _FAILED = range(3)
+
+
+def _calibrate(
+    trainer: Trainer, pl_module: LightningModule, num_batches: int, reduce: Reduce | None
+) -> Exception | None:
+    """Calibrate, or return what went wrong: past an exception, `isolate_rng` restores nothing.
+
+    Ranks agree before each collective on whether all of them have run one more batch.
+    """
+    steps = _steps(trainer, pl_module, num_batches)
+    done: LightningModule | None = None
+    while True:
+        failure: Exception | None = None
+        twin: LightningModule | None = None
+        try:
+            twin = next(steps, None)
+            status = _GO_ON if twin is not None else _AT_END
+        except Exception as error:
+            failure, status = error, _FAILED
+        if reduce is not None:
+            own = torch.tensor(float(status), device=trainer.strategy.root_device)
+            status = int(reduce(own, "max"))
+        if status == _FAILED:
+            return failure or CannotCalibrate("it failed on another rank")
+        if status == _AT_END or twin is None:
+            break
+        refresh(twin, weights=False, reduce=reduce)
+        set_enabled(twin, weights=True, inputs=True)
+        done = twin
+    if done is None:
+        return CannotCalibrate("there is no batch")
+    load_quantizer_state(pl_module, quantizer_state(done))
+    return None
 
 
 def _twin(pl_module: LightningModule) -> LightningModule:
@@ -90,17 +111,28 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
     """Take any arguments, do nothing."""
 
 
-def _run(trainer: Trainer, twin: LightningModule, batches: Any, reduce: Reduce | None) -> None:
+def _steps(
+    trainer: Trainer, pl_module: LightningModule, num_batches: int
+) -> Iterator[LightningModule]:
+    """Run one batch after the other through a copy of the module; yields it after each."""
+    twin = _twin(pl_module)
+    num_batches = int(min(num_batches, trainer.num_training_batches))
+    progress = Tqdm(
+        islice(_batches(trainer), num_batches),
+        desc="StatQAT calibration",
+        total=num_batches,
+        leave=False,
+        disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
+    )
     set_enabled(twin, weights=False, inputs=False)
-    with torch.no_grad():
-        for index, batch in enumerate(batches):
+    for index, batch in enumerate(progress):
+        with torch.no_grad():
             batch = _transferred(trainer, twin, batch)
             set_observing(twin, True)
             with trainer.precision_plugin.train_step_context():
                 twin.training_step(*_step_arguments(twin, batch, index))
             set_observing(twin, False)
-            refresh(twin, weights=False, reduce=reduce)
-            set_enabled(twin, weights=True, inputs=True)
+        yield twin
 
 
 def _transferred(trainer: Trainer, twin: LightningModule, batch: Any) -> Any:
@@ -126,20 +158,11 @@ def _step_arguments(twin: LightningModule, batch: Any, index: int) -> list[Any]:
     return [batch, index] if takes_index else [batch]
 
 
-def _batches(trainer: Trainer, num_batches: int, reduce: Reduce | None) -> Iterator[Any]:
+def _batches(trainer: Trainer) -> Iterator[Any]:
     """Batches as `training_step` gets them, from fresh loaders over the same datasets."""
     loaders, structure = tree_flatten(trainer.train_dataloader)
     fresh = [_fresh_loader(loader) for loader in loaders]
-    lengths = [length for loader in fresh if (length := sized_len(loader)) is not None]
-    num_batches = min([num_batches, *lengths])
-    if reduce is not None:
-        # Every batch ends in a collective, so all ranks must run equally many.
-        fewest = reduce(
-            torch.tensor(-float(num_batches), device=trainer.strategy.root_device), "max"
-        )
-        num_batches = -int(fewest)
-    iterators = [islice(loader, num_batches) for loader in fresh]
-    return (tree_unflatten(list(parts), structure) for parts in zip(*iterators, strict=False))
+    return (tree_unflatten(list(parts), structure) for parts in zip(*fresh, strict=False))
 
 
 def _fresh_loader(loader: Any) -> Any:
@@ -148,10 +171,18 @@ def _fresh_loader(loader: Any) -> Any:
     if isinstance(loader.dataset, IterableDataset):
         raise CannotCalibrate("an IterableDataset may be readable only once")
     own = {id(loader.dataset): loader.dataset}  # samplers refer to the dataset; it is not copied
-    common: dict[str, Any] = {"collate_fn": loader.collate_fn, "generator": torch.Generator()}
+    options: dict[str, Any] = {"collate_fn": loader.collate_fn, "generator": torch.Generator()}
+    if loader.num_workers > 0:
+        # A dataset that workers read may open its files lazily, which must not happen in this
+        # process: workers forked later would share them.
+        options |= {
+            "num_workers": 1,
+            "worker_init_fn": loader.worker_init_fn,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "timeout": loader.timeout,
+        }
     if loader.batch_sampler is None:
-        sampler = copy.deepcopy(loader.sampler, own)
-        return DataLoader(loader.dataset, batch_size=None, sampler=sampler, **common)
-    return DataLoader(
-        loader.dataset, batch_sampler=copy.deepcopy(loader.batch_sampler, own), **common
-    )
+        options |= {"batch_size": None, "sampler": copy.deepcopy(loader.sampler, own)}
+    else:
+        options["batch_sampler"] = copy.deepcopy(loader.batch_sampler, own)
+    return DataLoader(loader.dataset, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.export.artefacts import export_model
 from statqat_lightning.export.files import check_writable
+from statqat_lightning.export.frozen import refuse_weights_from_hooks
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.native import load_checkpoint
 from statqat_lightning.export.onnx import require_packages
@@ -40,7 +42,7 @@ class ExportCallback(Callback):
     It works at the end of the fit, on a copy, on rank zero; the module stays as it was trained.
     Each file is read back, run (in ONNX Runtime, and by `load_quantized`) and compared with the
     fake-quantized model before it takes its name. Before training, it checks that the files can be
-    written.
+    written, and that there will be something to write.
 
     The native file holds the whole LightningModule. The ONNX file holds what ran in the first
     training step: the LightningModule if `training_step` calls `self(...)`, or else the outermost
@@ -55,7 +57,7 @@ class ExportCallback(Callback):
 
     Args:
         path: Where the files go; `exported/model.onnx` stands for `exported/model.safetensors`,
-            too.
+            too, and so does `exported/model`.
         best: Export the best checkpoint of the Trainer's `ModelCheckpoint` instead of the last
             weights.
         example_input: Input of one forward call: a tensor, a tuple of positional or a mapping of
@@ -68,7 +70,8 @@ class ExportCallback(Callback):
         report: Paths, sizes and differences of the last export, None before.
 
     Raises:
-        ValueError: If neither file is asked for.
+        ValueError: If neither file is asked for; when training starts, if there is no such
+            `module`, or a forward hook makes a weight.
     """
 
     def __init__(
@@ -105,6 +108,28 @@ class ExportCallback(Callback):
                 "ExportCallback: got best=True, but the Trainer has no ModelCheckpoint. Add one "
                 "with a monitor, or leave best out."
             )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # By now there are quantizers: StatQATCallback inserts them after `setup`.
+        self._check_module(pl_module)
+        if reason := _why_never(trainer, pl_module):
+            rank_zero_warn(
+                f"ExportCallback: nothing will be written: {reason}", category=ExportWarning
+            )
+        else:
+            refuse_weights_from_hooks(pl_module)
+
+    def _check_module(self, pl_module: LightningModule) -> None:
+        names = [name for name, _ in pl_module.named_modules() if name]
+        if not self.module or self.module in names:
+            return
+        near = difflib.get_close_matches(self.module, names)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(
+            f"ExportCallback: {type(pl_module).__name__} has no submodule {self.module!r}.{hint} "
+            f"Expected one of {', '.join(name for name, _ in pl_module.named_children())} or one "
+            "below."
+        )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -146,8 +171,8 @@ class ExportCallback(Callback):
         self._warn()
 
     def _why_not(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
-        if not quantized_layers(pl_module):
-            return "the module has no quantizers. Add StatQATCallback to the Trainer."
+        if reason := _why_never(trainer, pl_module):
+            return reason
         quantizers = input_quantizers(pl_module)
         if quantizers and not any(q.ready for q in quantizers):
             return "no training step ran, so there are no statistics of the inputs."
@@ -157,11 +182,6 @@ class ExportCallback(Callback):
             for q in layer.quantizers.present()
         ):
             return "all quantizers are switched off."
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            return (
-                f"{type(trainer.strategy).__name__} shards the module. Export from the checkpoint: "
-                "export_model(load_quantized(model, checkpoint), path, example)."
-            )
         return None
 
     def _example(self, pl_module: LightningModule) -> tuple[str, Any]:
@@ -269,6 +289,20 @@ def _runs_own_forward(pl_module: LightningModule) -> bool:
     """Whether a call runs `forward`: a wrapper such as DDP calls the module for `training_step`."""
     forward: Callable[..., Any] | None = pl_module.__dict__.get("forward")
     return forward is None or getattr(forward, "__func__", None) is type(pl_module).forward
+
+
+def _why_never(trainer: Trainer, pl_module: LightningModule) -> str | None:
+    """Why nothing can be written, as far as it is known before training."""
+    if not quantized_layers(pl_module):
+        if _recipe(trainer) is not None:
+            return "the module has no quantizers. The recipe of StatQATCallback fits no layer."
+        return "the module has no quantizers. Add StatQATCallback to the Trainer."
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        return (
+            f"{type(trainer.strategy).__name__} shards the module. Export from the checkpoint: "
+            "export_model(load_quantized(model, checkpoint), path, example)."
+        )
+    return None
 
 
 def _is_trial(trainer: Trainer) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -31,6 +32,7 @@ from statqat_lightning.observers import ObserverConfig, Reduce
 from statqat_lightning.recipe import QuantRecipe, TensorSpec
 
 CHECKPOINT_KEY = "statqat_lightning"
+STATE_VERSION = 1
 _BATCHES_BETWEEN_CHECKS = 50  # for NaN in inputs: each check waits for the device
 
 
@@ -163,7 +165,7 @@ class StatQATCallback(Callback):
 
     def _write_state(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = {
-            "version": 1,
+            "version": STATE_VERSION,
             "recipe": self.recipe.to_dict(),
             "quantizers": quantizer_state(pl_module),
         }
@@ -173,6 +175,11 @@ class StatQATCallback(Callback):
         if state is None:
             self._weights_are_new = True
             return
+        if state["version"] > STATE_VERSION:
+            raise ValueError(
+                f"StatQATCallback: the quantizer state in the checkpoint has version "
+                f"{state['version']}; this one reads {STATE_VERSION}. Update statqat-lightning."
+            )
         if state["recipe"] != self.recipe.to_dict():
             difference = _difference(state["recipe"], self.recipe.to_dict())
             raise ValueError(
@@ -200,6 +207,7 @@ class StatQATCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        self._warn_of_overflow(pl_module)  # it may be the reason
         self._let_go(pl_module)  # Lightning calls no teardown then
 
     def _let_go(self, pl_module: LightningModule) -> None:
@@ -213,13 +221,24 @@ class StatQATCallback(Callback):
         self._start(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(pl_module)
+        self._start_evaluation(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(pl_module)
+        self._start_evaluation(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_evaluation(trainer, pl_module)
+
+    def _start_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module)
+        idle = [q.name for q in input_quantizers(pl_module) if not q.ready]
+        if idle and trainer.state.fn != TrainerFn.FITTING:
+            self._warn_once(
+                ", ".join(idle),
+                "unknown",
+                "no statistics, so these inputs are evaluated in float. Load a checkpoint of a "
+                "training with StatQATCallback, or train first.",
+            )
 
     def _start(self, pl_module: LightningModule) -> None:
         """Fit the scales of weights that were loaded without quantizer state since insertion."""
@@ -238,8 +257,11 @@ class StatQATCallback(Callback):
         self._last_step = trainer.global_step
         set_frozen(pl_module, False)  # an earlier fit may have left them frozen
         self._frozen = False
+        self._overflow = None
         quantizers = input_quantizers(pl_module)
-        if not quantizers or all(q.ready for q in quantizers):
+        # A resumed run or a second fit has its statistics; layers that did not run until then are
+        # quantized once they have.
+        if not quantizers or any(q.ready for q in quantizers):
             return
         try:
             calibrate(trainer, pl_module, self.calibration_batches, _reduction(trainer))
@@ -249,6 +271,7 @@ class StatQATCallback(Callback):
                 "the first batch; from then on they are quantized by what was seen so far."
             )
         set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
+        self.report = prepare(pl_module, recipe=self.recipe, observer=self.observer_config)
         self._warn_of_idle_layers(pl_module)
         self._warn_of_negatives(pl_module)
 
@@ -269,6 +292,8 @@ class StatQATCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         set_observing(pl_module, False)
+        if trainer.fit_loop._should_accumulate():
+            return  # scales change between optimizer steps only; accumulators add up meanwhile
         # The end of an epoch refreshes in any case: a checkpoint holds no half-filled accumulators.
         if (batch_idx + 1) % self.refresh_every and not trainer.is_last_batch:
             return
@@ -295,11 +320,10 @@ class StatQATCallback(Callback):
         shares = [0.0]
         if trainer.max_steps != -1:
             shares.append(trainer.global_step / max(trainer.max_steps, 1))
-        per_epoch = trainer.num_training_batches
-        if trainer.max_epochs not in (None, -1) and per_epoch != float("inf"):
-            shares.append(
-                (trainer.current_epoch + batch_idx / per_epoch) / max(trainer.max_epochs, 1)
-            )
+        if trainer.max_epochs not in (None, -1):
+            # Where the length of an epoch is unknown, it is infinite here, and whole epochs count.
+            epochs = trainer.current_epoch + batch_idx / trainer.num_training_batches
+            shares.append(epochs / max(trainer.max_epochs, 1))
         return max(shares) >= self.freeze_at
 
     def _warn_of_overflow(self, pl_module: LightningModule) -> None:

@@ -18,7 +18,8 @@ class SNRMonitor(Callback):
     At the Trainer's own cadence (`log_every_n_steps`) every logger gets `snr_db/{layer}/weight`,
     `snr_db/{layer}/input`, and `snr_db/mean` and `snr_db/min` over all of them. The two aggregates
     are in `trainer.callback_metrics` as tensors, for ModelCheckpoint, EarlyStopping and the
-    progress bar; `snr_db/worst_layer` is there as text.
+    progress bar, at that cadence and at the end of every epoch; `snr_db/worst_layer` is there as
+    text.
 
     Place it after `StatQATCallback` in the list of callbacks, so that it sees the scales of the
     same step.
@@ -45,21 +46,25 @@ class SNRMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer._logger_connector.should_update_logs:
+        if trainer.fit_loop._should_accumulate():
+            return  # no optimizer step was taken, so the Trainer logs nothing either
+        at_cadence = trainer._logger_connector.should_update_logs
+        if not (at_cadence or trainer.is_last_batch):
             return
         decibels = snr_by_tensor(pl_module)
         if not decibels:
             return
         self.summary = summary = SNRSummary.of(decibels)
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        self.history.append((step, decibels))
         aggregates = {f"{PREFIX}/mean": summary.mean, f"{PREFIX}/min": summary.min}
-        metrics = aggregates | {
-            f"{PREFIX}/{name}": value for name, value in decibels.items() if self.layers
-        }
-        for logger in trainer.loggers:
-            # Directly: `self.log` for hundreds of layers costs more than a training step.
-            logger.log_metrics(metrics, step=step)
+        if at_cadence:
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            self.history.append((step, decibels))
+            metrics = aggregates | {
+                f"{PREFIX}/{name}": value for name, value in decibels.items() if self.layers
+            }
+            for logger in trainer.loggers:
+                # Directly: `self.log` for hundreds of layers costs more than a training step.
+                logger.log_metrics(metrics, step=step)
         if not trainer.barebones:
             pl_module.log_dict(
                 {name: torch.tensor(value) for name, value in aggregates.items()},

@@ -23,7 +23,8 @@ from statqat_lightning.formats import Format
 
 BINS_PER_OCTAVE = 32
 LOWEST_OCTAVE, NUM_OCTAVES = -32, 64
-"""Magnitudes from 2**-32 to 2**32 are resolved; what is smaller holds no energy that matters."""
+"""Magnitudes from 2**-32 to 2**32 are resolved. What is smaller is lost, and data that lies below
+altogether looks like zeros: who holds the values scales them by a power of two first."""
 BINS_PER_SIDE = BINS_PER_OCTAVE * NUM_OCTAVES
 NUM_BINS = 2 * BINS_PER_SIDE
 """Bins of both signs: positive values first."""

@@ -25,6 +25,7 @@ from statqat_lightning.insertion import quantized_layers
 from statqat_lightning.recipe import QuantRecipe
 
 _MOST_EXAMPLES = 256
+_ENDINGS = (".onnx", ".safetensors")
 
 NO_EXAMPLE = (
     "ONNX: not written, because no input is known to trace the model with. Set example_input_array "
@@ -51,8 +52,9 @@ def export_model(
 
     Args:
         model: A model with quantizers.
-        path: Where the files go: `model.onnx` and `model.safetensors` beside it, whatever ending
-            is given.
+        path: Where the files go: `model.onnx` and `model.safetensors` beside it, whether one of
+            these endings is given or none. Another one belongs to the name: `run_0.1` becomes
+            `run_0.1.onnx`.
         example: Input of one forward call, a real batch for a telling comparison: a tensor, a tuple
             of positional or a mapping of keyword arguments, or a `ForwardCall`.
         module: Name of the submodule that goes into the ONNX file, and that `example` belongs to;
@@ -87,10 +89,11 @@ def export_model(
 
     native_report = onnx_report = None
     if native:
-        with replacing(Path(path).with_suffix(".safetensors")) as temporary:
+        target = _with_ending(path, ".safetensors")
+        with replacing(target) as temporary:
             save_native(frozen, temporary, recipe, module)
             native_report = check_native(temporary, reference, module, call, expected)
-        native_report = _renamed(native_report, Path(path).with_suffix(".safetensors"))
+        native_report = _renamed(native_report, target)
     if onnx and call is None:
         notes.append(NO_EXAMPLE)
     elif onnx and call is not None:
@@ -103,7 +106,7 @@ def export_model(
             notes.append(
                 f"ONNX: holds {module!r}; these quantized layers are outside: {', '.join(outside)}."
             )
-        target = Path(path).with_suffix(".onnx")
+        target = _with_ending(path, ".onnx")
         try:
             with replacing(target) as temporary:
                 save_onnx(frozen.get_submodule(module), temporary, call)
@@ -122,6 +125,12 @@ def export_model(
         float_bytes=sum(4 * t.numel() for t in reference.state_dict().values()),
         notes=tuple(notes),
     )
+
+
+def _with_ending(path: str | Path, ending: str) -> Path:
+    # Not `with_suffix`, which takes the end of `run_0.1` for an ending as well.
+    path = Path(path)
+    return path.with_name((path.stem if path.suffix in _ENDINGS else path.name) + ending)
 
 
 def _renamed(report: ArtefactReport, path: Path) -> ArtefactReport:

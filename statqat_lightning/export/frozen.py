@@ -164,6 +164,7 @@ def freeze_quietly(model: nn.Module) -> nn.Module:
             f"freeze: got a {kind} without quantizers. Train it with StatQATCallback, or call "
             "prepare(model) first."
         )
+    refuse_weights_from_hooks(model)
     frozen = copy.deepcopy(model).eval()
     for name, module, quantizers in quantized_layers(frozen):
         _freeze_layer(name, module, _in_use(quantizers.weight), _in_use(quantizers.input))
@@ -194,7 +195,7 @@ def _freeze_layer(
     if weight is None and inputs is None:
         return
     if codes is not None:
-        _drop_weight(name, module)
+        _drop_weight(module)
     module.__class__ = _frozen_class(type(module))
     module.weight_dtype = dtype
     module.frozen_weight = weight and FrozenTensor.of(weight)
@@ -206,17 +207,31 @@ def _freeze_layer(
         module.register_buffer(INPUT_SCALE, inputs.scale.detach().clone())
 
 
-def _drop_weight(name: str, module: nn.Module) -> None:
+def refuse_weights_from_hooks(model: nn.Module) -> None:
+    """Check that every quantized weight is a parameter or parametrized, so that it can be replaced.
+
+    Raises:
+        ValueError: If a forward hook makes one; the message names the layer.
+    """
+    for name, module, quantizers in quantized_layers(model):
+        replaced = quantizers.weight is not None and quantizers.weight.enabled
+        if (
+            replaced
+            and "weight" not in module._parameters
+            and not parametrize.is_parametrized(module, "weight")
+        ):
+            raise ValueError(
+                f"freeze: the weight of layer {name!r} is not a parameter: a forward hook makes it "
+                "(torch.nn.utils.weight_norm or spectral_norm). Use their successors in "
+                "torch.nn.utils.parametrizations."
+            )
+
+
+def _drop_weight(module: nn.Module) -> None:
     if parametrize.is_parametrized(module, "weight"):
         drop_parametrization(module)
-        return
-    if "weight" not in module._parameters:
-        raise ValueError(
-            f"freeze: the weight of layer {name!r} is not a parameter: a forward hook makes it "
-            "(torch.nn.utils.weight_norm or spectral_norm). Use their successors in "
-            "torch.nn.utils.parametrizations."
-        )
-    del module._parameters["weight"]
+    else:
+        del module._parameters["weight"]
 
 
 def drop_parametrization(module: nn.Module) -> None:

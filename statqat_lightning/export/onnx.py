@@ -55,8 +55,8 @@ def require_packages() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"ONNX export needs {', '.join(missing)}: pip install 'statqat-lightning[onnx]'. Or "
-            "export without it: onnx=False."
+            f'ONNX export needs {", ".join(missing)}: pip install "statqat-lightning[onnx]", or, '
+            'in a checkout, pip install ".[onnx]". Or export without it: onnx=False.'
         )
 
 

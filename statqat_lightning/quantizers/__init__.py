@@ -20,6 +20,12 @@ def quantizer_names() -> list[str]:
     return [*_QUANTIZERS]
 
 
+def option_names(name: str) -> list[str]:
+    """The options of a quantizer."""
+    parameters = inspect.signature(_QUANTIZERS[name].__init__).parameters
+    return [p for p in parameters if p not in ("self", "args", "kwargs")]
+
+
 def get_quantizer(name: str, **options: Any) -> Quantizer:
     """The quantizer called `analytic`, `iterative` or `minmax`, with its options.
 
@@ -32,12 +38,9 @@ def get_quantizer(name: str, **options: Any) -> Quantizer:
         raise ValueError(
             f"quantizer: got {name!r}.{hint} Known quantizers: {', '.join(_QUANTIZERS)}."
         )
-    cls = _QUANTIZERS[name]
-    known = [
-        p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "args", "kwargs")
-    ]
+    known = option_names(name)
     if unknown := [option for option in options if option not in known]:
         raise ValueError(
             f"quantizer {name!r}: got unknown options {unknown}; expected {known or 'none'}."
         )
-    return cls(**options)
+    return _QUANTIZERS[name](**options)

@@ -10,8 +10,10 @@ from statqat_lightning.formats import Format
 from statqat_lightning.quantizers.base import (
     Quantizer,
     Statistics,
+    best_fixed_point_step,
     fixed_point_step,
     largest,
+    least,
     positive_or_one,
     squared_error,
 )
@@ -27,8 +29,10 @@ class Analytic(Quantizer):
     Real weights are only Gaussian-like. With `refine=True` the constant is therefore a start and
     not the answer: the candidates (the capped constants of the normal and the Laplace density,
     `max|x|` itself and the scale in force) are compared by their error on the data, row by row, and
-    the best takes one fixed-point step. The result is never worse than min-max on any row. From a
-    running statistic the candidates are compared by their predicted error, without that step.
+    the best takes one fixed-point step. While weights are tracked between two searches, the scale in
+    force and `max|x|` take such a step each, and the better one wins. So the result is never worse
+    than min-max on any row. From a running statistic the candidates are compared by their predicted
+    error, without that step.
 
     Args:
         prior: The density whose constant comes first.
@@ -48,16 +52,15 @@ class Analytic(Quantizer):
         scale = self._capped(rms, cap, fmt, self.prior)
         if not self.refine:
             return scale
-        candidates = [cap, scale, self._capped(rms, cap, fmt, "laplace")]
-        if warm is not None:
-            candidates.append(warm)
-        scales = torch.stack(candidates)
-        errors = torch.stack([squared_error(rows, s, fmt) for s in candidates])
-        best = scales.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
-        return fixed_point_step(rows, best, fmt)
+        scales = self._candidates(rms, cap, scale, fmt, warm)
+        errors = torch.stack([squared_error(rows, s, fmt) for s in scales])
+        return fixed_point_step(rows, least(scales, errors), fmt)
 
     def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
-        return fixed_point_step(rows, warm, fmt) if self.refine else self.from_rows(rows, fmt)
+        if not self.refine:
+            return self.from_rows(rows, fmt)
+        cap = positive_or_one(largest(rows, fmt) / fmt.max)
+        return best_fixed_point_step(rows, torch.stack([cap, warm]), fmt)
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
@@ -68,12 +71,14 @@ class Analytic(Quantizer):
         scale = self._capped(rms, cap, fmt, self.prior)
         if not self.refine:
             return scale
-        candidates = [cap, scale, self._capped(rms, cap, fmt, "laplace")]
-        if warm is not None:
-            candidates.append(warm)
-        scales = torch.stack(candidates)
-        errors = torch.stack([spectrum.mse(fmt, s) for s in candidates])
-        return scales.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
+        scales = self._candidates(rms, cap, scale, fmt, warm)
+        return least(scales, torch.stack([spectrum.mse(fmt, s) for s in scales]))
+
+    def _candidates(
+        self, rms: Tensor, cap: Tensor, scale: Tensor, fmt: Format, warm: Tensor | None
+    ) -> Tensor:
+        scales = [cap, scale, self._capped(rms, cap, fmt, "laplace")]
+        return torch.stack(scales if warm is None else [*scales, warm])
 
     @staticmethod
     def _capped(rms: Tensor, cap: Tensor, fmt: Format, prior: str) -> Tensor:

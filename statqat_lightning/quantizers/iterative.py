@@ -11,7 +11,9 @@ from statqat_lightning.quantizers.base import (
     Quantizer,
     Statistics,
     fixed_point_step,
+    largest,
     positive_or_one,
+    power_of_two,
     squared_error,
 )
 
@@ -49,6 +51,12 @@ class Iterative(Quantizer):
         self.max_iterations = max_iterations
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
+        # The spectrum resolves a fixed range of magnitudes, and squares leave float32's: rows are
+        # brought to a magnitude around 1 first. Values that the format cannot represent are zeros.
+        rows = rows if fmt.is_signed else rows.clamp_min(0)
+        exponent = torch.frexp(largest(rows, fmt)).exponent.clamp(-126, 126)
+        rows = rows * power_of_two(-exponent).unsqueeze(1)
+        warm = None if warm is None else warm * power_of_two(-exponent)
         # In parts: the spectra of many short rows would take far more memory than the rows.
         parts = torch.split(rows, _ROWS_AT_ONCE)
         scale = torch.cat([EnergySpectrum.of(part).optimal_scale(fmt) for part in parts])
@@ -59,7 +67,7 @@ class Iterative(Quantizer):
             previous, scale = scale, fixed_point_step(rows, scale, fmt)
             if torch.allclose(scale, previous, rtol=1e-5, atol=0):
                 break
-        return positive_or_one(scale)
+        return positive_or_one(scale * power_of_two(exponent))
 
     def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
         return fixed_point_step(rows, warm, fmt)

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from statqat_lightning import prepare
-from statqat_lightning.callbacks.qat import CHECKPOINT_KEY, StatQATCallback
+from statqat_lightning.callbacks.qat import CHECKPOINT_KEY, StatQATCallback, StatQATWarning
 from statqat_lightning.insertion import quantized_layers, quantizer_state
 from tests.callbacks.digits import (
     STEPS_PER_EPOCH,
@@ -138,7 +138,8 @@ def test_a_float_checkpoint_starts_a_quantized_run(tmp_path: Path) -> None:
     assert len(witness.losses) == STEPS_PER_EPOCH  # the second epoch
     assert witness.states[0]["net.3/input"]["ready"]
     module = DigitsModule()
-    evaluated(module, path, statqat())
+    with pytest.warns(StatQATWarning, match=r"net.3/input.*no statistics.*evaluated in float"):
+        evaluated(module, path, statqat())
     reference = DigitsModule.load_from_checkpoint(path)
     prepare(reference, "int4", "int4")
     for name, scale in scales(reference).items():

@@ -286,3 +286,21 @@ def test_history_survives_a_checkpoint(tmp_path: Path) -> None:
     steps = [step for step, _ in resumed.history]
     assert steps == [*range(2 * STEPS_PER_EPOCH)]
     assert resumed.history[:STEPS_PER_EPOCH] == whole.history[:STEPS_PER_EPOCH]
+
+
+def test_aggregates_are_there_at_the_end_of_an_epoch_shorter_than_the_cadence(
+    tmp_path: Path,
+) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="snr_db/min", mode="max")
+    stop = EarlyStopping("snr_db/min", mode="max", patience=5)
+    monitor = SNRMonitor()
+    train(statqat(), monitor, stop, best, log_every_n_steps=50, max_epochs=2)
+    assert monitor.history == []  # loggers keep the Trainer's cadence
+    assert best.best_model_score is not None
+    assert stop.best_score.isfinite()
+
+
+def test_one_row_an_optimizer_step_under_gradient_accumulation() -> None:
+    monitor = SNRMonitor()
+    train(statqat(), monitor, accumulate_grad_batches=3)
+    assert [step for step, _ in monitor.history] == [0, 1]

@@ -105,6 +105,22 @@ def test_tracking_follows_a_moving_weight() -> None:
     assert np.mean(errors(rows, scale, INT4)) < fresh * 1.1  # 0.4 dB
 
 
+@pytest.mark.parametrize("name", ["int4", "int8", "fp4", "fp8"])
+def test_tracking_is_never_worse_than_minmax_or_standing_still(name: str) -> None:
+    fmt, step = get_format(name), torch.Generator().manual_seed(2)
+    rows = 0.05 * torch.randn(64, 144, generator=step)
+    quantizer = Analytic()
+    scale = quantizer.from_rows(rows, fmt)
+    for _ in range(15):
+        rows += 0.01 * 0.05 * torch.randn(rows.shape, generator=step)
+        baselines = (scale, MinMax().from_rows(rows, fmt))
+        scale = quantizer.track(rows, fmt, scale)
+        ours = errors(rows, scale, fmt)
+        for baseline in baselines:
+            theirs = errors(rows, baseline, fmt)
+            assert all(a <= b * (1 + 1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_tracking_without_refinement_is_the_closed_form() -> None:
     rows = WEIGHTS["normal"]
     quantizer = Analytic(refine=False)

@@ -101,3 +101,34 @@ def test_many_short_rows() -> None:
         alone = Iterative().from_rows(rows[i : i + 1], fmt)
         # The fixed point of a row stops when all rows have settled, or after 20 steps.
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
+def test_any_magnitude_is_resolved(fmt: Format) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 400, generator=generator)
+    x[1].abs_()
+    quantizer = Iterative()
+    scale = quantizer.from_rows(x, fmt)
+    for power in (-110, -60, -37, -1, 3, 37, 60, 99):
+        factor = 2.0**power
+        assert torch.equal(quantizer.from_rows(x * factor, fmt), scale * factor)
+        warm = quantizer.from_rows(x * factor, fmt, 1.01 * scale * factor)
+        assert torch.equal(warm, quantizer.from_rows(x, fmt, 1.01 * scale) * factor)
+    mixed = quantizer.from_rows(x * torch.tensor([[1e-11], [1.0], [1e30]]), fmt)
+    expected = scale * torch.tensor([1e-11, 1.0, 1e30])
+    torch.testing.assert_close(mixed, expected, rtol=1e-3, atol=0)
+
+
+def test_large_negative_values_do_not_hide_small_positive_ones() -> None:
+    fmt, x = get_format("uint4"), torch.rand(1, 200)
+    alone = Iterative().from_rows(x, fmt)
+    both = Iterative().from_rows(torch.cat([x, torch.full((1, 3), -1e20)], 1), fmt)
+    torch.testing.assert_close(both, alone, rtol=0.02, atol=0)
+
+
+def test_the_smallest_numbers_are_harmless() -> None:
+    for value in (1e-45, 1e-38, 3e38):
+        got = Iterative().from_rows(torch.full((1, 5), value), get_format("int8"))
+        assert got.isfinite().all()
+        assert (got > 0).all()
