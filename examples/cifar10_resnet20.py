@@ -153,7 +153,8 @@ def main() -> None:
     train = BatchedTensors(*data["train"], Compose((RandomCropFlip(pad=4), normalize)))
     test = BatchedTensors(*data["test"], normalize)
     train_loader = train.loader(args.batch_size, shuffle=True)
-    network = network or train_network(args, train_loader)
+    if network is None:
+        network = train_network(args, train_loader)
     common.train_and_report(
         args,
         f"resnet20_{args.weights}_{args.activations}_{args.quantizer}",

@@ -294,8 +294,6 @@ def _runs_own_forward(pl_module: LightningModule) -> bool:
 def _why_never(trainer: Trainer, pl_module: LightningModule) -> str | None:
     """Why nothing can be written, as far as it is known before training."""
     if not quantized_layers(pl_module):
-        if _recipe(trainer) is not None:
-            return "the module has no quantizers. The recipe of StatQATCallback fits no layer."
         return "the module has no quantizers. Add StatQATCallback to the Trainer."
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         return (

@@ -29,10 +29,10 @@ class Analytic(Quantizer):
     Real weights are only Gaussian-like. With `refine=True` the constant is therefore a start and
     not the answer: the candidates (the capped constants of the normal and the Laplace density,
     `max|x|` itself and the scale in force) are compared by their error on the data, row by row, and
-    the best takes one fixed-point step. While weights are tracked between two searches, the scale in
-    force and `max|x|` take such a step each, and the better one wins. So the result is never worse
-    than min-max on any row. From a running statistic the candidates are compared by their predicted
-    error, without that step.
+    the best takes one fixed-point step. While weights are tracked between two searches, the scale
+    in force and `max|x|` take such a step each, and the better one wins. So the result is never
+    worse than min-max on any row. From a running statistic the candidates are compared by their
+    predicted error, without that step.
 
     Args:
         prior: The density whose constant comes first.

@@ -21,6 +21,7 @@ from tests.callbacks.digits import (
     DigitsModule,
     assert_same,
     digits,
+    held_out,
     loader,
     make_trainer,
     quantizer_of,
@@ -57,7 +58,7 @@ def test_all_ranks_fall_back_when_one_cannot_calibrate(fails_at: int) -> None:
     module = DigitsModule()
     prepare(module, "int4", "int4")
     probe = Probe()
-    make_trainer(probe, limit_val_batches=0).fit(module, loader())
+    make_trainer(probe, limit_val_batches=0).fit(module, loader(), held_out())
     assert probe.ran
 
 

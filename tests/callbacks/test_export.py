@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,6 @@ def test_a_named_module_is_exported() -> None:
     assert not Path("model.safetensors").exists()
     (given,) = onnx_session("model.onnx").get_inputs()
     assert given.shape == ["batch", 72]
-    with pytest.raises(ValueError, match=r"no submodule 'nett'; expected one of seen, net"):
-        train(statqat(), ExportCallback("b.onnx", module="nett"), limit_train_batches=1)
 
 
 class KnowsItsInput(DigitsModule):
@@ -234,6 +233,32 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path)
     assert not trained
 
 
+class NoStep(DigitsModule):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        pytest.fail("a training step ran")
+
+
+@pytest.mark.parametrize(("given", "hint"), [("nett", " Did you mean 'net'"), ("decoder", "")])
+def test_an_unknown_module_is_refused_before_training(given: str, hint: str) -> None:
+    expected = (
+        rf"no submodule '{given}'\.{re.escape(hint)}.* Expected one of seen, net or one below"
+    )
+    with pytest.raises(ValueError, match=expected):
+        train(statqat(), ExportCallback("model.onnx", module=given), module=NoStep)
+
+
+class NormalizedWeight(NoStep):
+    def __init__(self) -> None:
+        super().__init__()
+        with pytest.warns(FutureWarning):
+            nn.utils.weight_norm(self.net[-1])
+
+
+def test_a_weight_from_a_hook_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match=r"layer 'net\.\d+' is not a parameter: a forward hook"):
+        train(statqat(), ExportCallback("model.onnx"), module=NormalizedWeight)
+
+
 def test_a_missing_extra_is_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise ModuleNotFoundError("ONNX export needs onnx: pip install 'statqat-lightning[onnx]'.")
@@ -255,10 +280,17 @@ def test_no_file_at_all_is_refused() -> None:
 
 def test_without_quantizers_nothing_is_written(messages: Messages) -> None:
     export = ExportCallback("out/model.onnx")
-    train(export, limit_train_batches=1)
-    assert messages.about("nothing written: the module has no quantizers. Add StatQATCallback")
+    missing = "the module has no quantizers. Add StatQATCallback"
+    with pytest.warns(ExportWarning, match=f"nothing will be written: {missing}"):
+        train(export, limit_train_batches=1)
+    assert messages.about(f"nothing written: {missing}")
     assert export.report is None
     assert not [*Path("out").iterdir()]
+
+
+def test_the_start_of_the_training_warns_that_nothing_will_be_written() -> None:
+    with pytest.raises(ExportWarning, match="nothing will be written"):  # before any step
+        train(ExportCallback("model.onnx"), module=NoStep)
 
 
 def test_without_a_training_step_nothing_is_written(messages: Messages) -> None:

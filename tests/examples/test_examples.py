@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
@@ -39,6 +43,83 @@ def test_digits_fast_dev_run(repository: Path) -> None:
         line for line in output.splitlines() if re.match(r"(float|StatQAT|min-max QAT) +W?", line)
     ]
     assert len([row for row in rows if "%" in row]) >= 5
+
+
+@pytest.mark.slow
+def test_digits_in_full(repository: Path) -> None:
+    output = run_example(repository, "digits.py", "--output", "out")
+    # method, formats, accuracy, SNR, two sizes, accuracy in ONNX Runtime
+    cells = [re.split(r" {2,}", line.strip()) for line in output.splitlines()]
+    rows = {(row[0], row[1]): row[2:] for row in cells if len(row) == 7 and "%" in row[2]}
+    accuracy = {run: float(row[0].removesuffix(" %")) for run, row in rows.items()}
+    floats = accuracy.pop(("float", "W32A32"))
+    assert floats > 98
+    assert set(accuracy) == {
+        *(("StatQAT", formats) for formats in ("W4A4", "FP4", "W2A2")),
+        ("min-max QAT", "W2A2"),
+    }
+    for formats in ("W4A4", "FP4"):
+        assert abs(accuracy["StatQAT", formats] - floats) <= 1.0
+    assert accuracy["StatQAT", "W2A2"] >= accuracy["min-max QAT", "W2A2"] + 0.5
+    for run in accuracy:
+        assert rows[run][-1] == rows[run][0], run
+
+
+def test_onnx_accuracy_runs_the_session_of_the_package(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(repository / "examples")
+    common = importlib.import_module("common")
+    opened = []
+
+    class Session:
+        def __init__(self, path: Path) -> None:
+            opened.append(path)
+
+        def get_inputs(self) -> list[SimpleNamespace]:
+            return [SimpleNamespace(name="x")]
+
+        def run(self, names: None, feed: dict[str, Any]) -> list[Any]:
+            return [feed["x"]]
+
+    monkeypatch.setattr(common, "onnx_session", Session)
+    batches = [(torch.eye(4), torch.tensor([0, 1, 2, 0]))]
+    assert common.onnx_accuracy(Path("model.onnx"), batches) == 0.75
+    assert opened == [Path("model.onnx")]
+
+
+FEW_IMAGES = """
+import torch
+
+
+def load(split, cache):
+    return torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8)
+"""
+
+
+def test_where_the_cifar10_example_finds_float_weights(repository: Path, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"  # no shared/data beside it
+    shutil.copytree(repository / "examples", checkout / "examples")
+    images = tmp_path / "images"  # no weights in it
+    images.mkdir()
+    (images / "cifar10.py").write_text(FEW_IMAGES)
+    options = ("--data", str(images), "--cache", str(images), "--batch-size", "4")
+    command = [sys.executable, str(checkout / "examples/cifar10_resnet20.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    for part in ("images/resnet20_cifar10.pt", "shared/data/resnet20_cifar10.pt"):
+        assert part in done.stderr
+    assert "Name a state dict with --checkpoint, or train the float network first with" in (
+        done.stderr
+    )
+    assert "--float-epochs N" in done.stderr
+
+    options = (*options, "--limit-train-batches", "1", "--output", "out")
+    output = run_example(checkout, "cifar10_resnet20.py", *options, "--float-epochs", "1")
+    assert "StatQAT" in output
+    (tmp_path / "shared/data").mkdir(parents=True)
+    Path("out/resnet20_cifar10.pt").rename(tmp_path / "shared/data/resnet20_cifar10.pt")
+    assert "StatQAT" in run_example(checkout, "cifar10_resnet20.py", *options)
 
 
 @pytest.mark.slow
