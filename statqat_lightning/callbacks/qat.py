@@ -61,7 +61,7 @@ class StatQATCallback(Callback):
         activations: Format name or `TensorSpec` of the inputs of all layers; None leaves them in
             float. Default `int8`. A plain integer name stands for that width, *unsigned where the
             data is non-negative*, which wins a bit after a ReLU.
-        recipe: A `QuantRecipe`, or the path of one in YAML; it replaces `weights`, `activations`,
+        recipe: A `QuantRecipe`, or the path of one in YAML, in place of `weights`, `activations`,
             `exclude` and `first_last_bits`.
         exclude: Patterns of layers that stay in float.
         first_last_bits: Least width of the first and last layer, 8 by default: they hold few
@@ -116,11 +116,7 @@ class StatQATCallback(Callback):
                 f"StatQATCallback: got freeze_at={freeze_at!r}; expected a share of the training "
                 "in (0, 1], or None."
             )
-        if recipe is None:
-            recipe = QuantRecipe.default(weights, activations, exclude, first_last_bits)
-        elif not isinstance(recipe, QuantRecipe):
-            recipe = QuantRecipe.from_yaml(recipe)
-        self.recipe = recipe
+        self.recipe = QuantRecipe.choose(recipe, weights, activations, exclude, first_last_bits)
         self.calibration_batches = calibration_batches
         self.freeze_at = freeze_at
         self.refresh_every = refresh_every
