@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,23 +113,22 @@ class InputObserver:
                 the SNR.
             count_negatives: Count negative values; an unsigned format cannot represent them.
         """
-        starts = _run_starts(x, self.config.max_values)
+        starts = _cached(_run_starts)(x.numel(), self.config.max_values, x.device)
         sample = _sample(x, starts)
-        zero = self.sums.new_zeros(())
-        sums = [torch.full_like(zero, sample.numel()), zero, zero, zero, zero, zero]
+        size = sample.numel()
+        self.sums.add_(_cached(_counts)(size, 0 if x_hat is None else size, x.device))
         if not x.requires_grad:
             # Data, and not the output of a layer: only here can a lone NaN escape the sample. From
             # the first layer on it spreads.
-            sums[NONFINITE] = x.sum(dtype=torch.float32) * 0
+            self.sums[NONFINITE].add_(x.sum(dtype=torch.float32) * 0)
         if count_negatives:
             # -1 for each negative value; comparisons that give bool are several times slower on
             # CPU.
-            sums[NEGATIVE] = sample.clamp(max=0.0).sign_().sum().neg_()
+            self.sums[NEGATIVE].sub_(sample.clamp(max=0.0).sign_().sum())
         if x_hat is not None:
             error = _sample(x_hat, starts).sub_(sample)
-            sums[SIGNAL], sums[NOISE] = torch.dot(sample, sample), torch.dot(error, error)
-            sums[QUANTIZED] = sums[COUNT]
-        self.sums.add_(torch.stack(sums))
+            self.sums[SIGNAL].add_(torch.dot(sample, sample))
+            self.sums[NOISE].add_(torch.dot(error, error))
         if not statistics:
             return
         if self.needs_spectrum:
@@ -144,19 +145,34 @@ class InputObserver:
         return self.ACCUMULATORS + self.RUNNING
 
 
-def _run_starts(x: Tensor, max_values: int) -> Tensor | None:
-    """Where the runs of a sample begin, int64 `(runs,)`; None if `x` is small enough to be whole.
+def _cached(function: Any) -> Callable[..., Any]:
+    """A cached function, or the plain one under `torch.compile`, which has no use for the cache."""
+    plain: Callable[..., Any] = function.__wrapped__
+    return plain if torch.compiler.is_compiling() else function
+
+
+@lru_cache(maxsize=1024)
+def _run_starts(numel: int, max_values: int, device: torch.device) -> Tensor | None:
+    """Where the runs of a sample begin, int64 `(runs,)`; None if the input is small enough.
 
     One run lies in each of equal parts of memory, at a place in it that moves on by the golden
     ratio: evenly spread whatever the dimensions are, and the same for every tensor of a size.
     """
     num_runs = max_values // _RUN
-    part = x.numel() // num_runs
+    part = numel // num_runs
     if part <= _RUN:
         return None
     span = part - _RUN + 1
-    number = torch.arange(num_runs, device=x.device)
+    number = torch.arange(num_runs, device=device)
     return number * part + number * int(0.618 * span) % span
+
+
+@lru_cache(maxsize=1024)
+def _counts(seen: int, quantized: int, device: torch.device) -> Tensor:
+    """What one sample adds to the sums by its size alone."""
+    sums = torch.zeros(NUM_SUMS, dtype=torch.float32)
+    sums[COUNT], sums[QUANTIZED] = seen, quantized
+    return sums.to(device)
 
 
 def _sample(x: Tensor, starts: Tensor | None) -> Tensor:

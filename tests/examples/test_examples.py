@@ -97,6 +97,7 @@ def load(split, cache):
 """
 
 
+@pytest.mark.slow
 def test_where_the_cifar10_example_finds_float_weights(repository: Path, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"  # no shared/data beside it
     shutil.copytree(repository / "examples", checkout / "examples")
