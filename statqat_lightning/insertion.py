@@ -71,9 +71,15 @@ class LayerReport(NamedTuple):
 
 @dataclass(frozen=True)
 class InsertionReport:
-    """What was done to each layer with parameters, in the order of the model; prints as a table."""
+    """What was done to each layer with parameters; prints as a table.
+
+    Attributes:
+        rows: The layers, in the order of the model.
+        notes: What else there is to know, such as why there was no calibration.
+    """
 
     rows: tuple[LayerReport, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def num_quantized(self) -> int:
@@ -109,7 +115,7 @@ class InsertionReport:
             f"{self.num_quantized} of {len(self.rows)} layers with parameters are quantized; "
             f"they hold {inside:,} of {total:,} parameters ({100 * inside / max(total, 1):.1f} %)."
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 class LayerQuantizers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -259,15 +260,18 @@ class StatQATCallback(Callback):
         # quantized once they have.
         if not quantizers or any(q.ready for q in quantizers):
             return
+        notes: tuple[str, ...] = ()
         try:
             calibrate(trainer, pl_module, self.calibration_batches, _reduction(trainer))
         except CannotCalibrate as reason:
-            rank_zero_info(
+            notes = (
                 f"StatQAT: no calibration ahead of training: {reason}. Inputs stay in float for "
-                "the first batch; from then on they are quantized by what was seen so far."
+                "the first batch; from then on they are quantized by what was seen so far.",
             )
+            rank_zero_info(notes[0])
         set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
-        self.report = prepare(pl_module, recipe=self.recipe, observer=self.observer_config)
+        report = prepare(pl_module, recipe=self.recipe, observer=self.observer_config)
+        self.report = dataclasses.replace(report, notes=notes)
         self._warn_of_idle_layers(pl_module)
         self._warn_of_negatives(pl_module)
 
