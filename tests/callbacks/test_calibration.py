@@ -224,9 +224,12 @@ def test_where_it_is_impossible_the_first_batch_observes_in_float(
     # Weights in float and no weight decay of difference: only inputs tell the runs apart.
     _, float_run = train(module=kind, data=data(), limit_val_batches=0)
     stream = data()
-    module, run = train(statqat(None, "int2"), module=kind, data=stream, limit_val_batches=0)
+    callback = statqat(None, "int2")
+    module, run = train(callback, module=kind, data=stream, limit_val_batches=0)
     (message,) = messages.about("no calibration")
     assert reason in message
+    assert callback.report is not None
+    assert str(callback.report).endswith(message)
     assert "float for the first batch" in message
     assert run.losses[0] == float_run.losses[0]
     assert run.losses[1] != float_run.losses[1]
