@@ -222,8 +222,8 @@ class FloatFormat(Format):
         # dtype) leaves no fraction bits below the spacing, and the addition itself rounds half to
         # even, as IEEE 754 demands.
         fraction_bits = 23 if x.dtype == torch.float32 else 52
-        anchor = spacing.mul_(1.5 * 2.0 ** (fraction_bits - self.mantissa_bits))
-        return x.add_(anchor).sub_(anchor)
+        anchor = 1.5 * 2.0 ** (fraction_bits - self.mantissa_bits)
+        return x.add_(spacing, alpha=anchor).sub_(spacing, alpha=anchor)
 
     @staticmethod
     def _binade(x: Tensor) -> Tensor:
