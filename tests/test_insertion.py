@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from statqat_lightning.functional import QParams, fake_quantize
 from statqat_lightning.insertion import (
-    InsertionReport,
     base_class,
     input_quantizers,
     is_quantized,
@@ -34,6 +33,7 @@ from statqat_lightning.insertion import (
     set_observing,
     weight_of,
 )
+from statqat_lightning.insertion_report import InsertionReport
 from statqat_lightning.observers import COUNT, ObserverConfig
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.report import snr_by_tensor

@@ -22,7 +22,7 @@ ROWS: list[set[str]] = [
     {"error_analysis"},
     {"quantizers"},
     {"observers", "fake_quantizer", "tensor_spec"},
-    {"recipe", "insertion"},
+    {"recipe", "insertion", "insertion_report"},
     {"report", "allocation", "export"},
     {"callbacks"},
     {"cli"},

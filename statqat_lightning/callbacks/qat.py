@@ -18,7 +18,6 @@ from torch import Tensor
 
 from statqat_lightning.callbacks.calibration import CannotCalibrate, calibrate
 from statqat_lightning.insertion import (
-    InsertionReport,
     input_quantizers,
     load_quantizer_state,
     prepare,
@@ -29,6 +28,7 @@ from statqat_lightning.insertion import (
     set_frozen,
     set_observing,
 )
+from statqat_lightning.insertion_report import InsertionReport
 from statqat_lightning.observers import ObserverConfig, Reduce
 from statqat_lightning.recipe import QuantRecipe, TensorSpec
 
