@@ -29,6 +29,7 @@ from statqat_lightning.observers import (
 )
 from statqat_lightning.quantizers import Quantizer, get_quantizer
 from statqat_lightning.tensor_spec import TensorSpec
+from statqat_lightning.weights_together import WeightsTogether
 
 WEIGHT, INPUT = "weight", "input"
 
@@ -118,7 +119,11 @@ class FakeQuantizer:
 
 
 class WeightFakeQuantizer(FakeQuantizer):
-    """Fake quantization of a weight; its scale comes from the weight itself."""
+    """Fake quantization of a weight; its scale comes from the weight itself.
+
+    Attributes:
+        together: During a training step, the weights that are quantized with this one.
+    """
 
     role = WEIGHT
     search_every = 16
@@ -132,10 +137,18 @@ class WeightFakeQuantizer(FakeQuantizer):
         except ValueError as error:
             raise ValueError(f"{layer}/{WEIGHT}: {error}") from error
         self.num_refreshes = 0
+        self.together: WeightsTogether | None = None
         self.to(weight.device if weight.device.type != "meta" else torch.device("cpu"))
 
     def __call__(self, weight: Tensor) -> Tensor:
+        if self.together is not None and self.enabled and self.ready:
+            quantized = self.together.take(self, weight)
+            if quantized is not None:
+                return quantized
         return self.quantize(weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"together": None}  # a copy's weight is another one
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"num_refreshes": self.num_refreshes}
@@ -182,12 +195,8 @@ class InputFakeQuantizer(FakeQuantizer):
     def __call__(self, x: Tensor) -> Tensor:
         x_hat = self.quantize(x)
         if self.observing and x.is_floating_point() and not _recomputing():
-            self.observer.add(
-                x,
-                None if x_hat is x else x_hat,
-                statistics=not self.frozen,
-                count_negatives=not self.fmt.is_signed,
-            )
+            scale = None if x_hat is x else self.scale
+            self.observer.add(x, self.fmt, scale, statistics=not self.frozen)
             if self.deciding and x.numel() and not self.frozen:
                 self.lowest = torch.fmin(self.lowest, x.detach().amin().to(torch.float32))
         return x_hat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from statqat_lightning.formats import Format
 from statqat_lightning.granularity import Granularity, PerTensor
+
+_FLOAT32 = struct.Struct("f")
 
 GRADIENTS = ("clipped", "pass_through", "magnitude")
 
@@ -94,8 +97,7 @@ def fake_quantize(x: Tensor, qparams: QParams, fmt: Format, gradient: str = "cli
     if not x.is_floating_point():
         raise TypeError(f"fake_quantize: got dtype {x.dtype}; expected a floating dtype.")
     view = qparams.granularity.view(x)
-    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and gradient == "clipped" and qparams.scale.dim() > 0:
+    if gradient == "clipped" and qparams.scale.dim() > 0 and _is_plain_cpu(x):
         return _many_scales_on_cpu(_wide(view), qparams, fmt).to(x.dtype).reshape(x.shape)
     y = _carrier(_wide(view), qparams, fmt, gradient)
     # The carrier fixes the gradient; its values become the grid's. Nothing has saved `y` so far.
@@ -118,24 +120,27 @@ def _carrier(x: Tensor, qparams: QParams, fmt: Format, gradient: str) -> Tensor:
     """
     if gradient == "pass_through":
         return x.clone()
-    offset = 0.0 if qparams.zero_point is None else qparams.zero_point
-    scale = qparams.scale.to(x.dtype)
-    low, high = (fmt.min - offset) * scale, (fmt.max - offset) * scale
+    if gradient == "clipped" and _is_plain_cpu(x):
+        # On CPU this operator is several times faster than `clamp`, above all backwards, and
+        # reading two numbers costs nothing.
+        scale = qparams.scale.item()
+        offset = 0.0 if qparams.zero_point is None else qparams.zero_point.item()
+        low, high = (_outwards((end - offset) * scale, x.dtype) for end in (fmt.min, fmt.max))
+        return F.hardtanh(x, low, high)
+    zero_point = 0.0 if qparams.zero_point is None else qparams.zero_point
+    scales = qparams.scale.to(x.dtype)
+    lows, highs = (fmt.min - zero_point) * scales, (fmt.max - zero_point) * scales
     if gradient == "magnitude":
         with torch.no_grad():
-            clipped = torch.clamp(x, low, high)
+            clipped = torch.clamp(x, lows, highs)
             factor = torch.where(clipped == x, 1.0, clipped / x)
         y = x * factor
         with torch.no_grad():
             return y.copy_(clipped)  # an infinity times its factor, zero, would be NaN
     # At a limit itself the gradient of PyTorch's operators is 0, 1/2 or 1, by operator and version:
     # theirs are the next numbers beyond ours.
-    if low.dim() == 0 and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # On CPU this operator is several times faster than `clamp`, above all backwards, and
-        # reading two numbers costs nothing.
-        return F.hardtanh(x, _outwards(low.item(), x.dtype), _outwards(high.item(), x.dtype))
-    infinity = torch.full_like(high, torch.inf)
-    return torch.clamp(x, low.nextafter(-infinity), high.nextafter(infinity))
+    infinity = torch.full_like(highs, torch.inf)
+    return torch.clamp(x, lows.nextafter(-infinity), highs.nextafter(infinity))
 
 
 def _many_scales_on_cpu(x: Tensor, qparams: QParams, fmt: Format) -> Tensor:
@@ -160,8 +165,21 @@ def _outwards(limit: float, dtype: torch.dtype) -> float:
     """The next value of `dtype` beyond `limit`, away from zero; for 0 the last normal one below."""
     if limit == 0:
         return -torch.finfo(dtype).tiny
+    if abs(limit) > torch.finfo(dtype).max:
+        return math.copysign(math.inf, limit)
+    if dtype == torch.float32:
+        (limit,) = _FLOAT32.unpack(_FLOAT32.pack(limit))  # rounds
     _, exponent = math.frexp(limit)
     return limit + math.copysign(math.ldexp(torch.finfo(dtype).eps, exponent - 1), limit)
+
+
+def _is_plain_cpu(x: Tensor) -> bool:
+    """Whether `x` lies in this machine's memory and is neither traced nor batched."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _wide(x: Tensor) -> Tensor:

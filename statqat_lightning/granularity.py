@@ -61,7 +61,8 @@ class PerChannel(Granularity):
 
     def rows(self, x: Tensor) -> Tensor:
         axis = self._axis(x.dim())
-        return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+        x = x.movedim(axis, 0) if axis else x
+        return x.reshape(len(x), -1)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         axis = self._axis(len(shape))

@@ -29,6 +29,7 @@ from statqat_lightning.insertion_report import InsertionReport, LayerReport
 from statqat_lightning.observers import ObserverConfig, Reduce
 from statqat_lightning.recipe import QuantRecipe, QuantRule
 from statqat_lightning.tensor_spec import TensorSpec
+from statqat_lightning.weights_together import WeightsTogether
 
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -93,7 +94,22 @@ def quantized_layers(model: nn.Module) -> list[QuantizedLayer]:
 
 def input_quantizers(model: nn.Module) -> list[InputFakeQuantizer]:
     """The input quantizers of a model, in layer order."""
-    return [q.input for _, _, q in quantized_layers(model) if q.input is not None]
+    return [q.input for _, q in _quantized_modules(model) if q.input is not None]
+
+
+def _quantized_modules(model: nn.Module) -> list[tuple[nn.Module, LayerQuantizers]]:
+    """Like `quantized_layers` without the names, which take most of its time: for every step."""
+    found: list[tuple[nn.Module, LayerQuantizers]] = []
+    seen: set[nn.Module] = set()
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if module not in seen:
+            seen.add(module)
+            if is_quantized(module):
+                found.append((module, _attached(module)))
+            stack.extend(child for child in reversed(module._modules.values()) if child is not None)
+    return found
 
 
 def prepare(
@@ -213,9 +229,24 @@ def _attached(module: nn.Module) -> LayerQuantizers:
 
 
 def set_observing(model: nn.Module, observing: bool) -> None:
-    """Switch observation of all inputs on or off."""
-    for quantizer in input_quantizers(model):
-        quantizer.observing = observing
+    """Switch observation of all inputs on or off; switch it on anew for every training step.
+
+    While it is on, the weights of small layers are quantized together when the first of them runs.
+    One that is written to later is noticed by its version counter, which every in-place operation
+    moves but those on `weight.data`.
+    """
+    weights = []
+    for module, quantizers in _quantized_modules(model):
+        if quantizers.input is not None:
+            quantizers.input.observing = observing
+        weight = module._parameters.get("weight")
+        if quantizers.weight is not None:
+            quantizers.weight.together = None
+            if observing and weight is not None:
+                weights.append((quantizers.weight, weight))
+    together = WeightsTogether(weights)
+    for quantizer, _ in weights:
+        quantizer.together = together
 
 
 def set_frozen(model: nn.Module, frozen: bool) -> None:
@@ -249,10 +280,10 @@ def refresh(
         bool `(number of input quantizers,)`, in the order of `input_quantizers`: which held NaN or
         infinite values.
     """
-    layers = quantized_layers(model)
+    layers = _quantized_modules(model)
     if weights:
-        refresh_weights([(q.weight, weight_of(m)) for _, m, q in layers if q.weight is not None])
-    observed = [q.input for _, _, q in layers if q.input is not None] if inputs else []
+        refresh_weights([(q.weight, weight_of(m)) for m, q in layers if q.weight is not None])
+    observed = [q.input for _, q in layers if q.input is not None] if inputs else []
     return refresh_inputs(observed, reduce)
 
 

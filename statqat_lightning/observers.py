@@ -1,7 +1,8 @@
 """Running statistics of a layer's input: what a forward pass adds, and how batches are folded.
 
-A forward pass only *adds* to accumulators. Scales change between steps, never within one, so
-gradient checkpointing, gradient accumulation and a layer that is used twice see one quantizer.
+A forward pass only takes a sample; between steps the samples of all layers are added up together
+and folded into running means. Scales change between steps, never within one, so gradient
+checkpointing, gradient accumulation and a layer that is used twice see one quantizer.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from statqat_lightning.error_analysis.spectrum import (
     NUM_BINS,
-    NUM_RAW_BINS,
     EnergySpectrum,
-    accumulate_spectrum,
+    raw_spectra,
     resolved_bins,
 )
+from statqat_lightning.formats import Format
 from statqat_lightning.quantizers import Statistics
 
 Reduce = Callable[[Tensor, str], Tensor]
@@ -30,6 +31,7 @@ Reduce = Callable[[Tensor, str], Tensor]
 COUNT, NEGATIVE, NONFINITE, SIGNAL, NOISE, QUANTIZED = range(6)
 NUM_SUMS = 6
 
+_MAX_PENDING = 8  # samples of one input: many micro-batches must not pile up
 _RUN = 16  # neighbouring values in a sample: a cache line of float32
 
 
@@ -45,7 +47,7 @@ class ObserverConfig:
     """
 
     momentum: float = 0.1
-    max_values: int = 16384
+    max_values: int = 8192
 
     def __post_init__(self) -> None:
         if not 0 < self.momentum <= 1:
@@ -54,15 +56,34 @@ class ObserverConfig:
             raise ValueError(f"max_values: got {self.max_values!r}; expected at least 256.")
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Values of one input, taken in a forward pass.
+
+    Attributes:
+        values: float32 `(n,)`.
+        fmt: The format of the input's quantizer.
+        scale: The scale it was quantized with, float32 `()`; None if it was passed on as it is.
+        statistics: Whether the values add to the statistics that scales come from, or only to the
+            sums of the SNR.
+    """
+
+    values: Tensor
+    fmt: Format
+    scale: Tensor | None
+    statistics: bool
+
+
 class InputObserver:
-    """Statistics of one tensor: accumulators of this step, and their running mean.
+    """Statistics of one tensor: samples and accumulators of this step, and their running mean.
 
     All state lies in float32 tensors made here, never lazily, whatever the default dtype or
     inference mode.
 
     Attributes:
-        spectrum, sums, extremes: Accumulators: raw energies `(NUM_RAW_BINS,)`, sums `(NUM_SUMS,)`
-            and `(-min, max)` `(2,)`.
+        pending: Samples that are not in the accumulators yet.
+        spectrum, sums, extremes: Accumulators: energies and what lies beyond them
+            `(NUM_BINS + 1,)`, sums `(NUM_SUMS,)` and `(-min, max)` `(2,)`.
         running_spectrum, running_sums, running_extremes: Running means per value: `(NUM_BINS,)`,
             `(NUM_SUMS,)`, `(2,)`.
         num_batches: Batches folded in so far, `()`; zero says that nothing is known yet.
@@ -76,7 +97,7 @@ class InputObserver:
         self.needs_spectrum = needs_spectrum
         self.needs_range = needs_range
         shapes = {
-            "spectrum": NUM_RAW_BINS if needs_spectrum else 0,
+            "spectrum": NUM_BINS + 1 if needs_spectrum else 0,
             "sums": NUM_SUMS,
             "extremes": 2 if needs_range else 0,
             "running_spectrum": NUM_BINS if needs_spectrum else 0,
@@ -86,6 +107,7 @@ class InputObserver:
         for name, size in shapes.items():
             setattr(self, name, torch.zeros(size, dtype=torch.float32, device="cpu"))
         self.num_batches = torch.zeros((), dtype=torch.float32, device="cpu")
+        self.pending: list[Sample] = []
         self.reset_accumulators()
 
     spectrum: Tensor
@@ -98,47 +120,36 @@ class InputObserver:
 
     def reset_accumulators(self) -> None:
         """Forget what this step has added."""
+        self.pending.clear()
         self.spectrum.zero_()
         self.sums.zero_()
         self.extremes.fill_(-torch.inf)
 
     @torch.no_grad()
-    def add(self, x: Tensor, x_hat: Tensor | None, statistics: bool, count_negatives: bool) -> None:
-        """Add one input to the accumulators.
+    def add(self, x: Tensor, fmt: Format, scale: Tensor | None, statistics: bool) -> None:
+        """Take a sample of one input.
 
         Args:
             x: The layer's input, any shape, floating dtype.
-            x_hat: What it was quantized to, or None if it was passed on as it is.
-            statistics: Add to the statistics that scales come from; otherwise only to the sums of
-                the SNR.
-            count_negatives: Count negative values; an unsigned format cannot represent them.
+            fmt: The format of its quantizer.
+            scale: The scale it is quantized with, float32 `()`; None if it is passed on as it is.
+            statistics: Whether it adds to the statistics that scales come from, or only to the sums
+                of the SNR.
         """
         starts = _cached(_run_starts)(x.numel(), self.config.max_values, x.device)
-        sample = _sample(x, starts)
-        size = sample.numel()
-        self.sums.add_(_cached(_counts)(size, 0 if x_hat is None else size, x.device))
+        self.pending.append(Sample(_sample(x, starts), fmt, scale, statistics))
         if not x.requires_grad:
             # Data, and not the output of a layer: only here can a lone NaN escape the sample. From
             # the first layer on it spreads.
             self.sums[NONFINITE].add_(x.sum(dtype=torch.float32) * 0)
-        if count_negatives:
-            # -1 for each negative value; comparisons that give bool are several times slower on
-            # CPU.
-            self.sums[NEGATIVE].sub_(sample.clamp(max=0.0).sign_().sum())
-        if x_hat is not None:
-            error = _sample(x_hat, starts).sub_(sample)
-            self.sums[SIGNAL].add_(torch.dot(sample, sample))
-            self.sums[NOISE].add_(torch.dot(error, error))
-        if not statistics:
-            return
-        if self.needs_spectrum:
-            accumulate_spectrum(self.spectrum, sample)
-        if self.needs_range and x.numel():
+        if statistics and self.needs_range and x.numel():
             low, high = torch.aminmax(x.detach())
             extremes = torch.stack([-low, high]).to(torch.float32)
             self.extremes.copy_(
                 torch.where(extremes.isfinite(), extremes.maximum(self.extremes), self.extremes)
             )
+        if torch.compiler.is_compiling() or len(self.pending) == _MAX_PENDING:
+            add_up([self])  # a compiled graph keeps tensors, but no list of them
 
     def tensors(self) -> tuple[str, ...]:
         """Names of all tensor attributes."""
@@ -167,14 +178,6 @@ def _run_starts(numel: int, max_values: int, device: torch.device) -> Tensor | N
     return number * part + number * int(0.618 * span) % span
 
 
-@lru_cache(maxsize=1024)
-def _counts(seen: int, quantized: int, device: torch.device) -> Tensor:
-    """What one sample adds to the sums by its size alone."""
-    sums = torch.zeros(NUM_SUMS, dtype=torch.float32)
-    sums[COUNT], sums[QUANTIZED] = seen, quantized
-    return sums.to(device)
-
-
 def _sample(x: Tensor, starts: Tensor | None) -> Tensor:
     """The runs of `x` in memory order that begin at `starts`, or all of it; float32, contiguous.
 
@@ -187,6 +190,50 @@ def _sample(x: Tensor, starts: Tensor | None) -> Tensor:
     if starts is None:
         return flat.to(torch.float32, copy=True)
     return flat.unfold(0, _RUN, 1).index_select(0, starts).view(-1).to(torch.float32)
+
+
+@torch.no_grad()
+def add_up(observers: Sequence[InputObserver]) -> None:
+    """Add pending samples to the accumulators, those of one size and format in one go."""
+    while any(o.pending for o in observers):
+        kinds: dict[tuple[Any, ...], list[tuple[InputObserver, Sample]]] = {}
+        for observer in observers:  # one sample each in a round: no accumulator occurs twice
+            if observer.pending:
+                sample = observer.pending.pop(0)
+                spectral = sample.statistics and observer.needs_spectrum
+                quantized = sample.scale is not None
+                values = sample.values
+                key = (sample.fmt, quantized, spectral, values.numel(), values.device)
+                kinds.setdefault(key, []).append((observer, sample))
+        for (fmt, _, spectral, *_), group in kinds.items():
+            _add_up_kind(group, fmt, spectral)
+
+
+def _add_up_kind(
+    group: Sequence[tuple[InputObserver, Sample]], fmt: Format, spectral: bool
+) -> None:
+    rows = torch.stack([sample.values for _, sample in group])
+    scales = [sample.scale for _, sample in group if sample.scale is not None]
+    sums = rows.new_zeros(len(rows), NUM_SUMS)
+    sums[:, COUNT] = rows.shape[1]
+    squares = rows.square()
+    if scales:
+        scale = torch.stack(scales).unsqueeze(1)
+        sums[:, QUANTIZED] = rows.shape[1]
+        sums[:, SIGNAL] = squares.sum(1)
+        sums[:, NOISE] = fmt.round_(rows / scale).mul_(scale).sub_(rows).square_().sum(1)
+    if not fmt.is_signed:
+        # -1 for each negative value; comparisons that give bool are several times slower on CPU.
+        sums[:, NEGATIVE] = rows.clamp(max=0.0).sign_().sum(1).neg_()
+    _add_each([observer.sums for observer, _ in group], sums)
+    if spectral:
+        energy, beyond = resolved_bins(raw_spectra(rows, squares))
+        spectra = torch.cat([energy, beyond.unsqueeze(1)], 1)
+        _add_each([observer.spectrum for observer, _ in group], spectra)
+
+
+def _add_each(targets: list[Tensor], values: Tensor) -> None:
+    torch._foreach_add_(targets, list(values.unbind()))
 
 
 @torch.no_grad()
@@ -204,16 +251,16 @@ def fold(
     Returns:
         bool `(len(observers),)`: where an input held NaN, infinite or absurdly large values.
     """
+    add_up(observers)
     sums = torch.stack([o.sums for o in observers])
     spectral = [i for i, o in enumerate(observers) if o.needs_spectrum and statistics]
     ranged = [i for i, o in enumerate(observers) if o.needs_range and statistics]
     overflow = ~sums.isfinite().all(1)
     energy, extremes = sums.new_zeros(0, NUM_BINS), sums.new_zeros(0, 2)
     if spectral:
-        raw = torch.stack([observers[i].spectrum for i in spectral])
-        energy, beyond = resolved_bins(raw)
-        energy.nan_to_num_(0.0)
-        overflow[spectral] |= beyond
+        spectra = torch.stack([observers[i].spectrum for i in spectral])
+        energy, beyond = spectra[:, :NUM_BINS], spectra[:, NUM_BINS]
+        overflow[spectral] |= beyond != 0  # NaN differs from 0, too
     if ranged:
         extremes = torch.stack([observers[i].extremes for i in ranged])
         overflow[ranged] |= ~extremes.isfinite().all(1) & (sums[ranged, COUNT] > 0)

@@ -34,7 +34,7 @@ from statqat_lightning.insertion import (
     weight_of,
 )
 from statqat_lightning.insertion_report import InsertionReport
-from statqat_lightning.observers import COUNT, ObserverConfig
+from statqat_lightning.observers import COUNT, ObserverConfig, add_up
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.report import snr_by_tensor
 
@@ -386,6 +386,7 @@ def test_a_module_under_two_names_is_one_layer() -> None:
     set_observing(model, True)
     model(torch.randn(6, 4))
     (quantizer,) = input_quantizers(model)
+    add_up([quantizer.observer])
     assert quantizer.observer.sums[COUNT] == 48  # both uses
     refresh(model)
     assert quantizer.observer.num_batches == 1
@@ -408,6 +409,7 @@ def test_gradient_checkpointing_observes_once_and_changes_nothing(use_reentrant:
         assert theirs.grad is not None
         assert torch.equal(ours.grad, theirs.grad)
     for one, other in zip(input_quantizers(model), input_quantizers(plain), strict=True):
+        add_up([one.observer, other.observer])
         assert one.observer.sums[COUNT] == 24
         assert torch.equal(one.observer.sums, other.observer.sums)
         assert torch.equal(one.observer.spectrum, other.observer.spectrum)

@@ -21,7 +21,7 @@ ROWS: list[set[str]] = [
     {"functional"},
     {"error_analysis"},
     {"quantizers"},
-    {"observers", "fake_quantizer", "tensor_spec"},
+    {"observers", "fake_quantizer", "tensor_spec", "weights_together"},
     {"recipe", "insertion", "insertion_report"},
     {"report", "allocation", "export"},
     {"callbacks"},

@@ -24,6 +24,7 @@ from statqat_lightning.observers import (
     InputObserver,
     ObserverConfig,
     Reduce,
+    add_up,
     fold,
     statistics_of,
 )
@@ -40,19 +41,19 @@ def ranged(**config: float) -> InputObserver:
 
 
 def add(observer: InputObserver, x: Tensor, quantized: bool = False) -> None:
-    x_hat = fake_quantize(x, QParams(torch.tensor(0.1)), get_format("int4")) if quantized else None
-    observer.add(x, x_hat, statistics=True, count_negatives=True)
+    scale = torch.tensor(0.1) if quantized else None
+    observer.add(x, get_format("int4"), scale, statistics=True)
 
 
 def test_sums_of_one_step_by_numpy() -> None:
     observer, x, y = spectral(), torch.randn(30, 4), torch.randn(7)
     add(observer, x, quantized=True)
     add(observer, y)
-    both = np.concatenate([x.flatten().double().numpy(), y.double().numpy()])
+    add_up([observer])
+    assert not observer.pending
     q = np.clip(np.rint(x.double().numpy() / 0.1), -7, 7) * 0.1
     expected = np.zeros(NUM_SUMS)
     expected[COUNT] = 127
-    expected[NEGATIVE] = np.sum(both < 0)
     expected[SIGNAL] = np.sum(x.double().numpy() ** 2)
     expected[NOISE] = np.sum((q - x.double().numpy()) ** 2)
     expected[QUANTIZED] = 120
@@ -119,11 +120,43 @@ def test_snr_starts_at_the_first_quantized_batch() -> None:
 def test_share_of_negative_values() -> None:
     observer = spectral()
     x = torch.tensor([-1.0, -0.0, 0.0, 3.0, -1e-30])
-    add(observer, x)
+    for scale in (None, torch.tensor(0.1)):  # passed on as it is, or quantized
+        observer.add(x, get_format("uint4"), scale, statistics=True)
+        fold([observer], statistics=True)
+        assert observer.running_sums[NEGATIVE].item() == pytest.approx(2 / 5)
+    observer = spectral()
+    add(observer, x)  # a signed format loses nothing of them
     fold([observer], statistics=True)
-    assert observer.running_sums[NEGATIVE].item() == pytest.approx(2 / 5)
-    observer.add(x, None, statistics=True, count_negatives=False)
-    assert observer.sums[NEGATIVE] == 0
+    assert observer.running_sums[NEGATIVE] == 0
+
+
+def test_many_samples_do_not_pile_up() -> None:
+    observer, twin = spectral(), spectral()
+    parts = torch.randn(50, 30).unbind()
+    for part in parts:  # micro-batches
+        add(observer, part, quantized=True)
+        assert len(observer.pending) < 8
+        add(twin, part, quantized=True)
+        add_up([twin])
+    add_up([observer])
+    assert observer.sums[COUNT] == 1500
+    torch.testing.assert_close(observer.sums, twin.sums)
+    torch.testing.assert_close(observer.spectrum, twin.spectrum)
+
+
+def test_samples_of_different_layers_stay_apart() -> None:
+    together, alone = [spectral() for _ in range(6)], [spectral() for _ in range(6)]
+    formats = [get_format(name) for name in ("int4", "uint4", "fp4")]
+    for i, (one, other) in enumerate(zip(together, alone, strict=True)):
+        for size in (100, 60):  # two uses in one step
+            x = torch.randn(size) * (i + 1)
+            for observer in (one, other):
+                observer.add(x, formats[i % 3], torch.tensor(0.1 * (i + 1)), statistics=True)
+        add_up([other])
+    add_up(together)
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one.sums, other.sums)
+        torch.testing.assert_close(one.spectrum, other.spectrum)
 
 
 @pytest.mark.parametrize("make", [spectral, ranged])
@@ -187,7 +220,7 @@ def test_frozen_statistics_stay_and_the_snr_goes_on(make: Callable[..., InputObs
     add(observer, torch.randn(100), quantized=True)
     fold([observer], statistics=True)
     before = {name: getattr(observer, name).clone() for name in observer.RUNNING}
-    observer.add(torch.full((9,), 5.0), torch.full((9,), 4.0), False, True)
+    observer.add(torch.full((9,), 5.0), get_format("int4"), torch.tensor(0.1), statistics=False)
     fold([observer], statistics=False)
     for name in ("running_spectrum", "running_extremes", "num_batches"):
         assert torch.equal(getattr(observer, name), before[name])
@@ -218,9 +251,10 @@ def test_sample_meets_every_index_of_every_dimension(
         index = torch.arange(size)
         marks = 2.0 ** (index // 32 - 30) * (1 + index % 32 / 32)
         x = marks.view([-1 if i == dim else 1 for i in range(len(shape))]).expand(shape)
-        observer = spectral()
+        observer = spectral(max_values=16384)
         add(observer, x.contiguous(memory_format=layout))
-        assert observer.sums[COUNT] < x.numel() or x.numel() < ObserverConfig().max_values * 2
+        add_up([observer])
+        assert observer.sums[COUNT] < x.numel() or x.numel() < 2 * 16384
         fold([observer], statistics=True)
         # 1 024 runs of 16 values cannot meet 1 500 rows of 15; they miss none of the shorter ones.
         least = size if size <= 1024 else size // 2
@@ -231,6 +265,7 @@ def test_sample_has_about_the_wanted_size_and_small_inputs_are_taken_whole() -> 
     for numel in (255, 256, 257, 10_000, 99_991, 2**17, 30_030 * 4):
         observer = spectral(max_values=256)
         add(observer, torch.ones(numel))
+        add_up([observer])
         taken = int(observer.sums[COUNT])
         assert taken == (numel if numel < 272 else 256)
 
@@ -359,7 +394,7 @@ def test_statistics_do_not_depend_on_the_default_dtype() -> None:
         torch.set_default_dtype(dtype)
         try:
             observer = InputObserver(ObserverConfig(), needs_spectrum=True, needs_range=True)
-            observer.add(x, x.round(), statistics=True, count_negatives=True)
+            observer.add(x, get_format("int4"), torch.ones((), dtype=torch.float32), True)
             fold([observer], statistics=True)
         finally:
             torch.set_default_dtype(torch.float32)
@@ -367,7 +402,7 @@ def test_statistics_do_not_depend_on_the_default_dtype() -> None:
     for name in folded[0].tensors():
         one, other = (getattr(observer, name) for observer in folded)
         assert one.dtype == torch.float32
-        assert torch.equal(one, other)
+        assert torch.equal(one, other), name
 
 
 def test_a_lone_nan_in_data_is_noticed_however_large_the_data() -> None:

@@ -77,7 +77,7 @@ class StatQATCallback(Callback):
         refresh_every: Batches between two refreshes. Default 1.
         momentum: Weight of the newest batch in the running statistics. Default 0.1, a window of
             about 20 batches.
-        max_observed: Values of each input and batch that enter the statistics, default 16 384.
+        max_observed: Values of each input and batch that enter the statistics, default 8192.
         enabled: False inserts, observes and reports, but changes no number: the run is the float
             run, bit for bit.
         verbose: Print the insertion report.
@@ -97,7 +97,7 @@ class StatQATCallback(Callback):
         freeze_at: float | None = 0.9,
         refresh_every: int = 1,
         momentum: float = 0.1,
-        max_observed: int = 16384,
+        max_observed: int = 8192,
         enabled: bool = True,
         verbose: bool = True,
     ) -> None:

@@ -34,7 +34,6 @@ NUM_RAW_BINS = 2**14
 _SHIFT = 23 - 5  # of 23 fraction bits the top five are kept: 32 bins an octave
 _FIRST_BIN = (127 + LOWEST_OCTAVE) << 5  # index of the float pattern of 2**LOWEST_OCTAVE
 _END_BIN = _FIRST_BIN + BINS_PER_SIDE
-_SIGN_BIN = NUM_RAW_BINS // 2
 
 _WINDOW_OCTAVES = (
     24  # of the data below its top octave; what lies lower holds no energy that matters
@@ -45,44 +44,44 @@ _ROWS_AT_ONCE = 256  # a raw histogram takes 64 KiB
 _NEGLIGIBLE = 1e-10  # share of the energy that may lie above the window
 
 
-def accumulate_spectrum(out: Tensor, values: Tensor) -> None:
-    """Add the energies of `values` to a raw histogram, in place and without a host synchronisation.
+def raw_spectra(rows: Tensor, squares: Tensor | None = None) -> Tensor:
+    """Raw histogram of each of a few rows, without a host synchronisation.
 
     Every bit pattern has its bin, so NaN, infinities and squares that overflow stay in bins of
     their own.
 
     Args:
-        out: float32 `(NUM_RAW_BINS,)`.
-        values: float32 `(n,)`, contiguous.
+        rows: float32 `(n, m)`, contiguous.
+        squares: `rows.square()` if it is at hand.
+
+    Returns:
+        float32 `(n, NUM_RAW_BINS)`.
     """
-    index = (values.view(torch.int32) >> _SHIFT).bitwise_and_(NUM_RAW_BINS - 1)
-    out.index_add_(0, index, values.square())
-
-
-def _raw_spectra(rows: Tensor) -> Tensor:
-    """Raw histogram of each of a few rows, float32 `(n, NUM_RAW_BINS)`."""
+    index = (rows.view(torch.int32) >> _SHIFT).bitwise_and_(NUM_RAW_BINS - 1)
+    squares = rows.square() if squares is None else squares
     raw = torch.zeros(len(rows), NUM_RAW_BINS, device=rows.device, dtype=torch.float32)
-    for out, row in zip(raw, rows.contiguous(), strict=True):
-        accumulate_spectrum(out, row)
+    if rows.device.type == "cpu":
+        return raw.scatter_add_(1, index.long(), squares)  # rows run in parallel
+    # Elsewhere only this one has a deterministic form.
+    first = torch.arange(len(rows), dtype=torch.int32, device=rows.device).unsqueeze(1)
+    index.add_(first, alpha=NUM_RAW_BINS)
+    raw.view(-1).index_add_(0, index.view(-1), squares.view(-1))
     return raw
 
 
 def resolved_bins(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """The bins that an `EnergySpectrum` keeps, and whether anything lay above them.
+    """The bins that an `EnergySpectrum` keeps, and the energy beyond them.
 
     Args:
         raw: Raw histograms, float32 `(n, NUM_RAW_BINS)`.
 
     Returns:
-        Energies, float32 `(n, NUM_BINS)`; bool `(n,)`, true where a value was NaN, infinite or
-        beyond `2**32`.
+        Energies, float32 `(n, NUM_BINS)`, always finite; what lies above them `(n,)`: other than
+        zero, if only NaN, where a value was NaN, infinite or beyond `2**32`.
     """
-    positive, negative = (
-        raw[:, _FIRST_BIN:_END_BIN],
-        raw[:, _SIGN_BIN + _FIRST_BIN : _SIGN_BIN + _END_BIN],
-    )
-    overflow = raw[:, _END_BIN:_SIGN_BIN].sum(1) + raw[:, _SIGN_BIN + _END_BIN :].sum(1)
-    return torch.cat([positive, negative], 1), overflow != 0  # NaN differs from 0, too
+    sides = raw.view(-1, 2, NUM_RAW_BINS // 2)
+    energy = sides[:, :, _FIRST_BIN:_END_BIN].reshape(-1, NUM_BINS)
+    return energy, sides[:, :, _END_BIN:].sum((1, 2))
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,12 @@ class EnergySpectrum:
             raise ValueError(
                 f"EnergySpectrum.of: got x of shape {tuple(x.shape)}; expected at least one value."
             )
-        parts = [resolved_bins(_raw_spectra(part)) for part in torch.split(rows, _ROWS_AT_ONCE)]
-        energy, overflow = (torch.cat(column) for column in zip(*parts, strict=True))
-        if overflow.any():
+        parts = [
+            resolved_bins(raw_spectra(part.contiguous()))
+            for part in torch.split(rows, _ROWS_AT_ONCE)
+        ]
+        energy, beyond = (torch.cat(column) for column in zip(*parts, strict=True))
+        if (beyond != 0).any():
             raise ValueError(
                 "EnergySpectrum.of: got values that are NaN, infinite or beyond +-2**32; "
                 "remove them first."
@@ -196,8 +198,8 @@ class EnergySpectrum:
             scale = torch.where(stay, warm, scale)
         x, power = _window_points(window.device)
         q = fmt.round_(x * (torch.exp2(top) / scale).view(-1, 1, 1))
-        cross = (window * ((x * q).mean(-1) / power)).sum(1) * torch.exp2(top)
-        square = (window * (q.square().mean(-1) / power)).sum(1)
+        cross = (window * ((x * q).mean(1) / power)).sum(1) * torch.exp2(top)
+        square = (window * (q.square_().mean(1) / power)).sum(1)
         step = cross / square
         scale = torch.where(step.isfinite() & (step > 0), step, scale)
         return torch.where(window.sum(1) > 0, scale, 1.0)
@@ -207,7 +209,7 @@ class EnergySpectrum:
         window, top, outside = self._window(fmt)
         x, power = _window_points(window.device)
         y = x * (torch.exp2(top) / scale).view(-1, 1, 1)
-        relative = (fmt.round(y) - y).square().mean(-1) / (
+        relative = (fmt.round(y) - y).square().mean(1) / (
             power * (torch.exp2(top) / scale).square().unsqueeze(1)
         )
         return (window * relative).sum(1) + outside
@@ -266,15 +268,15 @@ def _window_points(device: torch.device, points: int = 4) -> tuple[Tensor, Tenso
     """Points spread evenly in each bin of the window whose upper end is 1.
 
     Returns:
-        The points, float32 `(bins, points)`, and their mean squares `(bins,)`.
+        The points, float32 `(points, bins)`, and their mean squares `(bins,)`.
     """
     fraction = 1 + torch.arange(BINS_PER_OCTAVE * points, dtype=torch.float32, device=device) / (
         BINS_PER_OCTAVE * points
     )
     fraction += 0.5 / (BINS_PER_OCTAVE * points)
     powers = torch.exp2(torch.arange(-_WINDOW_OCTAVES, 0, dtype=torch.float32, device=device))
-    x = (powers.unsqueeze(1) * fraction).view(-1, points)
-    return x, x.square().mean(1)
+    x = (powers.unsqueeze(1) * fraction).view(-1, points).T.contiguous()
+    return x, x.square().mean(0)
 
 
 @lru_cache(maxsize=64)
@@ -283,4 +285,4 @@ def _responses(fmt: Format, device: torch.device) -> Tensor:
     x, power = _window_points(torch.device("cpu"), points=16)
     scale = (_candidate_clips(torch.device("cpu")) / fmt.max).view(-1, 1, 1)
     error = fmt.round_(x / scale).mul_(scale).sub_(x)
-    return (error.square_().mean(-1) / power).to(device)
+    return (error.square_().mean(1) / power).to(device)
