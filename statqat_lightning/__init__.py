@@ -13,3 +13,4 @@ from statqat_lightning.insertion import remove as remove
 from statqat_lightning.recipe import QuantRecipe as QuantRecipe
 from statqat_lightning.recipe import QuantRule as QuantRule
 from statqat_lightning.recipe import TensorSpec as TensorSpec
+from statqat_lightning.schedule import QuantSchedule as QuantSchedule

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statqat_lightning.formats import Format, IntFormat, get_format
+from statqat_lightning.formats import Format, IntFormat, at_least_bits, get_format
 from statqat_lightning.functional import QParams, fake_quantize
 from statqat_lightning.granularity import Granularity, PerTensor, get_granularity
 from statqat_lightning.observers import (
@@ -43,6 +43,7 @@ class FakeQuantizer:
         scale: float32, in the shape of its granularity.
         ready: Whether the scale is known; until then tensors pass unchanged.
         enabled: Switch for quantization.
+        narrowest: Fewest bits that the format in use may have, whatever the specification says.
     """
 
     role: str
@@ -63,6 +64,7 @@ class FakeQuantizer:
         self.scale = torch.ones(granularity.scale_shape(shape), dtype=torch.float32, device="cpu")
         self.ready = False
         self.enabled = True
+        self.narrowest = 0
 
     @property
     def name(self) -> str:
@@ -98,6 +100,7 @@ class FakeQuantizer:
         """Everything a resumed run needs, as plain data and CPU tensors."""
         return {
             "format": self.fmt.name,
+            "narrowest": self.narrowest,
             "ready": self.ready,
             "scale": self.scale.detach().cpu().clone(),
         }
@@ -114,6 +117,7 @@ class FakeQuantizer:
                 f"{tuple(self.scale.shape)}. Use the model and the recipe it was saved with."
             )
         self.fmt = get_format(state["format"])
+        self.narrowest = int(state.get("narrowest", 0))
         self.ready = bool(state["ready"])
         self.scale.copy_(state["scale"])
 
@@ -146,6 +150,15 @@ class WeightFakeQuantizer(FakeQuantizer):
             if quantized is not None:
                 return quantized
         return self.quantize(weight)
+
+    @torch.no_grad()
+    def widen(self, bits: int, weight: Tensor) -> None:
+        """Use a format of at least `bits` bits, with the scale that the weight gives."""
+        self.narrowest = bits
+        fmt = at_least_bits(get_format(self.spec.format), bits)
+        if fmt != self.fmt:
+            self.fmt, self.ready = fmt, False  # the scale in force is no start for another format
+            refresh_weights([(self, weight)])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"together": None}  # a copy's weight is another one
@@ -217,15 +230,31 @@ class InputFakeQuantizer(FakeQuantizer):
         num_batches = self.observer.num_batches.item()
         if num_batches == 0:
             return
+        self.deciding = self.deciding and num_batches < self.batches_to_decide
+        fmt = self._format()
+        if not self.ready or fmt != self.fmt:
+            self._fit(fmt)
+
+    def widen(self, bits: int) -> None:
+        """Use a format of at least `bits` bits, with the scale that its statistics give."""
+        self.narrowest = bits
+        if not self.ready:
+            self.fmt = at_least_bits(get_format(self.spec.format), bits)
+        elif (fmt := self._format()) != self.fmt:
+            self._fit(fmt)
+
+    def _format(self) -> Format:
+        """The format of the specification, with the sign of the data and no fewer bits than due."""
         fmt = get_format(self.spec.format)
         if self.spec.unsigned_if_nonnegative and isinstance(fmt, IntFormat):
             fmt = IntFormat(fmt.width, signed=self.lowest.item() < 0)
-        self.deciding = self.deciding and num_batches < self.batches_to_decide
-        if not self.ready or fmt != self.fmt:
-            self.fmt = fmt
-            statistics = statistics_of([self.observer])
-            self.scale.copy_(self.quantizer.from_statistics(statistics, fmt).squeeze(0))
-            self.ready = True
+        return at_least_bits(fmt, self.narrowest)
+
+    def _fit(self, fmt: Format) -> None:
+        self.fmt = fmt
+        statistics = statistics_of([self.observer])
+        self.scale.copy_(self.quantizer.from_statistics(statistics, fmt).squeeze(0))
+        self.ready = True
 
     @property
     def negative_share(self) -> float:

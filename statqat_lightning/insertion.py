@@ -264,6 +264,29 @@ def set_enabled(model: nn.Module, weights: bool | None = None, inputs: bool | No
             quantizers.input.enabled = inputs
 
 
+def set_narrowest(model: nn.Module, bits: int) -> None:
+    """Let no format have fewer than `bits` bits, whatever the recipe says; 0 lifts that.
+
+    Scales follow from the weights and from the statistics of the inputs at once.
+    """
+    for _, module, quantizers in quantized_layers(model):
+        if quantizers.weight is not None:
+            quantizers.weight.widen(bits, weight_of(module))
+        if quantizers.input is not None:
+            quantizers.input.widen(bits)
+
+
+def refit_weights(model: nn.Module) -> None:
+    """Choose the scales of weights that were replaced: the scales in force are no start for them.
+
+    Every other change is a small one, which `refresh` follows.
+    """
+    for _, quantizers in _quantized_modules(model):
+        if quantizers.weight is not None:
+            quantizers.weight.ready = False
+    refresh(model, inputs=False)
+
+
 @torch.no_grad()
 def refresh(
     model: nn.Module, weights: bool = True, inputs: bool = True, reduce: Reduce | None = None

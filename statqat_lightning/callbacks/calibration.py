@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -49,17 +50,44 @@ def calibrate(
     Raises:
         CannotCalibrate: With the reason; nothing has changed then.
     """
+    _run_isolated(trainer, pl_module, lambda: _calibrate(trainer, pl_module, num_batches, reduce))
+
+
+def reestimate_batch_norm(
+    trainer: Trainer, pl_module: LightningModule, num_batches: int, reduce: Reduce | None
+) -> None:
+    """Replace BatchNorm statistics by their mean over training batches of the model as it is now.
+
+    During training they trail weights, and scales, that have moved on. Like `calibrate`, this runs
+    a copy of the module, and only the BatchNorm statistics of the module itself change. Modules
+    in eval mode keep theirs.
+
+    Args:
+        trainer: The Trainer, after the last step.
+        pl_module: The module.
+        num_batches: Largest number of batches.
+        reduce: Reduction over ranks; statistics are averaged over them.
+
+    Raises:
+        CannotCalibrate: With the reason; nothing has changed then.
+    """
+    _run_isolated(trainer, pl_module, lambda: _reestimate(trainer, pl_module, num_batches, reduce))
+
+
+def _run_isolated(
+    trainer: Trainer, pl_module: LightningModule, run: Callable[[], Exception | None]
+) -> None:
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise CannotCalibrate(f"{type(trainer.strategy).__name__} shards the module")
     if not pl_module.automatic_optimization:
         raise CannotCalibrate("with manual optimization, training_step updates the weights")
     with isolate_rng():
-        failure = _calibrate(trainer, pl_module, num_batches, reduce)
+        failure = run()  # past an exception, `isolate_rng` restores nothing
     if isinstance(failure, CannotCalibrate):
         raise failure
     if failure is not None:
         raise CannotCalibrate(
-            f"a batch could not be run ahead of training ({type(failure).__name__}: {failure})"
+            f"a batch could not be run outside training ({type(failure).__name__}: {failure})"
         ) from failure
 
 
@@ -69,33 +97,80 @@ _GO_ON, _AT_END, _FAILED = range(3)
 def _calibrate(
     trainer: Trainer, pl_module: LightningModule, num_batches: int, reduce: Reduce | None
 ) -> Exception | None:
-    """Calibrate, or return what went wrong: past an exception, `isolate_rng` restores nothing.
+    """Calibrate, or return what went wrong.
 
     Ranks agree before each collective on whether all of them have run one more batch.
     """
-    steps = _steps(trainer, pl_module, num_batches)
-    done: LightningModule | None = None
+    twin = _twin(pl_module)
+    set_enabled(twin, weights=False, inputs=False)
+    steps = _steps(trainer, twin, num_batches, "StatQAT calibration", observing=True)
+    num_done = 0
     while True:
-        failure: Exception | None = None
-        twin: LightningModule | None = None
-        try:
-            twin = next(steps, None)
-            status = _GO_ON if twin is not None else _AT_END
-        except Exception as error:
-            failure, status = error, _FAILED
-        if reduce is not None:
-            own = torch.tensor(float(status), device=trainer.strategy.root_device)
-            status = int(reduce(own, "max"))
+        status, failure = _next_step(trainer, steps, reduce)
         if status == _FAILED:
-            return failure or CannotCalibrate("it failed on another rank")
-        if status == _AT_END or twin is None:
+            return failure
+        if status == _AT_END:
             break
         refresh(twin, weights=False, reduce=reduce)
         set_enabled(twin, weights=True, inputs=True)
-        done = twin
-    if done is None:
+        num_done += 1
+    if num_done == 0:
         return CannotCalibrate("there is no batch")
-    load_quantizer_state(pl_module, quantizer_state(done))
+    load_quantizer_state(pl_module, quantizer_state(twin))
+    return None
+
+
+def _next_step(
+    trainer: Trainer, steps: Iterator[None], reduce: Reduce | None
+) -> tuple[int, Exception | None]:
+    """Run one more batch on every rank; how that went on the rank where it went worst."""
+    failure: Exception | None = None
+    status = _GO_ON
+    try:
+        next(steps)
+    except StopIteration:
+        status = _AT_END
+    except Exception as error:
+        failure, status = error, _FAILED
+    if reduce is not None:
+        own = torch.tensor(float(status), device=trainer.strategy.root_device)
+        status = int(reduce(own, "max"))
+    if status == _FAILED and failure is None:
+        failure = CannotCalibrate("it failed on another rank")
+    return status, failure
+
+
+def _reestimate(
+    trainer: Trainer, pl_module: LightningModule, num_batches: int, reduce: Reduce | None
+) -> Exception | None:
+    twin = _twin(pl_module)
+    ours, theirs = (
+        [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+        for module in (pl_module, twin)
+    )
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.track_running_stats]
+    if not pairs:
+        return CannotCalibrate("there is no BatchNorm in train mode")
+    for _, norm in pairs:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+    steps = _steps(trainer, twin, num_batches, "BatchNorm statistics", observing=False)
+    num_done = 0
+    while True:
+        status, failure = _next_step(trainer, steps, reduce)
+        if status == _FAILED:
+            return failure
+        if status == _AT_END:
+            break
+        num_done += 1
+    if num_done == 0:
+        return CannotCalibrate("there is no batch")
+    for norm, measured in pairs:
+        for name in ("running_mean", "running_var"):
+            value = getattr(measured, name)
+            if reduce is not None:
+                value = reduce(value, "sum") / trainer.world_size
+            getattr(norm, name).copy_(value)
     return None
 
 
@@ -112,27 +187,25 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 
 def _steps(
-    trainer: Trainer, pl_module: LightningModule, num_batches: int
-) -> Iterator[LightningModule]:
-    """Run one batch after the other through a copy of the module; yields it after each."""
-    twin = _twin(pl_module)
+    trainer: Trainer, twin: LightningModule, num_batches: int, title: str, observing: bool
+) -> Iterator[None]:
+    """Run one training batch after the other through a copy of the module, without gradients."""
     num_batches = int(min(num_batches, trainer.num_training_batches))
     progress = Tqdm(
         islice(_batches(trainer), num_batches),
-        desc="StatQAT calibration",
+        desc=title,
         total=num_batches,
         leave=False,
         disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
     )
-    set_enabled(twin, weights=False, inputs=False)
     for index, batch in enumerate(progress):
         with torch.no_grad():
             batch = _transferred(trainer, twin, batch)
-            set_observing(twin, True)
+            set_observing(twin, observing)
             with trainer.precision_plugin.train_step_context():
                 twin.training_step(*_step_arguments(twin, batch, index))
             set_observing(twin, False)
-        yield twin
+        yield
 
 
 def _transferred(trainer: Trainer, twin: LightningModule, batch: Any) -> Any:

@@ -16,21 +16,28 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from statqat_lightning.callbacks.calibration import CannotCalibrate, calibrate
+from statqat_lightning.callbacks.averaging import Averaging
+from statqat_lightning.callbacks.calibration import (
+    CannotCalibrate,
+    calibrate,
+    reestimate_batch_norm,
+)
+from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.insertion import (
     input_quantizers,
     load_quantizer_state,
     prepare,
     quantized_layers,
     quantizer_state,
+    refit_weights,
     refresh,
     set_enabled,
-    set_frozen,
     set_observing,
 )
 from statqat_lightning.insertion_report import InsertionReport
 from statqat_lightning.observers import ObserverConfig, Reduce
 from statqat_lightning.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.schedule import QuantSchedule, When
 
 CHECKPOINT_KEY = "statqat_lightning"
 STATE_VERSION = 1
@@ -71,9 +78,13 @@ class StatQATCallback(Callback):
             for a scale, and a small part of an epoch. Where the data can be read only once, the
             first step observes in float instead, and a message says so. A dataset with a random
             generator of its own is advanced by these batches.
-        freeze_at: Share of the training after which scales and statistics stop, so that the last
-            steps train the weights for exactly the quantizers that are exported. Default 0.9; None
-            never freezes.
+        freeze_at: Moment from which scales and statistics stop, so that the last steps train the
+            weights for exactly the quantizers that are exported: a share of the training, a number
+            of steps, or a text such as `"2 epochs"`. Default 0.9, the last tenth; None never
+            freezes.
+        schedule: A `QuantSchedule`, or its entries as a dict, for all other phases: a later start
+            of weights or inputs, widths that fall step by step, BatchNorm statistics. It has a
+            `freeze_at` of its own.
         refresh_every: Batches between two refreshes. Default 1.
         momentum: Weight of the newest batch in the running statistics. Default 0.1, a window of
             about 20 batches.
@@ -94,7 +105,8 @@ class StatQATCallback(Callback):
         exclude: Sequence[str] = (),
         first_last_bits: int | None = 8,
         calibration_batches: int = 8,
-        freeze_at: float | None = 0.9,
+        freeze_at: When | None = 0.9,
+        schedule: QuantSchedule | dict[str, Any] | None = None,
         refresh_every: int = 1,
         momentum: float = 0.1,
         max_observed: int = 8192,
@@ -112,14 +124,18 @@ class StatQATCallback(Callback):
             raise ValueError(
                 f"StatQATCallback: got refresh_every={refresh_every!r}; expected at least 1."
             )
-        if freeze_at is not None and not 0 < freeze_at <= 1:
+        if schedule is not None and freeze_at != 0.9:
             raise ValueError(
-                f"StatQATCallback: got freeze_at={freeze_at!r}; expected a share of the training "
-                "in (0, 1], or None."
+                f"StatQATCallback: got freeze_at={freeze_at!r} beside a schedule; set freeze_at in "
+                "the schedule."
             )
+        if isinstance(schedule, dict):
+            schedule = QuantSchedule.from_dict(schedule)
         self.recipe = QuantRecipe.choose(recipe, weights, activations, exclude, first_last_bits)
         self.calibration_batches = calibration_batches
-        self.freeze_at = freeze_at
+        self.schedule = schedule or QuantSchedule(freeze_at=freeze_at)
+        self.phases = Phases(self.schedule)
+        self.averaging = Averaging()
         self.refresh_every = refresh_every
         self.observer_config = ObserverConfig(momentum, max_observed)
         self.enabled = enabled
@@ -129,7 +145,7 @@ class StatQATCallback(Callback):
         self._fast_path: bool | None = None
         self._weights_are_new = True
         self._last_step = -1
-        self._frozen = False
+        self._fitting = False
         self._overflow: Tensor | None = None
         self._warned: set[tuple[str, str]] = set()
 
@@ -140,6 +156,8 @@ class StatQATCallback(Callback):
         # weights after those, with no hook of ours in between: so the module's own hooks are
         # wrapped on the instance.
         self._unpatch()
+        self._fitting = stage == "fit"
+        self.averaging = Averaging(trainer.callbacks if self._fitting else ())  # type: ignore[attr-defined]
         # In evaluation, TransformerEncoderLayer's fast path would bypass the layers' forward.
         if self._fast_path is None:
             self._fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -165,6 +183,8 @@ class StatQATCallback(Callback):
             "version": STATE_VERSION,
             "recipe": self.recipe.to_dict(),
             "quantizers": quantizer_state(pl_module),
+            "quantized": [self.phases.now.weights, self.phases.now.inputs],
+            "averaged": self.averaging.replaces_weights_of_checkpoints,
         }
 
     def _read_state(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -185,7 +205,11 @@ class StatQATCallback(Callback):
                 f"callback (+):\n{difference}"
             )
         load_quantizer_state(pl_module, state["quantizers"])
-        self._weights_are_new = False
+        weights, inputs = state.get("quantized", (True, True))
+        set_enabled(pl_module, weights and self.enabled, inputs and self.enabled)
+        # The scales are those of the weights in training, which a later fit goes on with; whatever
+        # else is done with the checkpoint is done with their average.
+        self._weights_are_new = state.get("averaged", False) and not self._fitting
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -209,6 +233,7 @@ class StatQATCallback(Callback):
 
     def _let_go(self, pl_module: LightningModule) -> None:
         set_observing(pl_module, False)
+        self.phases.release()
         self._unpatch()
         if self._fast_path is not None:
             torch.backends.mha.set_fastpath_enabled(self._fast_path)
@@ -241,19 +266,27 @@ class StatQATCallback(Callback):
         """Fit the scales of weights that were loaded without quantizer state since insertion."""
         self._unpatch("setup", "configure_model")
         if self._weights_are_new:
-            for _, _, quantizers in quantized_layers(pl_module):
-                if quantizers.weight is not None:
-                    # The scales in force are those of other weights: no start for a search.
-                    quantizers.weight.ready = False
-            refresh(pl_module, inputs=False)
+            refit_weights(pl_module)
             self._weights_are_new = False
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.averaging.enter_validation(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.averaging.leave_validation()
 
     # Training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
-        set_frozen(pl_module, False)  # an earlier fit may have left them frozen
-        self._frozen = False
+        self.phases.start(trainer, pl_module, self.enabled)
         self._overflow = None
         quantizers = input_quantizers(pl_module)
         # A resumed run or a second fit has its statistics; layers that did not run until then are
@@ -269,7 +302,6 @@ class StatQATCallback(Callback):
                 "the first batch; from then on they are quantized by what was seen so far.",
             )
             rank_zero_info(notes[0])
-        set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
         report = prepare(pl_module, recipe=self.recipe, observer=self.observer_config)
         self.report = dataclasses.replace(report, notes=notes)
         self._warn_of_idle_layers(pl_module)
@@ -278,14 +310,8 @@ class StatQATCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        frozen = self._is_frozen(trainer, batch_idx)
-        if frozen != self._frozen:
-            set_frozen(pl_module, frozen)
-            self._frozen = frozen
-            if frozen:
-                rank_zero_info(
-                    f"StatQAT: scales and statistics frozen at step {trainer.global_step}."
-                )
+        self.averaging.follow_training(trainer, pl_module, batch_idx)
+        self.phases.enter(trainer, pl_module, self.enabled, batch_idx)
         set_observing(pl_module, True)
 
     def on_train_batch_end(
@@ -299,32 +325,37 @@ class StatQATCallback(Callback):
             return
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
-        overflow = refresh(
-            pl_module, weights=stepped and not self._frozen, reduce=_reduction(trainer)
-        )
+        moved = stepped and not self.phases.now.frozen
+        overflow = refresh(pl_module, weights=moved, reduce=_reduction(trainer))
         self._overflow = overflow if self._overflow is None else self._overflow | overflow
         if (batch_idx + 1) % _BATCHES_BETWEEN_CHECKS == 0:
             self._warn_of_overflow(pl_module)
+        if self.schedule.batch_norm == "reestimate" and is_last_batch(trainer):
+            self._reestimate_batch_norm(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._warn_of_overflow(pl_module)
         self._warn_of_negatives(pl_module)
 
-    def _is_frozen(self, trainer: Trainer, batch_idx: int) -> bool:
-        """Whether this batch lies in the frozen last part.
+    def _reestimate_batch_norm(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        num_batches = self.schedule.batch_norm_batches
+        try:
+            reestimate_batch_norm(trainer, pl_module, num_batches, _reduction(trainer))
+        except CannotCalibrate as reason:
+            self._warn_once(
+                "BatchNorm", "reestimate", f"statistics were not estimated again: {reason}."
+            )
+        else:
+            rank_zero_info(
+                f"StatQAT: BatchNorm statistics estimated again from {num_batches} batches or an "
+                "epoch."
+            )
 
-        Derived from the step, so that a resumed run agrees with the run it resumes.
-        """
-        if self.freeze_at is None:
-            return False
-        shares = [0.0]
-        if trainer.max_steps != -1:
-            shares.append(trainer.global_step / max(trainer.max_steps, 1))
-        if trainer.max_epochs not in (None, -1):
-            # Where the length of an epoch is unknown, it is infinite here, and whole epochs count.
-            epochs = trainer.current_epoch + batch_idx / trainer.num_training_batches
-            shares.append(epochs / max(trainer.max_epochs, 1))
-        return max(shares) >= self.freeze_at
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.phases.release()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.averaging.finish(pl_module)
 
     def _warn_of_overflow(self, pl_module: LightningModule) -> None:
         if self._overflow is None:

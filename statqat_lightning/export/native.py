@@ -48,7 +48,9 @@ from statqat_lightning.insertion import (
     prepare,
     quantized_layers,
     quantizer_state,
+    refit_weights,
     remove,
+    set_enabled,
     weight_of,
 )
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
@@ -204,6 +206,10 @@ def load_checkpoint(
     state = {name: q for name, q in entry["quantizers"].items() if name.startswith(prefix)}
     _check_quantizers(holder, state, where)
     load_quantizer_state(holder, state)
+    if entry.get("averaged", False):
+        refit_weights(holder)  # the scales are those of the weights in training
+    weights, inputs = entry.get("quantized", (True, True))
+    set_enabled(holder, weights, inputs)
     return _finished(model)
 
 

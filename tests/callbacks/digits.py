@@ -118,6 +118,13 @@ class Witness(Callback):
         self.states.append(quantizer_state(pl_module))
 
 
+class SeedEachBatch(Callback):
+    """Dropout draws the same numbers in a batch, whatever has been drawn before."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        torch.manual_seed(trainer.global_step)
+
+
 def make_trainer(*callbacks: Callback, **options: Any) -> Trainer:
     """A Trainer on one CPU without logger, bar, summary or checkpoints, unless asked for."""
     defaults: dict[str, Any] = {

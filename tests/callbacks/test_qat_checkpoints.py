@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -19,6 +19,7 @@ from statqat_lightning.insertion import quantized_layers, quantizer_state
 from tests.callbacks.digits import (
     STEPS_PER_EPOCH,
     DigitsModule,
+    SeedEachBatch,
     assert_same,
     held_out,
     loader,
@@ -30,13 +31,6 @@ from tests.callbacks.digits import (
 
 # Lightning misses whoever wrote the checkpoint; some tests resume without it on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Please add the following callbacks.*ModelCheckpo")
-
-
-class SeedEachBatch(Callback):
-    """Dropout draws the same numbers in a batch, whatever has been drawn before."""
-
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        torch.manual_seed(trainer.global_step)
 
 
 def every_epoch(folder: Path, **options: Any) -> ModelCheckpoint:

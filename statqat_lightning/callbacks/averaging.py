@@ -1,0 +1,65 @@
+"""Keeps the scales of weights in step with callbacks that put averaged weights in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from statqat_lightning.insertion import quantized_layers, refit_weights
+
+
+class Averaging:
+    """What to do beside `WeightAveraging` (and its kind) and `StochasticWeightAveraging`.
+
+    They replace weights as a whole: in validation, for one more epoch, or at the end of the fit.
+    Their writes cannot be told from others, so each moment is known by its callback.
+
+    Args:
+        callbacks: The callbacks of the Trainer.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
+        # By name: which of the two exist depends on the version of Lightning.
+        self._exchanging = [c for c in callbacks if _is_a(c, "WeightAveraging")]
+        self._stochastic = [c for c in callbacks if _is_a(c, "StochasticWeightAveraging")]
+        self._set_aside: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def replaces_weights_of_checkpoints(self) -> bool:
+        """Whether checkpoints hold averaged weights in place of those in training."""
+        return bool(self._exchanging)
+
+    def enter_validation(self, pl_module: LightningModule) -> None:
+        """Fit the scales to the averaged weights; to be called at every validation batch."""
+        if not self._exchanging or self._set_aside:
+            return
+        scales = [q.weight.scale for _, _, q in quantized_layers(pl_module) if q.weight is not None]
+        self._set_aside = [(scale, scale.clone()) for scale in scales]
+        refit_weights(pl_module)
+
+    @torch.no_grad()
+    def leave_validation(self) -> None:
+        """Put back the scales of the weights in training."""
+        for scale, kept in self._set_aside:
+            scale.copy_(kept)
+        self._set_aside.clear()
+
+    def follow_training(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+        """Fit the scales when the epoch begins that updates BatchNorm for the averaged weights."""
+        if batch_idx == 0 and any(
+            trainer.current_epoch == getattr(callback, "swa_end", -2) + 1
+            for callback in self._stochastic
+        ):
+            refit_weights(pl_module)
+
+    def finish(self, pl_module: LightningModule) -> None:
+        """Fit the scales to the weights that the fit ends with."""
+        if self._exchanging or self._stochastic:
+            refit_weights(pl_module)
+
+
+def _is_a(callback: Callback, name: str) -> bool:
+    return any(cls.__name__ == name for cls in type(callback).__mro__)
