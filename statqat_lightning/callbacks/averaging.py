@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from statqat_lightning.fake_quantizer import WeightFakeQuantizer
 from statqat_lightning.insertion import quantized_layers, refit_weights
 
 
@@ -25,7 +26,7 @@ class Averaging:
         # By name: which of the two exist depends on the version of Lightning.
         self._exchanging = [c for c in callbacks if _is_a(c, "WeightAveraging")]
         self._stochastic = [c for c in callbacks if _is_a(c, "StochasticWeightAveraging")]
-        self._set_aside: list[tuple[Tensor, Tensor]] = []
+        self._set_aside: list[tuple[WeightFakeQuantizer, Tensor, int]] = []
 
     @property
     def replaces_weights_of_checkpoints(self) -> bool:
@@ -36,15 +37,16 @@ class Averaging:
         """Fit the scales to the averaged weights; to be called at every validation batch."""
         if not self._exchanging or self._set_aside:
             return
-        scales = [q.weight.scale for _, _, q in quantized_layers(pl_module) if q.weight is not None]
-        self._set_aside = [(scale, scale.clone()) for scale in scales]
+        weights = [q.weight for _, _, q in quantized_layers(pl_module) if q.weight is not None]
+        self._set_aside = [(q, q.scale.clone(), q.num_refreshes) for q in weights]
         refit_weights(pl_module)
 
     @torch.no_grad()
     def leave_validation(self) -> None:
         """Put back the scales of the weights in training."""
-        for scale, kept in self._set_aside:
-            scale.copy_(kept)
+        for quantizer, scale, num_refreshes in self._set_aside:
+            quantizer.scale.copy_(scale)
+            quantizer.num_refreshes = num_refreshes
         self._set_aside.clear()
 
     def follow_training(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:

@@ -177,6 +177,11 @@ def _reestimate(
 def _twin(pl_module: LightningModule) -> LightningModule:
     """A copy of the module without a Trainer, in which logging does nothing."""
     twin = copy.deepcopy(pl_module)
+    if getattr(twin, "_compiler_ctx", None) is not None:
+        # Lightning hangs compiled steps on the instance, and those of a copy run the original.
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            twin.__dict__.pop(name, None)
+        twin._compiler_ctx = None
     silent: Callable[..., None] = _ignore
     twin.log = twin.log_dict = silent  # type: ignore[method-assign]
     return twin
