@@ -1,0 +1,81 @@
+"""Quantization-aware training without an edit: `STATQAT_CONFIG=qat.yaml python train.py`.
+
+Lightning asks this entry point of every installed package for callbacks when a Trainer is made.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback
+
+from statqat_lightning.callbacks.export import ExportCallback
+from statqat_lightning.callbacks.qat import StatQATCallback
+from statqat_lightning.callbacks.snr_monitor import SNRMonitor
+
+VARIABLE = "STATQAT_CONFIG"
+
+
+def callbacks_from_environment() -> list[Callback]:
+    """The callbacks that the file named by `STATQAT_CONFIG` describes; none if it is not set.
+
+    The file is YAML. Its entries are the arguments of `StatQATCallback`, and two more:
+    `snr_monitor` (true or false, default true) adds an `SNRMonitor`, `export` (a path) an
+    `ExportCallback`.
+
+    Example of a file:
+        weights: int4
+        activations: int4
+        schedule: {activations_at: 1 epoch}
+        export: exported/model.onnx
+
+    Raises:
+        ValueError: If the file cannot be read, or holds an entry that is unknown or wrong; the
+            message names the file.
+    """
+    path = os.environ.get(VARIABLE, "")
+    if not path:
+        return []
+    entries = _read(Path(path))
+    monitored, exported = entries.pop("snr_monitor", True), entries.pop("export", None)
+    known = [*inspect.signature(StatQATCallback).parameters, "snr_monitor", "export"]
+    if unknown := [name for name in entries if name not in known]:
+        near = difflib.get_close_matches(str(unknown[0]), known, n=2)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(
+            f"{VARIABLE}: {path}: got unknown entries {unknown}.{hint} Known: {', '.join(known)}."
+        )
+    if not isinstance(monitored, bool):
+        raise ValueError(
+            f"{VARIABLE}: {path}: got snr_monitor={monitored!r}; expected true or false."
+        )
+    try:
+        callbacks: list[Callback] = [StatQATCallback(**entries)]
+        if exported is not None:
+            callbacks.append(ExportCallback(exported))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{VARIABLE}: {path}: {error}") from error
+    return [*callbacks, SNRMonitor()] if monitored else callbacks
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{VARIABLE}: {path} cannot be read ({error}). Expected the path of a YAML file, "
+            "relative to the directory the training is started in, or an empty value."
+        ) from error
+    if entries is None:
+        return {}
+    if not isinstance(entries, dict):
+        raise ValueError(
+            f"{VARIABLE}: {path}: got a {type(entries).__name__}; expected entries such as "
+            "`weights: int4`."
+        )
+    return entries

@@ -1,0 +1,96 @@
+"""Callbacks from a file named in the environment, asked for by Lightning itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from statqat_lightning import ExportCallback, SNRMonitor, StatQATCallback
+from statqat_lightning.callbacks.environment import callbacks_from_environment
+from statqat_lightning.insertion import quantized_layers
+from tests.callbacks.digits import DigitsModule, held_out, loader, make_trainer
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "qat.yaml"
+    monkeypatch.setenv("STATQAT_CONFIG", str(path))
+    return path
+
+
+def test_lightning_finds_the_entry_point() -> None:
+    (point,) = (
+        p for p in entry_points(group="lightning.pytorch.callbacks_factory") if p.name == "statqat"
+    )
+    assert point.load() is callbacks_from_environment
+
+
+def test_no_variable_no_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STATQAT_CONFIG", raising=False)
+    assert callbacks_from_environment() == []
+    monkeypatch.setenv("STATQAT_CONFIG", "")
+    assert callbacks_from_environment() == []
+
+
+def test_a_trainer_that_knows_nothing_of_it(config: Path, tmp_path: Path) -> None:
+    config.write_text(
+        "weights: int4\nactivations: fp8_e4m3\nverbose: false\n"
+        f"schedule: {{activations_at: 2}}\nexport: {tmp_path / 'model.onnx'}\n"
+    )
+    trainer, module = make_trainer(), DigitsModule()
+    kinds = [type(c) for c in trainer.callbacks]  # type: ignore[attr-defined]
+    assert {StatQATCallback, SNRMonitor, ExportCallback} <= set(kinds)
+    trainer.fit(module, loader(), held_out())
+    assert len(quantized_layers(module)) == 3
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_an_empty_file_takes_the_defaults_and_the_monitor_can_be_left_out(config: Path) -> None:
+    config.write_text("")
+    assert [type(c) for c in callbacks_from_environment()] == [StatQATCallback, SNRMonitor]
+    config.write_text("snr_monitor: false")
+    assert [type(c) for c in callbacks_from_environment()] == [StatQATCallback]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("weihgts: int4", r"qat\.yaml: got unknown entries \['weihgts'\]. Did you mean 'weights'"),
+        ("weights: int44", r"qat\.yaml: format: got 'int44'"),
+        ("- int4", r"qat\.yaml: got a list"),
+        ("weights: [", r"qat\.yaml cannot be read"),
+        ("snr_monitor: 3", r"qat\.yaml: got snr_monitor=3"),
+        ("schedule: {freze: 1}", r"qat\.yaml: QuantSchedule: got unknown entries"),
+    ],
+)
+def test_a_wrong_file_is_named(config: Path, text: str, message: str) -> None:
+    config.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        callbacks_from_environment()
+
+
+def test_a_missing_file_is_named(config: Path) -> None:
+    with pytest.raises(ValueError, match=r"qat\.yaml cannot be read"):
+        callbacks_from_environment()
+
+
+def test_in_a_process_of_its_own(config: Path, repository: Path) -> None:
+    config.write_text("weights: int2\nactivations: null\nverbose: true\n")
+    script = (
+        "from tests.callbacks.digits import *\n"
+        "make_trainer(fast_dev_run=True).fit(DigitsModule(), loader(), held_out())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=repository,
+        env=os.environ | {"PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "int2 per_channel analytic" in run.stdout + run.stderr
