@@ -50,6 +50,10 @@ _NORMALISATION = (
 )
 
 
+# Where the classes of torch.ao's eager and graph modes and of torchao's tensors and layers live.
+_CONVERTERS = ("torch.ao.", "torchao.", "bitsandbytes.", "transformer_engine.")
+
+
 class LayerQuantizers:
     """The quantizers of one layer; either may be None."""
 
@@ -150,6 +154,7 @@ def prepare(
             another. The model is unchanged then.
     """
     recipe = QuantRecipe.choose(recipe, weights, activations, exclude, first_last_bits)
+    _refuse_converted(model)
     layers = dict(_named_layers(model))
     candidates = {name: module for name, module in layers.items() if _supported_class(module)}
     if not candidates:
@@ -478,6 +483,19 @@ def _refuse_uninitialised(layers: Mapping[str, nn.Module]) -> None:
             f"Layers {', '.join(lazy)} are lazy and not initialised yet; quantizers need their "
             "shapes. Run one batch through the model before, or give the layers their sizes."
         )
+
+
+def _refuse_converted(model: nn.Module) -> None:
+    """Refuse what torch.ao or torchao has quantized or prepared: two tools on one layer."""
+    for name, module in model.named_modules():
+        parts = [type(module), *(type(p.data) for p in module.parameters(recurse=False))]
+        home = next((c for c in parts if c.__module__.startswith(_CONVERTERS)), None)
+        if home is not None:
+            raise ValueError(
+                f"Layer {_plain_name(name)!r} is already converted: it holds a "
+                f"{home.__module__}.{home.__qualname__}. Give the float model; StatQAT puts its "
+                "own quantizers in."
+            )
 
 
 def _is_lazy(module: nn.Module) -> bool:

@@ -724,3 +724,27 @@ def test_a_recipe_replaces_nothing_silently(tmp_path: Path) -> None:
     recipe.to_yaml(tmp_path / "recipe.yaml")
     prepare(model, recipe=tmp_path / "recipe.yaml")
     assert [name for name, _, _ in quantized_layers(model)] == ["head"]
+
+
+# Models that other tools have converted
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:(?s).*reduce_range will be deprecated:UserWarning")
+def test_a_model_prepared_by_torch_ao_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).train()
+    model.qconfig = torch.ao.quantization.default_qat_qconfig  # type: ignore[assignment]
+    torch.ao.quantization.prepare_qat(model, inplace=True)
+    with pytest.raises(ValueError, match=r"Layer '0' is already converted: .*torch\.ao"):
+        prepare(model)
+
+
+def test_a_tensor_of_another_library_is_refused() -> None:
+    class AffineQuantizedTensor(Tensor):
+        """As torchao holds the weights of a converted layer."""
+
+    AffineQuantizedTensor.__module__ = "torchao.dtypes"
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.randn(4, 4).as_subclass(AffineQuantizedTensor))
+    with pytest.raises(ValueError, match=r"Layer '0' is already converted: .*torchao\.dtypes"):
+        prepare(model)

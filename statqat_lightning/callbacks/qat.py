@@ -155,6 +155,13 @@ class StatQATCallback(Callback):
         # Lightning calls LightningModule.setup and configure_model after this hook and loads
         # weights after those, with no hook of ours in between: so the module's own hooks are
         # wrapped on the instance.
+        plugin = type(trainer.precision_plugin).__name__
+        if plugin in ("BitsandbytesPrecision", "TransformerEnginePrecision"):
+            raise ValueError(
+                f"StatQATCallback: got a Trainer with {plugin}, which replaces the layers by "
+                'quantized ones of its own. Use another precision, such as "bf16-mixed", or leave '
+                "StatQATCallback out."
+            )
         self._unpatch()
         self._fitting = stage == "fit"
         self.averaging = Averaging(trainer.callbacks if self._fitting else ())  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -171,3 +172,10 @@ def test_layers_can_be_called_by_keyword() -> None:
     module, witness = train(statqat(), module=CallsByKeyword)
     assert quantizer_of(module, "head/input").ready
     assert len(witness.losses) == 6
+
+
+@pytest.mark.parametrize("name", ["BitsandbytesPrecision", "TransformerEnginePrecision"])
+def test_precisions_that_replace_layers_are_refused(name: str) -> None:
+    plugin = type(name, (Precision,), {})()
+    with pytest.raises(ValueError, match=f"a Trainer with {name}"):
+        train(statqat(), plugins=[plugin])
