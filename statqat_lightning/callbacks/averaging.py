@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.fake_quantizer import WeightFakeQuantizer
 from statqat_lightning.insertion import quantized_layers, refit_weights
 
@@ -24,8 +25,8 @@ class Averaging:
 
     def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
         # By name: which of the two exist depends on the version of Lightning.
-        self._exchanging = [c for c in callbacks if _is_a(c, "WeightAveraging")]
-        self._stochastic = [c for c in callbacks if _is_a(c, "StochasticWeightAveraging")]
+        self._exchanging = [c for c in callbacks if is_a(c, "WeightAveraging")]
+        self._stochastic = [c for c in callbacks if is_a(c, "StochasticWeightAveraging")]
         self._set_aside: list[tuple[WeightFakeQuantizer, Tensor, int]] = []
 
     @property
@@ -61,7 +62,3 @@ class Averaging:
         """Fit the scales to the weights that the fit ends with."""
         if self._exchanging or self._stochastic:
             refit_weights(pl_module)
-
-
-def _is_a(callback: Callback, name: str) -> bool:
-    return any(cls.__name__ == name for cls in type(callback).__mro__)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
+from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.insertion import (
     load_quantizer_state,
     quantizer_state,
@@ -77,7 +77,7 @@ def reestimate_batch_norm(
 def _run_isolated(
     trainer: Trainer, pl_module: LightningModule, run: Callable[[], Exception | None]
 ) -> None:
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if not is_a(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
         raise CannotCalibrate(f"{type(trainer.strategy).__name__} shards the module")
     if not pl_module.automatic_optimization:
         raise CannotCalibrate("with manual optimization, training_step updates the weights")
@@ -224,7 +224,7 @@ def _transferred(trainer: Trainer, twin: LightningModule, batch: Any) -> Any:
         ("on_after_batch_transfer", (0,)),
     ):
         owner = selector.get_instance(hook)
-        if isinstance(owner, LightningModule):
+        if is_a(owner, "LightningModule"):
             owner = twin
         batch = getattr(owner, hook)(batch, *arguments)
     return batch

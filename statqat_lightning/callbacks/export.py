@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from statqat_lightning.callbacks.lightning_names import is_a, overrides
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.export.artefacts import export_model
 from statqat_lightning.export.files import check_writable
@@ -195,7 +195,7 @@ class ExportCallback(Callback):
             given = pl_module.example_input_array
         if given is not None:
             # A module whose forward was never written is exported by what ran in its place.
-            own_forward = type(pl_module).forward is not LightningModule.forward
+            own_forward = overrides(pl_module, "forward")
             fallback = "" if own_forward or captured is None else captured[0]
             return (self.module if self.module is not None else fallback), given
         return captured if captured is not None else (self.module or "", None)
@@ -298,7 +298,7 @@ def _why_never(trainer: Trainer, pl_module: LightningModule) -> str | None:
     """Why nothing can be written, as far as it is known before training."""
     if not quantized_layers(pl_module):
         return "the module has no quantizers. Add StatQATCallback to the Trainer."
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if not is_a(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
         return (
             f"{type(trainer.strategy).__name__} shards the module. Export from the checkpoint: "
             "export_model(load_quantized(model, checkpoint), path, example)."

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from statqat_lightning.callbacks.averaging import Averaging
@@ -22,6 +20,7 @@ from statqat_lightning.callbacks.calibration import (
     calibrate,
     reestimate_batch_norm,
 )
+from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.insertion import (
     input_quantizers,
@@ -169,7 +168,7 @@ class StatQATCallback(Callback):
         if self._fast_path is None:
             self._fast_path = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
-        last = "configure_model" if is_overridden("configure_model", pl_module) else "setup"
+        last = "configure_model" if overrides(pl_module, "configure_model") else "setup"
         self._patch(pl_module, last, after=self._insert)
         self._patch(pl_module, "on_save_checkpoint", after=self._write_state)
         self._patch(pl_module, "on_load_checkpoint", before=self._read_state)
@@ -261,7 +260,7 @@ class StatQATCallback(Callback):
     def _start_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module)
         idle = [q.name for q in input_quantizers(pl_module) if not q.ready]
-        if idle and trainer.state.fn != TrainerFn.FITTING:
+        if idle and trainer.state.fn != "fit":
             self._warn_once(
                 ", ".join(idle),
                 "unknown",
