@@ -23,9 +23,10 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_lightning_finds_the_entry_point() -> None:
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_lightning_finds_the_entry_point(package: str) -> None:
     (point,) = (
-        p for p in entry_points(group="lightning.pytorch.callbacks_factory") if p.name == "statqat"
+        p for p in entry_points(group=f"{package}.callbacks_factory") if p.name == "statqat"
     )
     assert point.load() is callbacks_from_environment
 
