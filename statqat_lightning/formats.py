@@ -322,8 +322,7 @@ class CodebookFormat(Format):
         if cells_per_unit is None:
             which = torch.bucketize(y, switches, out_int32=True)
         else:
-            cell = y.sub(self.levels[0]).mul_(cells_per_unit).int()
-            cell.clamp_(0, len(switches) - 1)
+            cell = y.sub(self.levels[0]).mul_(cells_per_unit).int().clamp(0, len(switches) - 1)
             side = y.sub_(_look_up(switches, cell)).sign_().int()  # 0 at a switch: like below it
             which = side.add_(cell, alpha=3).add_(1)
         return x.mul_(0.0).add_(_look_up(values, which))  # NaN stays NaN
