@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from statqat_lightning.quantizers.base import (
 
 RULES = ("mse", "max")
 
-_NEAR = {E8M0: (0, 1, -1), E4M3: (0, 1, 2, 3, 4, 5, 6, -1, -2)}
-"""Neighbouring scale codes to try. The specified one is first: among equal errors the first wins.
+_NEAR = {E8M0: (1, -1), E4M3: (1, 2, 3, 4, 5, 6, -1, -2)}
+"""Codes to try, by their distance to the specified one.
 
 A scale up to half as large again leaves the top of the grid unused, but the rest may fit better.
 """
@@ -60,18 +61,21 @@ class Block(Quantizer):
             warm: Not needed, the search is complete.
         """
         assert isinstance(fmt, BlockFormat), "check_pairing has seen to it"
-        amax = rows.abs().amax(1)
-        scales_at = _e4m3_scales(amax, fmt) if fmt.has_tensor_scale else _e8m0_scales(amax, fmt)
-        specified = torch.where(amax > 0, scales_at(0), 1.0)
+        amax, codes, scale_of, _ = _stored(rows, fmt)
+        specified = torch.where(amax > 0, scale_of(codes), 1.0)
         if self.rule == "max":
             return specified
-        scales = torch.stack([scales_at(offset) for offset in _NEAR[fmt.scale_format]])
-        # A scale whose largest value leaves float32 is none; all do for blocks of zeros.
-        scales = torch.where((amax > 0) & (scales * fmt.max).isfinite(), scales, specified)
-        # Squares leave the range of float32 long before the values do.
-        unit = power_of_two(-torch.frexp(amax).exponent.clamp(-126, 126))
-        rows = rows * unit.unsqueeze(1)
-        return least(scales, torch.stack([squared_error(rows, s * unit, fmt) for s in scales]))
+        near = [scale_of(codes + offset) for offset in _NEAR[fmt.scale_format]]
+        return _least_error(rows, amax, [specified, *near], fmt)
+
+    def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
+        """The specified scale or the one in force, rounded to what can be stored now."""
+        assert isinstance(fmt, BlockFormat), "check_pairing has seen to it"
+        amax, codes, scale_of, code_of = _stored(rows, fmt)
+        specified = torch.where(amax > 0, scale_of(codes), 1.0)
+        if self.rule == "max":
+            return specified
+        return _least_error(rows, amax, [specified, scale_of(code_of(warm))], fmt)
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
@@ -87,32 +91,68 @@ class Block(Quantizer):
         )
 
 
-def _e8m0_scales(amax: Tensor, fmt: BlockFormat) -> Callable[[int], Tensor]:
-    """Scales of blocks with largest magnitudes `amax`, by their distance in codes."""
+class _Stored(NamedTuple):
+    """The scales that the blocks of a tensor can have.
+
+    Attributes:
+        amax: Largest magnitude of each block, `(n,)`.
+        codes: Code of the specified scale of each, `(n,)`; the next larger scale has the next code.
+        scale_of: Scales of codes, which it keeps within the range.
+        code_of: Codes of scales, rounded.
+    """
+
+    amax: Tensor
+    codes: Tensor
+    scale_of: Callable[[Tensor], Tensor]
+    code_of: Callable[[Tensor], Tensor]
+
+
+def _stored(rows: Tensor, fmt: BlockFormat) -> _Stored:
+    amax = rows.abs().amax(1)
+    return _stored_e4m3(amax, fmt) if fmt.has_tensor_scale else _stored_e8m0(amax, fmt)
+
+
+def _stored_e8m0(amax: Tensor, fmt: BlockFormat) -> _Stored:
+    """Powers of two; codes are their exponents."""
     largest_exponent = math.frexp(fmt.max)[1] - 1
-    exponent = torch.frexp(amax).exponent - 1 - largest_exponent
 
-    def scales(offset: int) -> Tensor:
-        shifted = (exponent + offset).clamp(-127, 127)
-        half = shifted >> 1
-        return power_of_two(half) * power_of_two(shifted - half)  # 2**-127 is a denormal number
+    def scale_of(exponent: Tensor) -> Tensor:
+        exponent = exponent.clamp(-127, 127)
+        half = exponent >> 1
+        return power_of_two(half) * power_of_two(exponent - half)  # 2**-127 is a denormal number
 
-    return scales
+    def code_of(scale: Tensor) -> Tensor:
+        return torch.frexp(scale).exponent - 1
+
+    return _Stored(amax, code_of(amax) - largest_exponent, scale_of, code_of)
 
 
-def _e4m3_scales(amax: Tensor, fmt: BlockFormat) -> Callable[[int], Tensor]:
-    """Like `_e8m0_scales`, under the tensor scale that the largest of all magnitudes gives."""
+def _stored_e4m3(amax: Tensor, fmt: BlockFormat) -> _Stored:
+    """E4M3 numbers under the tensor scale that the largest of all magnitudes gives."""
     stored = get_format("fp8_e4m3")
     positive = stored.values[stored.values > 0].to(amax)
     # Kept normal, and so that no product with it overflows.
     limits = torch.finfo(torch.float32)
     per_unit = fmt.max * stored.max
     tensor_scale = (amax.amax() / per_unit).clamp(limits.tiny, limits.max / per_unit * (1 - 2**-20))
-    nearest = stored.round(amax / fmt.max / tensor_scale)
-    index = torch.bucketize(nearest, positive)  # 0 for a nearest code of zero, too
 
-    def scales(offset: int) -> Tensor:
-        shifted = (index + offset).clamp(0, len(positive) - 1)
-        return positive[shifted] * tensor_scale
+    def scale_of(code: Tensor) -> Tensor:
+        return positive[code.clamp(0, len(positive) - 1)] * tensor_scale
 
-    return scales
+    def code_of(scale: Tensor) -> Tensor:
+        return torch.bucketize(stored.round(scale / tensor_scale), positive)  # 0 for 0, too
+
+    return _Stored(amax, code_of(amax / fmt.max), scale_of, code_of)
+
+
+def _least_error(rows: Tensor, amax: Tensor, scales: list[Tensor], fmt: BlockFormat) -> Tensor:
+    """The scale of least squared error in each block; among equal ones the first."""
+    specified, candidates = scales[0], torch.stack(scales)
+    # A scale whose largest value leaves float32 is none; any does for a block of zeros.
+    valid = (amax > 0) & (candidates * fmt.max).isfinite()
+    candidates = torch.where(valid, candidates, specified)
+    # Squares leave the range of float32 long before the values do.
+    unit = power_of_two(-torch.frexp(amax).exponent.clamp(-126, 126))
+    rows = rows * unit.unsqueeze(1)
+    errors = torch.stack([squared_error(rows, scale * unit, fmt) for scale in candidates])
+    return least(candidates, errors)

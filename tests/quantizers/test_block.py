@@ -148,6 +148,31 @@ def test_the_least_error_is_never_above_that_of_the_specified_scale(fmt: BlockFo
 
 
 @every_format
+def test_tracking_keeps_what_is_better_than_the_specified_scale(fmt: BlockFormat) -> None:
+    blocks = PerBlock(fmt.block_size)
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
+    first = blocks.rows(x)
+    warm = Block().from_rows(first, fmt)
+    assert torch.equal(Block().track(first, fmt, warm), warm)
+    moved = first + 0.01 * torch.randn_like(first)
+    errors = {}
+    for name, scale in {
+        "tracked": Block().track(moved, fmt, warm),
+        "specified": Block("max").from_rows(moved, fmt),
+        "searched": Block().from_rows(moved, fmt),
+    }.items():
+        wide = scale.double().unsqueeze(1)
+        q = get_format(fmt.element.name).round(moved.double() / wide)
+        errors[name] = (q * wide - moved.double()).square().sum(1)
+    assert (errors["tracked"] <= errors["specified"] * (1 + 1e-6)).all()
+    # Of what the search gains over the specified scale, tracking keeps most.
+    assert errors["tracked"].sum() - errors["searched"].sum() < 0.4 * (
+        errors["specified"].sum() - errors["searched"].sum()
+    )
+    assert torch.equal(Block("max").track(moved, fmt, warm), Block("max").from_rows(moved, fmt))
+
+
+@every_format
 def test_the_least_error_is_that_of_a_search_over_all_scale_codes(fmt: BlockFormat) -> None:
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
     if fmt.has_tensor_scale:
