@@ -13,9 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statqat_lightning.formats import Format, IntFormat, at_least_bits, get_format
+from statqat_lightning.formats import (
+    BlockFormat,
+    Format,
+    IntFormat,
+    at_least_bits,
+    get_format,
+)
 from statqat_lightning.functional import QParams, fake_quantize
-from statqat_lightning.granularity import Granularity, PerTensor, get_granularity
+from statqat_lightning.granularity import Granularity, PerTensor
 from statqat_lightning.observers import (
     NEGATIVE,
     NOISE,
@@ -134,8 +140,7 @@ class WeightFakeQuantizer(FakeQuantizer):
     """Every so many refreshes is a search; in between, `Quantizer.track` follows the weight."""
 
     def __init__(self, layer: str, spec: TensorSpec, weight: Tensor, axis: int = 0) -> None:
-        granularity = get_granularity(spec.granularity or "per_channel", axis)
-        quantizer = get_quantizer(spec.quantizer or "analytic", **dict(spec.options))
+        granularity, quantizer = spec.weight_granularity(axis), spec.weight_quantizer()
         try:
             super().__init__(layer, spec, granularity, quantizer, tuple(weight.shape))
         except ValueError as error:
@@ -195,6 +200,11 @@ class InputFakeQuantizer(FakeQuantizer):
     def __init__(
         self, layer: str, spec: TensorSpec, config: ObserverConfig, device: torch.device
     ) -> None:
+        if isinstance(get_format(spec.format), BlockFormat):
+            raise ValueError(
+                f"{layer}/{INPUT}: got format {spec.format!r}; expected a format with one scale "
+                "for the tensor. Block formats are for weights."
+            )
         quantizer = get_quantizer(spec.quantizer or "iterative", **dict(spec.options))
         super().__init__(layer, spec, PerTensor(), quantizer, ())
         self.observer = InputObserver(config, quantizer.needs_spectrum, quantizer.needs_range)
@@ -247,7 +257,7 @@ class InputFakeQuantizer(FakeQuantizer):
         """The format of the specification, with the sign of the data and no fewer bits than due."""
         fmt = get_format(self.spec.format)
         if self.spec.unsigned_if_nonnegative and isinstance(fmt, IntFormat):
-            fmt = IntFormat(fmt.width, signed=self.lowest.item() < 0)
+            fmt = fmt if self.lowest.item() < 0 else fmt.as_unsigned()
         return at_least_bits(fmt, self.narrowest)
 
     def _fit(self, fmt: Format) -> None:
@@ -311,10 +321,12 @@ def refresh_weights(weights: Sequence[tuple[WeightFakeQuantizer, Tensor]]) -> No
     for number, (quantizer, weight) in enumerate(weights):
         rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
         search = not quantizer.ready or quantizer.num_refreshes % quantizer.search_every == 0
-        alone = number if rows.numel() > _MAX_GROUP else -1
+        fmt = quantizer.fmt
+        whole = isinstance(fmt, BlockFormat) and fmt.has_tensor_scale  # scales depend on all rows
+        alone = number if whole or rows.numel() > _MAX_GROUP else -1
         spec = quantizer.spec
         kind = (spec.quantizer, spec.options, rows.shape[1], rows.device, alone)
-        key = (quantizer.fmt, quantizer.ready, search, *kind)
+        key = (fmt, quantizer.ready, search, *kind)
         kinds.setdefault(key, []).append((quantizer, rows))
     for (fmt, ready, search, *_), group in kinds.items():
         quantizers = [quantizer for quantizer, _ in group]

@@ -48,7 +48,7 @@ def quantize(x: Tensor, qparams: QParams, fmt: Format) -> Tensor:
     q = view / qparams.scale
     if qparams.zero_point is not None:
         q += qparams.zero_point
-    return fmt.round_(q).reshape(x.shape)
+    return qparams.granularity.restore(fmt.round_(q), x.shape)
 
 
 def dequantize(q: Tensor, qparams: QParams) -> Tensor:
@@ -56,7 +56,7 @@ def dequantize(q: Tensor, qparams: QParams) -> Tensor:
     view = qparams.granularity.view(q)
     if qparams.zero_point is not None:
         view = view - qparams.zero_point
-    return (view * qparams.scale).reshape(q.shape)
+    return qparams.granularity.restore(view * qparams.scale, q.shape)
 
 
 def fake_quantize(x: Tensor, qparams: QParams, fmt: Format, gradient: str = "clipped") -> Tensor:
@@ -98,7 +98,8 @@ def fake_quantize(x: Tensor, qparams: QParams, fmt: Format, gradient: str = "cli
         raise TypeError(f"fake_quantize: got dtype {x.dtype}; expected a floating dtype.")
     view = qparams.granularity.view(x)
     if gradient == "clipped" and qparams.scale.dim() > 0 and _is_plain_cpu(x):
-        return _many_scales_on_cpu(_wide(view), qparams, fmt).to(x.dtype).reshape(x.shape)
+        y = _many_scales_on_cpu(_wide(view), qparams, fmt)
+        return qparams.granularity.restore(y.to(x.dtype), x.shape)
     y = _carrier(_wide(view), qparams, fmt, gradient)
     # The carrier fixes the gradient; its values become the grid's. Nothing has saved `y` so far.
     # (`x + (x_hat - x).detach()` would leave the grid for values far outside the clip points.)
@@ -110,7 +111,7 @@ def fake_quantize(x: Tensor, qparams: QParams, fmt: Format, gradient: str = "cli
         else:
             round_(y.add_(qparams.zero_point)).sub_(qparams.zero_point)
         y.mul_(qparams.scale)
-    return y.to(x.dtype).reshape(x.shape)
+    return qparams.granularity.restore(y.to(x.dtype), x.shape)
 
 
 def _carrier(x: Tensor, qparams: QParams, fmt: Format, gradient: str) -> Tensor:

@@ -12,6 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,6 +30,10 @@ class Granularity(ABC):
     def view(self, x: Tensor) -> Tensor:
         """`x` in the shape against which the scale broadcasts."""
         return x
+
+    def restore(self, view: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """What `view` made of a tensor of `shape`, back in that shape."""
+        return view.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -112,12 +117,63 @@ class PerGroup(Granularity):
         return f"per_group:{self.size}"
 
 
+@dataclass(frozen=True)
+class PerBlock(Granularity):
+    """One scale for each run of `size` neighbours along `axis`, the axis that is summed over.
+
+    Where `size` does not divide the axis the last block is short: zeros fill it up, as in MX
+    libraries. A block never crosses into another row.
+
+    For a convolution's weight `(out, in, ...)` blocks lie along `in`, one for each place of the
+    kernel, and not along the flattened row: blocks of the input can only lie along its channels,
+    and a block's products are summed before its scales are applied. (So do Microsoft's emulation
+    library `microxcaling` and channels-last kernels.)
+    """
+
+    size: int
+    axis: int = 1
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"PerBlock: got size={self.size!r}; expected a positive number.")
+
+    def _axis(self, shape: tuple[int, ...]) -> int:
+        if not -len(shape) <= self.axis < len(shape):
+            raise ValueError(
+                f"PerBlock: got axis={self.axis} for a tensor of shape {tuple(shape)}; expected "
+                f"{-len(shape)} to {len(shape) - 1}."
+            )
+        return self.axis % len(shape)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return self.view(x).reshape(-1, self.size)
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        axis = self._axis(shape)
+        return (*shape[:axis], *shape[axis + 1 :], -(-shape[axis] // self.size), 1)
+
+    def view(self, x: Tensor) -> Tensor:
+        x = x.movedim(self._axis(tuple(x.shape)), -1)
+        missing = -x.shape[-1] % self.size
+        x = F.pad(x, (0, missing)) if missing else x
+        return x.reshape(*x.shape[:-1], x.shape[-1] // self.size, self.size)
+
+    def restore(self, view: Tensor, shape: tuple[int, ...]) -> Tensor:
+        axis = self._axis(shape)
+        rows = view.flatten(-2).narrow(-1, 0, shape[axis])
+        return rows.movedim(-1, axis).contiguous()
+
+    def __str__(self) -> str:
+        return f"per_block:{self.size}"
+
+
 def get_granularity(name: str | Granularity, axis: int = 0) -> Granularity:
-    """The granularity called `per_tensor`, `per_channel` or `per_group:SIZE`.
+    """The granularity called `per_tensor`, `per_channel`, `per_group:SIZE` or `per_block:SIZE`.
 
     Args:
         name: The name; a `Granularity` is returned as it is.
-        axis: The kept axis of `per_channel`.
+        axis: The kept axis: that of `per_channel`, and of a weight whose blocks lie along the other
+            one of its first two.
 
     Raises:
         ValueError: If there is no such granularity.
@@ -128,11 +184,13 @@ def get_granularity(name: str | Granularity, axis: int = 0) -> Granularity:
         return PerTensor()
     if name == "per_channel":
         return PerChannel(axis)
-    if isinstance(name, str) and (match := re.fullmatch(r"per_group:(\d+)", name)):
-        return PerGroup(int(match[1]))
-    known = ["per_tensor", "per_channel", "per_group:32"]
+    if isinstance(name, str) and (match := re.fullmatch(r"per_(group|block):(\d+)", name)):
+        size = int(match[2])
+        return PerGroup(size) if match[1] == "group" else PerBlock(size, 1 if axis == 0 else 0)
+    known = ["per_tensor", "per_channel", "per_group:32", "per_block:32"]
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"granularity: got {name!r}.{hint} Expected per_tensor, per_channel or per_group:SIZE."
+        f"granularity: got {name!r}.{hint} Expected per_tensor, per_channel, per_group:SIZE or "
+        "per_block:SIZE."
     )

@@ -6,10 +6,17 @@ import difflib
 from dataclasses import dataclass, fields
 from typing import Any
 
-from statqat_lightning.formats import Format, IntFormat, get_format
+from statqat_lightning.formats import BlockFormat, Format, IntFormat, get_format
 from statqat_lightning.functional import GRADIENTS
-from statqat_lightning.granularity import get_granularity
-from statqat_lightning.quantizers import get_quantizer, option_names, quantizer_names
+from statqat_lightning.granularity import Granularity, get_granularity
+from statqat_lightning.quantizers import (
+    Block,
+    Quantizer,
+    check_pairing,
+    get_quantizer,
+    option_names,
+    quantizer_names,
+)
 
 
 @dataclass(frozen=True, init=False)
@@ -18,17 +25,20 @@ class TensorSpec:
 
     Args:
         format: Name of a number format, see `get_format`.
-        granularity: `per_tensor`, `per_channel` or `per_group:SIZE`; None for the default of the
-            role: weights per output channel, inputs per tensor.
-        quantizer: `analytic`, `iterative` or `minmax`; None for the default of the role: weights
-            analytic (they are Gaussian-like), inputs iterative (they can be anything).
+        granularity: `per_tensor`, `per_channel`, `per_group:SIZE` or `per_block:SIZE`; None for the
+            default of the role: weights per output channel, inputs per tensor. A block format
+            brings its own.
+        quantizer: `analytic`, `iterative`, `minmax` or `block`; None for the default of the role:
+            weights analytic (they are Gaussian-like), inputs iterative (they can be anything).
+            `block` belongs to block formats, and they to it.
         unsigned_if_nonnegative: Use the unsigned integers of the same width where calibration sees
             no negative value: after a ReLU that is one bit won.
         gradient: Straight-through gradient, see `fake_quantize`.
         **options: Options of the quantizer.
 
     Raises:
-        ValueError: If a name or an option is unknown, or the sign option comes with a float format.
+        ValueError: If a name or an option is unknown, if format, granularity and quantizer do not
+            go together, or the sign option comes with a float format.
     """
 
     format: str
@@ -58,6 +68,9 @@ class TensorSpec:
                 f"TensorSpec: got options {[*options]} without a quantizer; "
                 "name the quantizer they belong to."
             )
+        blocks = isinstance(fmt, BlockFormat)
+        if quantizer is not None or blocks:
+            check_pairing(quantizer or Block.name, fmt, granularity)
         if unsigned_if_nonnegative and not (isinstance(fmt, IntFormat) and fmt.signed):
             raise ValueError(
                 f"TensorSpec: got unsigned_if_nonnegative=True with format {fmt.name!r}; "
@@ -79,11 +92,31 @@ class TensorSpec:
             object.__setattr__(self, name, value)
 
     def with_format(self, fmt: Format) -> TensorSpec:
-        """The same specification in another format, without the sign option where it is void."""
+        """The same specification in another format, without what is void there.
+
+        That is the sign option for all but signed integers, and granularity and quantizer between a
+        block format and another one.
+        """
         adapts = self.unsigned_if_nonnegative and isinstance(fmt, IntFormat) and fmt.signed
+        old = get_format(self.format)
+        if isinstance(old, BlockFormat) != isinstance(fmt, BlockFormat):
+            return TensorSpec(fmt.name, None, None, adapts, self.gradient)
+        granularity = None if isinstance(fmt, BlockFormat) else self.granularity
         return TensorSpec(
-            fmt.name, self.granularity, self.quantizer, adapts, self.gradient, **dict(self.options)
+            fmt.name, granularity, self.quantizer, adapts, self.gradient, **dict(self.options)
         )
+
+    def weight_granularity(self, axis: int = 0) -> Granularity:
+        """How a weight whose kept axis is `axis` shares scales."""
+        fmt = get_format(self.format)
+        if isinstance(fmt, BlockFormat):
+            return get_granularity(f"per_block:{fmt.block_size}", axis)
+        return get_granularity(self.granularity or "per_channel", axis)
+
+    def weight_quantizer(self) -> Quantizer:
+        """The rule that chooses a weight's scales."""
+        default = Block.name if isinstance(get_format(self.format), BlockFormat) else "analytic"
+        return get_quantizer(self.quantizer or default, **dict(self.options))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without the entries that hold their defaults."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from statqat_lightning.granularity import Granularity, PerBlock
+
 if TYPE_CHECKING:
     from statqat_lightning.fake_quantizer import WeightFakeQuantizer
 
@@ -107,6 +109,13 @@ class WeightsTogether:
         return entries
 
 
+def _in_order(granularity: Granularity, weight: Tensor) -> bool:
+    """Whether blocks fill the rows of a matrix, without gaps."""
+    if not isinstance(granularity, PerBlock):
+        return True
+    return weight.dim() == 2 and weight.shape[1] % granularity.size == 0
+
+
 def _qualifies(quantizer: WeightFakeQuantizer, weight: Tensor) -> bool:
     """Whether a weight's rows are its memory in order, and few enough."""
     scale_shape = quantizer.scale.shape
@@ -117,4 +126,5 @@ def _qualifies(quantizer: WeightFakeQuantizer, weight: Tensor) -> bool:
         and weight.numel() <= _LARGEST
         and weight.is_contiguous()
         and (len(scale_shape) == 0 or scale_shape[0] == weight.shape[0])
+        and _in_order(quantizer.granularity, weight)
     )

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from statqat_lightning.formats import Format, format_names, get_format
 
-ALL_FORMATS = [get_format(name) for name in format_names()]
+EVERY_FORMAT = [get_format(name) for name in format_names()]
+ASYMMETRIC_FORMATS = [fmt for fmt in EVERY_FORMAT if fmt.is_signed and not fmt.is_symmetric]
+ALL_FORMATS = [fmt for fmt in EVERY_FORMAT if fmt not in ASYMMETRIC_FORMATS]
+"""All whose negative side is either missing or the mirror image of the positive one."""
 FLOAT_FORMATS = [fmt for fmt in ALL_FORMATS if fmt.name.startswith("fp")]
 SIGNED_FORMATS = [fmt for fmt in ALL_FORMATS if fmt.is_signed]
 
@@ -28,15 +31,16 @@ def every_finite_bfloat16() -> Tensor:
 def nearest(fmt: Format, x: Array) -> Array:
     """Nearest value of the grid by search among the midpoints, in float64; ties to the even code.
 
-    Even codes are every other value, counted from zero: both in integers and in sign-magnitude
-    floats neighbouring values have neighbouring codes.
+    Of two powers of two in a float without mantissa bits, the larger.
     """
     values = fmt.values.numpy()
     middles = (values[1:] + values[:-1]) / 2
     index = np.searchsorted(middles, x)  # a tie gets the lower neighbour
-    zero = int(np.flatnonzero(values == 0)[0])
-    tie = np.isin(x, middles) & ((index - zero) % 2 == 1)
-    found: Array = values[index + tie]
+    code = {value: number for number, value in reversed([*enumerate(fmt.code_values.tolist())])}
+    upwards = np.array([code[value] % 2 == 1 for value in values])
+    if fmt.name.endswith("m0"):
+        upwards = (values > 0) | (values == values[values < 0].max())
+    found: Array = values[index + (np.isin(x, middles) & upwards[index])]
     return found
 
 

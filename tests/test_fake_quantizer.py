@@ -157,6 +157,14 @@ def test_a_negative_value_in_a_later_calibration_batch_makes_the_format_signed()
     assert float(quantizer.scale) == pytest.approx(1 / 7, rel=0.2)
 
 
+@pytest.mark.parametrize(("low", "expected"), [(-0.5, "int4_full"), (0.0, "uint4")])
+def test_calibration_keeps_the_full_range(low: float, expected: str) -> None:
+    quantizer = for_input(TensorSpec("int4_full", unsigned_if_nonnegative=True))
+    quantizer(torch.tensor([low, 0.0, 3.0]))
+    refresh_inputs([quantizer])
+    assert quantizer.fmt.name == expected
+
+
 def test_negative_values_under_an_unsigned_format_are_counted() -> None:
     quantizer = for_input(TensorSpec("uint4"))
     x = torch.tensor([-1.0, 1.0, 2.0, 3.0])

@@ -339,3 +339,21 @@ def test_mistakes_in_a_file_name_the_file(text: str, message: str, tmp_path: Pat
     with pytest.raises(ValueError, match=message) as caught:
         QuantRecipe.from_yaml(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["levels:-1,-0.5,0,0.1,1", "int4_full", "nvfp4", "fp5_e2m2"])
+def test_yaml_holds_levels_and_block_formats(name: str, tmp_path: Path) -> None:
+    recipe = QuantRecipe([QuantRule("*", TensorSpec(name))])
+    recipe.to_yaml(tmp_path / "recipe.yaml")
+    (rule,) = QuantRecipe.from_yaml(tmp_path / "recipe.yaml").rules
+    assert isinstance(rule.weights, TensorSpec)
+    assert get_format(rule.weights.format) == get_format(name)
+
+
+def test_first_and_last_layers_of_block_formats_widen_within_them() -> None:
+    rules = QuantRecipe.default("nvfp4", "int8_full").rules
+    weights = [rule.weights.format for rule in rules if isinstance(rule.weights, TensorSpec)]
+    assert weights == ["mxfp8_e4m3", "mxfp8_e4m3", "nvfp4"]
+    inputs = rules[-1].inputs
+    assert isinstance(inputs, TensorSpec)
+    assert inputs.unsigned_if_nonnegative

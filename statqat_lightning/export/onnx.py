@@ -30,7 +30,8 @@ from statqat_lightning.export.operators import (
     is_table,
     use_operators,
 )
-from statqat_lightning.formats import FloatFormat, IntFormat, get_format
+from statqat_lightning.formats import CodebookFormat, FloatFormat, IntFormat, get_format
+from statqat_lightning.granularity import PerBlock
 
 FLOAT8_ONNX = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
 OPSET = 21
@@ -80,6 +81,7 @@ def save_onnx(model: nn.Module, path: str | Path, example: Any) -> None:
     require_packages()
     frozen = copy.deepcopy(model) if frozen_layers(model) else freeze(model)
     frozen = frozen.cpu().float()
+    _refuse_what_has_no_operators(frozen)
     # A dimension of size 1 would be taken for a constant.
     call = ForwardCall.of(example).copy().to_float32().with_batch(least=2)
     outputs = call.run(frozen)
@@ -88,6 +90,22 @@ def save_onnx(model: nn.Module, path: str | Path, example: Any) -> None:
     proto = _translate(TensorsOnly(frozen, call).eval(), call, *names)
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(proto)
+
+
+def _refuse_what_has_no_operators(frozen: nn.Module) -> None:
+    for name, layer in frozen_layers(frozen):
+        weight, inputs = layer.frozen_weight, layer.frozen_input
+        if weight is not None and isinstance(weight.granularity, PerBlock):
+            raise ONNXExportError(
+                f"{name}/weight: got format {weight.fmt.name!r}, {weight.granularity}; blocks are "
+                "not written to ONNX yet. The native file holds them."
+            )
+        if inputs is not None and isinstance(inputs.fmt, CodebookFormat):
+            raise ONNXExportError(
+                f"{name}/input: got format {inputs.fmt.name!r}; expected integers or floats for an "
+                "input, because ONNX has no operator that rounds to levels. The native file holds "
+                "them."
+            )
 
 
 def _translate(

@@ -9,10 +9,14 @@ from typing import Any
 from statqat_lightning.quantizers.analytic import Analytic as Analytic
 from statqat_lightning.quantizers.base import Quantizer as Quantizer
 from statqat_lightning.quantizers.base import Statistics as Statistics
+from statqat_lightning.quantizers.base import check_pairing as check_pairing
+from statqat_lightning.quantizers.block import Block as Block
 from statqat_lightning.quantizers.iterative import Iterative as Iterative
 from statqat_lightning.quantizers.minmax import MinMax as MinMax
 
-_QUANTIZERS: dict[str, type[Quantizer]] = {cls.name: cls for cls in (Analytic, Iterative, MinMax)}
+_QUANTIZERS: dict[str, type[Quantizer]] = {
+    cls.name: cls for cls in (Analytic, Iterative, MinMax, Block)
+}
 
 
 def quantizer_names() -> list[str]:
@@ -27,7 +31,7 @@ def option_names(name: str) -> list[str]:
 
 
 def get_quantizer(name: str, **options: Any) -> Quantizer:
-    """The quantizer called `analytic`, `iterative` or `minmax`, with its options.
+    """The quantizer called `analytic`, `iterative`, `minmax` or `block`, with its options.
 
     Raises:
         ValueError: If there is no such quantizer, or an option is not its own.

@@ -11,8 +11,8 @@ from statqat_lightning.quantizers.base import (
     Quantizer,
     Statistics,
     best_fixed_point_step,
+    covering_scale,
     fixed_point_step,
-    largest,
     least,
     positive_or_one,
     squared_error,
@@ -48,7 +48,7 @@ class Analytic(Quantizer):
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
         rms = rows.square().mean(1).sqrt_()
-        cap = positive_or_one(largest(rows, fmt) / fmt.max)
+        cap = covering_scale(rows, fmt)
         scale = self._capped(rms, cap, fmt, self.prior)
         if not self.refine:
             return scale
@@ -59,7 +59,7 @@ class Analytic(Quantizer):
     def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
         if not self.refine:
             return self.from_rows(rows, fmt)
-        cap = positive_or_one(largest(rows, fmt) / fmt.max)
+        cap = covering_scale(rows, fmt)
         return best_fixed_point_step(rows, torch.stack([cap, warm]), fmt)
 
     def from_statistics(
@@ -67,7 +67,7 @@ class Analytic(Quantizer):
     ) -> Tensor:
         spectrum = statistics.spectrum
         assert spectrum is not None, "Analytic asks for the spectrum"
-        rms, cap = spectrum.power.sqrt(), positive_or_one(spectrum.absmax / fmt.max)
+        rms, cap = spectrum.power.sqrt(), _cover(spectrum.absmax, fmt)
         scale = self._capped(rms, cap, fmt, self.prior)
         if not self.refine:
             return scale
@@ -84,3 +84,9 @@ class Analytic(Quantizer):
     def _capped(rms: Tensor, cap: Tensor, fmt: Format, prior: str) -> Tensor:
         scale = rms * optimal_scale(fmt, prior)
         return torch.where(scale > 0, scale.minimum(cap), cap)
+
+
+def _cover(absmax: Tensor, fmt: Format) -> Tensor:
+    """A scale at which no value up to `absmax` is clipped, whichever its sign."""
+    reach = min(fmt.max, -fmt.min) if fmt.is_signed else fmt.max
+    return positive_or_one(absmax / reach)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.error_analysis.spectrum import EnergySpectrum
-from statqat_lightning.formats import Format
+from statqat_lightning.formats import BlockFormat, Format
 from statqat_lightning.functional import QParams
-from statqat_lightning.granularity import Granularity, get_granularity
+from statqat_lightning.granularity import Granularity, PerBlock, get_granularity
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,19 @@ class Quantizer(ABC):
             x: Any shape, floating dtype; statistics run in float32.
             fmt: The number format.
             granularity: Name or object; per tensor when None, or per channel if `axis` is given.
-            axis: The kept axis of `per_channel`, 0 when None.
+                Block formats bring their own.
+            axis: The kept axis of `per_channel`, 0 when None. For a block format, the axis that its
+                blocks lie along: 1 when None, as in a weight `(out, in, ...)`, 0 for a vector.
 
         Returns:
             QParams whose scale is float32 of shape `granularity.scale_shape(x.shape)`.
 
         Raises:
             TypeError: If `x` is not floating point.
-            ValueError: If `x` is empty or holds NaN or infinities.
+            ValueError: If `x` is empty or holds NaN or infinities, or if quantizer, format and
+                granularity do not go together.
         """
+        check_pairing(self.name, fmt, granularity)
         if not x.is_floating_point():
             raise TypeError(f"choose_qparams: got x of dtype {x.dtype}; expected a floating dtype.")
         if x.numel() == 0:
@@ -99,10 +103,47 @@ class Quantizer(ABC):
             )
         if not x.isfinite().all():
             raise ValueError("choose_qparams: got NaN or infinite values in x; remove them first.")
-        name = granularity or ("per_tensor" if axis is None else "per_channel")
-        sharing = get_granularity(name, axis or 0)
+        if isinstance(fmt, BlockFormat) and not isinstance(granularity, PerBlock):
+            sharing: Granularity = PerBlock(
+                fmt.block_size, min(1, x.dim() - 1) if axis is None else axis
+            )
+        else:
+            name = granularity or ("per_tensor" if axis is None else "per_channel")
+            sharing = get_granularity(name, axis or 0)
         scale = self.from_rows(sharing.rows(x.detach().to(torch.float32)), fmt)
         return QParams(scale.view(sharing.scale_shape(tuple(x.shape))), granularity=sharing)
+
+
+def check_pairing(quantizer: str, fmt: Format, granularity: str | Granularity | None) -> None:
+    """Refuse block formats without their own quantizer and granularity, and it without them.
+
+    Raises:
+        ValueError: If the three do not go together.
+    """
+    blocks = isinstance(fmt, BlockFormat)
+    if (quantizer == "block") != blocks:
+        expected = "'block', which alone knows the scales it can store" if blocks else "another one"
+        raise ValueError(
+            f"quantizer: got {quantizer!r} with format {fmt.name!r}; expected {expected}."
+        )
+    if isinstance(fmt, BlockFormat) and granularity is not None:
+        sharing = get_granularity(granularity)
+        if not (isinstance(sharing, PerBlock) and sharing.size == fmt.block_size):
+            raise ValueError(
+                f"granularity: got {str(granularity)!r} with format {fmt.name!r}; expected "
+                f"'per_block:{fmt.block_size}', or none."
+            )
+
+
+def covering_scale(rows: Tensor, fmt: Format) -> Tensor:
+    """The least scale at which no value of a row is clipped, `(n,)`; 1 for a row of zeros.
+
+    Values on a side that the format lacks do not count.
+    """
+    if fmt.is_signed and fmt.min != -fmt.max:
+        low, high = rows.aminmax(dim=1)
+        return positive_or_one((low / fmt.min).maximum(high / fmt.max))
+    return positive_or_one(largest(rows, fmt) / fmt.max)
 
 
 def largest(rows: Tensor, fmt: Format) -> Tensor:

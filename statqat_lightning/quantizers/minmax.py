@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from statqat_lightning.formats import Format
-from statqat_lightning.quantizers.base import Quantizer, Statistics, largest, positive_or_one
+from statqat_lightning.quantizers.base import Quantizer, Statistics, covering_scale, positive_or_one
 
 
 class MinMax(Quantizer):
     """Scale `max|x| / fmt.max`: nothing is clipped, and one outlier sets the error of all values.
+
+    On a grid that reaches further on one side, `max(max x / fmt.max, min x / fmt.min)`.
 
     From a running statistic it is the moving-average min-max of most training tools.
     """
@@ -18,7 +20,7 @@ class MinMax(Quantizer):
     needs_range = True
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
-        return positive_or_one(largest(rows, fmt) / fmt.max)
+        return covering_scale(rows, fmt)
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
@@ -26,5 +28,5 @@ class MinMax(Quantizer):
         low, high = statistics.low, statistics.high
         assert low is not None, "MinMax asks for the range"
         assert high is not None, "MinMax asks for the range"
-        limit = high.maximum(-low) if fmt.is_signed else high
-        return positive_or_one(limit / fmt.max)
+        scale = high / fmt.max
+        return positive_or_one(scale.maximum(low / fmt.min) if fmt.is_signed else scale)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from statqat_lightning.error_analysis import expected_mse, expected_snr_db, optimal_scale
 from statqat_lightning.formats import Format, get_format
-from tests.reference import ALL_FORMATS, nearest
+from tests.reference import EVERY_FORMAT, nearest
 
 # J. Max, "Quantizing for minimum distortion", 1960: the best uniform output levels for a unit
 # normal, with zero between two levels.
@@ -117,7 +117,7 @@ def test_expected_error_equals_numerical_integration(name: str, scale: float) ->
 
 
 @pytest.mark.parametrize("density", ["normal", "laplace"])
-@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", EVERY_FORMAT, ids=str)
 def test_expected_error_agrees_with_samples(fmt: Format, density: str) -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=200_000) if density == "normal" else rng.laplace(0, 0.5**0.5, 200_000)
@@ -129,7 +129,7 @@ def test_expected_error_agrees_with_samples(fmt: Format, density: str) -> None:
 
 
 @pytest.mark.parametrize("density", ["normal", "laplace"])
-@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", EVERY_FORMAT, ids=str)
 def test_no_other_scale_is_better(fmt: Format, density: str) -> None:
     best = expected_mse(fmt, density, optimal_scale(fmt, density)).item()
     others = torch.logspace(-3, 15, 4001, base=2.0, dtype=torch.float64) / fmt.max

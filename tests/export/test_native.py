@@ -355,3 +355,16 @@ def test_bad_checkpoints(checkpoint: tuple[Path, DigitsModule], tmp_path: Path) 
 
 class Odd:
     """Not a type that `weights_only` lets through."""
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    ["int4_full", "fp4_e3m0", "fp5_e2m2", "nf4", "levels:-1,0,0.5", "mxfp8", "mxfp6", "nvfp4"],
+)
+def test_codebooks_and_blocks_reload_bit_equal(fmt: str, path: Path) -> None:
+    x = images()
+    model = calibrated(small_net(), recipe_of(fmt), x)
+    save_native(model, path)
+    again = load_quantized(small_net(), path)
+    assert torch.equal(again(x), outputs(model, x))
+    assert torch.equal(freeze(model)(x), outputs(model, x))

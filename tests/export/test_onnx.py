@@ -254,3 +254,32 @@ def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
     )
     with pytest.raises(ModuleNotFoundError, match=r"needs onnxscript: .*statqat-lightning\[onnx\]"):
         save_onnx(small_net(), tmp_path / "m.onnx", images())
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "message"),
+    [
+        ("mxfp4", None, "0/weight: got format 'mxfp4', per_block:32; blocks are not written"),
+        ("int8", "nf4", "0/input: got format 'nf4'; expected integers or floats for an input"),
+    ],
+)
+def test_what_has_no_operators_is_refused(
+    weights: str, inputs: str | None, message: str, tmp_path: Path
+) -> None:
+    x = images()
+    model = calibrated(small_net(), recipe_of(weights, inputs), x)
+    with pytest.raises(ONNXExportError, match=message):
+        save_onnx(model, tmp_path / "model.onnx", x)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("fmt", ["int4_full", "fp4_e3m0", "nf4", "levels:-1,0,0.5"])
+def test_new_grids_give_the_outputs_of_the_model(fmt: str, tmp_path: Path) -> None:
+    x = images()
+    inputs = None if fmt.startswith(("nf", "levels")) else fmt
+    model = calibrated(small_net(), recipe_of(fmt, inputs), x)
+    save_onnx(model, tmp_path / "model.onnx", x)
+    (got,) = run(tmp_path / "model.onnx", x)
+    expected = outputs(model, x).numpy()
+    # A value that lies between two steps of an input's grid may take the other one.
+    assert np.mean(np.abs(got - expected) > FLOAT_ROUNDING) <= (0.05 if inputs else 0)

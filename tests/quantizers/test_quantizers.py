@@ -15,10 +15,12 @@ from statqat_lightning.functional import fake_quantize
 from statqat_lightning.granularity import PerChannel, PerGroup, PerTensor
 from statqat_lightning.quantizers import Quantizer, Statistics, get_quantizer, quantizer_names
 from statqat_lightning.quantizers.base import fixed_point_step, squared_error
-from tests.reference import ALL_FORMATS, ErrorOf
+from tests.reference import ALL_FORMATS, ASYMMETRIC_FORMATS, ErrorOf
 
 INT4 = get_format("int4")
-QUANTIZERS = [get_quantizer(name) for name in quantizer_names()]
+LOPSIDED = get_format("levels:-0.5,-0.25,0,1,2,4")
+# Those for any format; the one for block formats has tests of its own.
+QUANTIZERS = [get_quantizer(name) for name in quantizer_names() if name != "block"]
 every_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.name)
 rows_of_floats = st.lists(
     st.floats(-(2.0**16), 2.0**16, width=32, allow_subnormal=False), min_size=1, max_size=12
@@ -26,7 +28,7 @@ rows_of_floats = st.lists(
 
 
 def test_names() -> None:
-    assert quantizer_names() == ["analytic", "iterative", "minmax"]
+    assert quantizer_names() == ["analytic", "iterative", "minmax", "block"]
     assert all(get_quantizer(name).name == name for name in quantizer_names())
 
 
@@ -34,7 +36,7 @@ def test_names() -> None:
     ("name", "options", "message"),
     [
         ("iterativ", {}, "got 'iterativ'. Did you mean 'iterative'"),
-        ("max", {}, "Known quantizers: analytic, iterative, minmax"),
+        ("max", {}, "Known quantizers: analytic, iterative, minmax, block"),
         (
             "minmax",
             {"prior": "normal"},
@@ -82,6 +84,31 @@ def test_per_channel_is_stacked_per_tensor(quantizer: Quantizer, fmt: Format) ->
     alone = torch.stack([quantizer.choose_qparams(row, fmt).scale for row in x])
     # Sums over a row may run in another order.
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+
+
+@every_quantizer
+@pytest.mark.parametrize("fmt", [*ASYMMETRIC_FORMATS, LOPSIDED], ids=str)
+def test_min_max_covers_both_ends_of_a_grid_and_others_are_no_worse(
+    quantizer: Quantizer, fmt: Format
+) -> None:
+    x = torch.randn(6, 50)
+    x = torch.cat([x, -x.abs(), x.abs(), torch.zeros(1, 50)])
+    minmax = get_quantizer("minmax").choose_qparams(x, fmt, "per_channel").scale
+    low, high = x.double().aminmax(dim=1)
+    expected = (low / fmt.min).maximum(high / fmt.max)
+    expected[-1] = 1.0
+    torch.testing.assert_close(minmax.flatten().double(), expected, rtol=1e-6, atol=0)
+    scale = quantizer.choose_qparams(x, fmt, "per_channel").scale
+    for row, s, s_minmax in zip(x.numpy(), scale.flatten(), minmax.flatten(), strict=True):
+        error = ErrorOf(row)
+        if quantizer.name != "iterative":  # its spectrum takes a grid for symmetric
+            assert error(fmt, float(s)) <= error(fmt, float(s_minmax)) * (1 + 1e-6) + 1e-12
+
+
+def test_min_max_from_a_range_covers_both_ends_of_a_grid() -> None:
+    statistics = Statistics(None, torch.tensor([-8.0, -1.0, 0.0]), torch.tensor([3.5, 14.0, 7.0]))
+    scale = get_quantizer("minmax").from_statistics(statistics, get_format("int4_full"))
+    assert scale.tolist() == [1.0, 2.0, 1.0]
 
 
 @every_quantizer
