@@ -98,17 +98,22 @@ def fake_quantize(x: Tensor, qparams: QParams, fmt: Format, gradient: str = "cli
         raise TypeError(f"fake_quantize: got dtype {x.dtype}; expected a floating dtype.")
     view = qparams.granularity.view(x)
     if gradient == "clipped" and qparams.scale.dim() > 0 and _is_plain_cpu(x):
-        return _many_scales_on_cpu(_wide(view), qparams, fmt).to(x.dtype).reshape(x.shape)
+        scale = qparams.scale.detach().clone()  # kept for backward; a refresh may come before that
+        y = _in_units_of_the_grid(_wide(view), scale, qparams.zero_point, fmt)
+        return y.to(x.dtype).reshape(x.shape)
     y = _carrier(_wide(view), qparams, fmt, gradient)
     # The carrier fixes the gradient; its values become the grid's. Nothing has saved `y` so far.
     # (`x + (x_hat - x).detach()` would leave the grid for values far outside the clip points.)
-    round_ = fmt.round_ if gradient == "pass_through" else fmt.round_inside_
     with torch.no_grad():
         y.div_(qparams.scale)
-        if qparams.zero_point is None:
-            round_(y)
-        else:
-            round_(y.add_(qparams.zero_point)).sub_(qparams.zero_point)
+        if qparams.zero_point is not None:
+            y.add_(qparams.zero_point)
+        if gradient == "pass_through":
+            # `vmap` has no rule of its own for `clamp_`, and would run a loop.
+            y.copy_(y.clamp(fmt.min, fmt.max)) if _is_batched() else y.clamp_(fmt.min, fmt.max)
+        fmt.round_inside_(y)
+        if qparams.zero_point is not None:
+            y.sub_(qparams.zero_point)
         y.mul_(qparams.scale)
     return y.to(x.dtype).reshape(x.shape)
 
@@ -119,6 +124,10 @@ def _carrier(x: Tensor, qparams: QParams, fmt: Format, gradient: str) -> Tensor:
     PyTorch's own operators carry it, so that no Python runs in the backward pass.
     """
     if gradient == "pass_through":
+        if _is_batched():
+            # Rounding overwrites the result: it must be batched wherever scale and zero point are.
+            for other in (qparams.scale, qparams.zero_point):
+                x = x if other is None else x + torch.zeros_like(other)
         return x.clone()
     if gradient == "clipped" and _is_plain_cpu(x):
         # On CPU this operator is several times faster than `clamp`, above all backwards, and
@@ -143,21 +152,61 @@ def _carrier(x: Tensor, qparams: QParams, fmt: Format, gradient: str) -> Tensor:
     return torch.clamp(x, lows.nextafter(-infinity), highs.nextafter(infinity))
 
 
-def _many_scales_on_cpu(x: Tensor, qparams: QParams, fmt: Format) -> Tensor:
+def learned_fake_quantize(x: Tensor, qparams: QParams, fmt: Format) -> Tensor:
+    r"""Fake quantization whose scale gets a gradient, too: learned step size, arXiv 1902.08153.
+
+    For upstream gradient `g`, the gradient to `x` is the clipped one of `fake_quantize`, and that
+    to a scale shared by `N` values
+
+    .. math:: \frac{1}{\sqrt{N G_{max}}} \sum g \cdot \begin{cases}
+        RN_G(x / s) - x / s & \text{inside the clip points} \\
+        G_{min} \text{ or } G_{max} & \text{outside.} \end{cases}
+
+    Args:
+        x: Any shape, floating dtype, as in `fake_quantize`.
+        qparams: Scale, zero point and granularity. A scale below the smallest normal number counts
+            as that number, and still gets its gradient.
+        fmt: The number format.
+
+    Returns:
+        Same shape and dtype as `x`, every value on the scaled grid.
+
+    Raises:
+        TypeError: If `x` is not floating point.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"learned_fake_quantize: got dtype {x.dtype}; expected a floating dtype.")
+    raw, zero_point, granularity = qparams
+    number = max(x.numel() / max(raw.numel(), 1), 1)
+    held = raw.detach()
+    # The difference is zero: it carries the gradient and leaves the value as it is.
+    scale = positive(held) + (raw - held) * (1 / math.sqrt(number * fmt.max))
+    y = _in_units_of_the_grid(_wide(granularity.view(x)), scale, zero_point, fmt)
+    return y.to(x.dtype).reshape(x.shape)
+
+
+def positive(scale: Tensor) -> Tensor:
+    """A scale in use: at least the smallest normal float32, whatever an optimizer did to it."""
+    return scale.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _in_units_of_the_grid(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format
+) -> Tensor:
     """Like the general way with a clipped gradient, with `hardtanh` in units of the grid.
 
-    The gradient passes a division and a multiplication by the scale: it equals the straight-through
-    gradient to float rounding.
+    The gradient to `x` passes a division and a multiplication by the scale: it equals the
+    straight-through gradient to float rounding. That to the scale is what the product rule gives,
+    `q - x / s` inside the clip points and `q` outside.
     """
-    scale = qparams.scale.clone()  # kept for the backward pass, and a refresh may come before that
     y = x / scale
-    if qparams.zero_point is not None:
-        y = y + qparams.zero_point
+    if zero_point is not None:
+        y = y + zero_point
     y = F.hardtanh(y, _outwards(fmt.min, y.dtype), _outwards(fmt.max, y.dtype))
     with torch.no_grad():
         fmt.round_inside_(y)
-    if qparams.zero_point is not None:
-        y = y - qparams.zero_point
+    if zero_point is not None:
+        y = y - zero_point
     return y * scale
 
 
@@ -175,11 +224,12 @@ def _outwards(limit: float, dtype: torch.dtype) -> float:
 
 def _is_plain_cpu(x: Tensor) -> bool:
     """Whether `x` lies in this machine's memory and is neither traced nor batched."""
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_batched()
+
+
+def _is_batched() -> bool:
+    """Whether a transform of `torch.func` is active."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ class TensorSpec:
         format: Name of a number format, see `get_format`.
         granularity: `per_tensor`, `per_channel` or `per_group:SIZE`; None for the default of the
             role: weights per output channel, inputs per tensor.
-        quantizer: `analytic`, `iterative` or `minmax`; None for the default of the role: weights
-            analytic (they are Gaussian-like), inputs iterative (they can be anything).
+        quantizer: Name of a quantizer, see `get_quantizer`; None for the default of the role:
+            weights analytic (they are Gaussian-like), inputs iterative (they can be anything).
         unsigned_if_nonnegative: Use the unsigned integers of the same width where calibration sees
             no negative value: after a ReLU that is one bit won.
         gradient: Straight-through gradient, see `fake_quantize`.
@@ -52,7 +52,13 @@ class TensorSpec:
         if granularity is not None:
             get_granularity(granularity)
         if quantizer is not None:
-            get_quantizer(quantizer, **options)
+            rule = get_quantizer(quantizer, **options)
+            rule.check_format(fmt)
+            if rule.learned and gradient != "clipped":
+                raise ValueError(
+                    f"TensorSpec: got gradient={gradient!r} with quantizer {quantizer!r}; expected "
+                    "'clipped': the gradient of a learned scale belongs to that of clipping."
+                )
         elif options:
             raise ValueError(
                 f"TensorSpec: got options {[*options]} without a quantizer; "

@@ -308,7 +308,8 @@ class _Entry:
 
 def _restore(quantizer: FakeQuantizer, fmt: str, scale: Tensor) -> None:
     quantizer.fmt = get_format(fmt)
-    quantizer.scale.copy_(scale)
+    with torch.no_grad():
+        quantizer.scale.copy_(scale)
     quantizer.ready = True
 
 

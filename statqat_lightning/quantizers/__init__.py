@@ -10,9 +10,17 @@ from statqat_lightning.quantizers.analytic import Analytic as Analytic
 from statqat_lightning.quantizers.base import Quantizer as Quantizer
 from statqat_lightning.quantizers.base import Statistics as Statistics
 from statqat_lightning.quantizers.iterative import Iterative as Iterative
+from statqat_lightning.quantizers.lsq import LSQ as LSQ
 from statqat_lightning.quantizers.minmax import MinMax as MinMax
+from statqat_lightning.quantizers.moving_average import MovingAverage as MovingAverage
+from statqat_lightning.quantizers.mse_grid import MSEGrid as MSEGrid
+from statqat_lightning.quantizers.octav import Octav as Octav
+from statqat_lightning.quantizers.percentile import Percentile as Percentile
 
-_QUANTIZERS: dict[str, type[Quantizer]] = {cls.name: cls for cls in (Analytic, Iterative, MinMax)}
+_QUANTIZERS: dict[str, type[Quantizer]] = {
+    cls.name: cls
+    for cls in (Analytic, Iterative, MinMax, MovingAverage, Percentile, Octav, MSEGrid, LSQ)
+}
 
 
 def quantizer_names() -> list[str]:
@@ -27,7 +35,7 @@ def option_names(name: str) -> list[str]:
 
 
 def get_quantizer(name: str, **options: Any) -> Quantizer:
-    """The quantizer called `analytic`, `iterative` or `minmax`, with its options.
+    """The quantizer of one of the `quantizer_names`, with its options.
 
     Raises:
         ValueError: If there is no such quantizer, or an option is not its own.

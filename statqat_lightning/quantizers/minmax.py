@@ -11,7 +11,8 @@ from statqat_lightning.quantizers.base import Quantizer, Statistics, largest, po
 class MinMax(Quantizer):
     """Scale `max|x| / fmt.max`: nothing is clipped, and one outlier sets the error of all values.
 
-    From a running statistic it is the moving-average min-max of most training tools.
+    From a running statistic it is the largest magnitude of all batches seen: the scale never falls.
+    `moving_average` forgets.
     """
 
     name = "minmax"
@@ -24,7 +25,7 @@ class MinMax(Quantizer):
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
     ) -> Tensor:
         low, high = statistics.low, statistics.high
-        assert low is not None, "MinMax asks for the range"
-        assert high is not None, "MinMax asks for the range"
+        assert low is not None, "the range is asked for"
+        assert high is not None, "the range is asked for"
         limit = high.maximum(-low) if fmt.is_signed else high
         return positive_or_one(limit / fmt.max)
