@@ -15,6 +15,9 @@ from statqat_lightning.granularity import Granularity, PerTensor
 
 _FLOAT32 = struct.Struct("f")
 
+LEAST_LEARNED_SCALE = 2.0**-50
+"""Small enough for any data, and large enough that `x / scale**2`, a gradient, stays finite."""
+
 GRADIENTS = ("clipped", "pass_through", "magnitude")
 
 
@@ -164,8 +167,8 @@ def learned_fake_quantize(x: Tensor, qparams: QParams, fmt: Format) -> Tensor:
 
     Args:
         x: Any shape, floating dtype, as in `fake_quantize`.
-        qparams: Scale, zero point and granularity. A scale below the smallest normal number counts
-            as that number, and still gets its gradient.
+        qparams: Scale, zero point and granularity. A scale below `LEAST_LEARNED_SCALE` counts as
+            that, and still gets its gradient.
         fmt: The number format.
 
     Returns:
@@ -186,8 +189,8 @@ def learned_fake_quantize(x: Tensor, qparams: QParams, fmt: Format) -> Tensor:
 
 
 def positive(scale: Tensor) -> Tensor:
-    """A scale in use: at least the smallest normal float32, whatever an optimizer did to it."""
-    return scale.clamp_min(torch.finfo(torch.float32).tiny)
+    """A learned scale in use: at least `LEAST_LEARNED_SCALE`, whatever an optimizer did to it."""
+    return scale.clamp_min(LEAST_LEARNED_SCALE)
 
 
 def _in_units_of_the_grid(

@@ -342,6 +342,15 @@ def _quantizers(
     return quantizers
 
 
+def learned_scale_keys(model: nn.Module) -> frozenset[str]:
+    """Keys of the `state_dict` that belong to learned scales; the float model has none of them."""
+    return frozenset(
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        for key in _learned_scales(module)
+    )
+
+
 def _learned_scales(module: nn.Module) -> dict[str, nn.Parameter]:
     """Scales of a layer that are parameters of it, by their names there."""
     if not is_quantized(module):

@@ -32,7 +32,7 @@ class LSQ(Quantizer):
     - Statistics no longer choose scales. They give an input its start (its parameter is 1 until
         then) and the SNR; a refresh leaves learned scales alone. Nothing bounds their error by that
         of min-max.
-    - A scale whose parameter is driven to zero or below counts as the smallest normal float32.
+    - A scale whose parameter is driven to zero or below counts as `functional.LEAST_LEARNED_SCALE`.
     - Freezing stops the gradient. DDP needs `find_unused_parameters=True` then, and where inputs
         cannot be calibrated ahead of training, as it does for any parameter without a gradient.
     """
