@@ -16,7 +16,7 @@ from statqat_lightning.granularity import Granularity, PerTensor
 _FLOAT32 = struct.Struct("f")
 
 LEAST_LEARNED_SCALE = 2.0**-50
-"""Small enough for any data, and large enough that `x / scale**2`, a gradient, stays finite."""
+"""Small enough for any data; a gradient on its way through scales of that size keeps its digits."""
 
 GRADIENTS = ("clipped", "pass_through", "magnitude")
 
@@ -101,9 +101,7 @@ def fake_quantize(x: Tensor, qparams: QParams, fmt: Format, gradient: str = "cli
         raise TypeError(f"fake_quantize: got dtype {x.dtype}; expected a floating dtype.")
     view = qparams.granularity.view(x)
     if gradient == "clipped" and qparams.scale.dim() > 0 and _is_plain_cpu(x):
-        scale = qparams.scale.detach().clone()  # kept for backward; a refresh may come before that
-        y = _in_units_of_the_grid(_wide(view), scale, qparams.zero_point, fmt)
-        return y.to(x.dtype).reshape(x.shape)
+        return _many_scales_on_cpu(_wide(view), qparams, fmt).to(x.dtype).reshape(x.shape)
     y = _carrier(_wide(view), qparams, fmt, gradient)
     # The carrier fixes the gradient; its values become the grid's. Nothing has saved `y` so far.
     # (`x + (x_hat - x).detach()` would leave the grid for values far outside the clip points.)
@@ -180,12 +178,24 @@ def learned_fake_quantize(x: Tensor, qparams: QParams, fmt: Format) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"learned_fake_quantize: got dtype {x.dtype}; expected a floating dtype.")
     raw, zero_point, granularity = qparams
+    scale = positive(raw.detach())
+    y = _wide(granularity.view(x)) / scale
+    if zero_point is not None:
+        y = y + zero_point
+    clipped = F.hardtanh(y, _outwards(fmt.min, y.dtype), _outwards(fmt.max, y.dtype))
+    with torch.no_grad():
+        # The slope is taken before it is summed: autograd would sum `q` and `x / s` apart, and
+        # their difference is far smaller than they are. Float arithmetic is faster than masks.
+        outside = (y - clipped).sign_().abs_()
+        end = clipped if zero_point is None else clipped - zero_point
+        slope = (end * outside).sub_(clipped)
+        fmt.round_inside_(clipped)
+        slope.add_(clipped)
+    q = clipped if zero_point is None else clipped - zero_point
     number = max(x.numel() / max(raw.numel(), 1), 1)
-    held = raw.detach()
-    # The difference is zero: it carries the gradient and leaves the value as it is.
-    scale = positive(held) + (raw - held) * (1 / math.sqrt(number * fmt.max))
-    y = _in_units_of_the_grid(_wide(granularity.view(x)), scale, zero_point, fmt)
-    return y.to(x.dtype).reshape(x.shape)
+    # The difference is zero: it carries the gradient and leaves the values as they are.
+    change = (raw - raw.detach()) * (1 / math.sqrt(number * fmt.max))
+    return (q * scale + change * slope).to(x.dtype).reshape(x.shape)
 
 
 def positive(scale: Tensor) -> Tensor:
@@ -193,23 +203,22 @@ def positive(scale: Tensor) -> Tensor:
     return scale.clamp_min(LEAST_LEARNED_SCALE)
 
 
-def _in_units_of_the_grid(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format
-) -> Tensor:
+def _many_scales_on_cpu(x: Tensor, qparams: QParams, fmt: Format) -> Tensor:
     """Like the general way with a clipped gradient, with `hardtanh` in units of the grid.
 
-    The gradient to `x` passes a division and a multiplication by the scale: it equals the
-    straight-through gradient to float rounding. That to the scale is what the product rule gives,
-    `q - x / s` inside the clip points and `q` outside.
+    The gradient passes a division and a multiplication by the scale: it equals the straight-through
+    gradient to float rounding.
     """
+    # A copy, kept for the backward pass: a refresh may come before that.
+    scale = qparams.scale.detach().clone()
     y = x / scale
-    if zero_point is not None:
-        y = y + zero_point
+    if qparams.zero_point is not None:
+        y = y + qparams.zero_point
     y = F.hardtanh(y, _outwards(fmt.min, y.dtype), _outwards(fmt.max, y.dtype))
     with torch.no_grad():
         fmt.round_inside_(y)
-    if zero_point is not None:
-        y = y - zero_point
+    if qparams.zero_point is not None:
+        y = y - qparams.zero_point
     return y * scale
 
 
@@ -220,9 +229,20 @@ def _outwards(limit: float, dtype: torch.dtype) -> float:
     if abs(limit) > torch.finfo(dtype).max:
         return math.copysign(math.inf, limit)
     if dtype == torch.float32:
-        (limit,) = _FLOAT32.unpack(_FLOAT32.pack(limit))  # rounds
+        limit = _rounded(limit)
     _, exponent = math.frexp(limit)
     return limit + math.copysign(math.ldexp(torch.finfo(dtype).eps, exponent - 1), limit)
+
+
+def _rounded(limit: float) -> float:
+    """The float32 nearest to a number in its normal range."""
+    if torch.compiler.is_compiling():
+        # Dynamo has no `struct`. Veltkamp's splitting keeps the upper 24 of 53 bits; it may round a
+        # tie either way, and the end of a grid is none.
+        upper = limit * (2.0**29 + 1)
+        return upper - (upper - limit)
+    (limit,) = _FLOAT32.unpack(_FLOAT32.pack(limit))
+    return limit
 
 
 def _is_plain_cpu(x: Tensor) -> bool:
