@@ -364,7 +364,9 @@ def quantization_callbacks(
 def _minmax(name: str, role: str) -> TensorSpec:
     # A plain `int4` for activations adapts its sign to the data; the baseline gets the same.
     adaptive = role == "activations" and name.startswith("int")
-    return TensorSpec(name, quantizer="minmax", unsigned_if_nonnegative=adaptive)
+    # Inputs are averaged, as other training tools do: a running maximum would never fall.
+    rule = "moving_average" if role == "activations" else "minmax"
+    return TensorSpec(name, quantizer=rule, unsigned_if_nonnegative=adaptive)
 
 
 def make_logger(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from statqat_lightning.formats import (
     BlockFormat,
@@ -20,7 +20,12 @@ from statqat_lightning.formats import (
     at_least_bits,
     get_format,
 )
-from statqat_lightning.functional import QParams, fake_quantize
+from statqat_lightning.functional import (
+    QParams,
+    fake_quantize,
+    learned_fake_quantize,
+    positive,
+)
 from statqat_lightning.granularity import Granularity, PerTensor
 from statqat_lightning.observers import (
     NEGATIVE,
@@ -46,10 +51,12 @@ class FakeQuantizer:
     Attributes:
         name: The layer's name and the tensor's role, for messages and log keys.
         fmt: The number format in use.
-        scale: float32, in the shape of its granularity.
+        scale: float32, in the shape of its granularity; a parameter of the layer if it is learned.
         ready: Whether the scale is known; until then tensors pass unchanged.
         enabled: Switch for quantization.
         narrowest: Fewest bits that the format in use may have, whatever the specification says.
+        frozen: Whether the scale, and an input's statistics, are kept as they are. A weight's scale
+            that is not learned changes when it is refreshed, and only then.
     """
 
     role: str
@@ -68,9 +75,12 @@ class FakeQuantizer:
         self.granularity = granularity
         self.quantizer = quantizer
         self.scale = torch.ones(granularity.scale_shape(shape), dtype=torch.float32, device="cpu")
+        if quantizer.learned:
+            self.scale = nn.Parameter(self.scale)
         self.ready = False
         self.enabled = True
         self.narrowest = 0
+        self.frozen = False
 
     @property
     def name(self) -> str:
@@ -78,19 +88,38 @@ class FakeQuantizer:
         return f"{self.layer}/{self.role}" if self.layer else self.role
 
     @property
+    def parameter_name(self) -> str | None:
+        """What the layer calls the scale if it is learned, else None."""
+        return f"{self.role}_scale" if self.quantizer.learned else None
+
+    @property
     def qparams(self) -> QParams:
-        """Scale and zero point in force."""
-        return QParams(self.scale, None, self.granularity)
+        """Scale and zero point in force, without gradient."""
+        scale = positive(self.scale.detach()) if self.quantizer.learned else self.scale
+        return QParams(scale, None, self.granularity)
+
+    def freeze(self, frozen: bool) -> None:
+        """Set `frozen`; a learned scale then has no gradient."""
+        if self.quantizer.learned and frozen != self.frozen:
+            self.scale.requires_grad_(not frozen)
+            self.scale.grad = None  # an optimizer leaves alone what has none
+        self.frozen = frozen
 
     def quantize(self, x: Tensor) -> Tensor:
         """`x` fake-quantized, or `x` itself while switched off or without a scale."""
         if not (self.enabled and self.ready and x.is_floating_point()):
             return x
+        if self.quantizer.learned:
+            qparams = QParams(self.scale, None, self.granularity)
+            return learned_fake_quantize(x, qparams, self.fmt)
         return fake_quantize(x, self.qparams, self.fmt, self.spec.gradient)
 
     def to(self, device: torch.device) -> None:
         """Move all tensors to `device`; their dtype stays float32."""
-        self.scale = self.scale.to(device)
+        if self.quantizer.learned:
+            self.scale.data = self.scale.data.to(device)  # the layer holds it, too
+        else:
+            self.scale = self.scale.to(device)
 
     def follow(self, apply: Callable[[Tensor], Tensor]) -> None:
         """Follow what `Module._apply` does to a layer, in device but not in dtype.
@@ -111,6 +140,7 @@ class FakeQuantizer:
             "scale": self.scale.detach().cpu().clone(),
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned.
 
@@ -188,7 +218,6 @@ class InputFakeQuantizer(FakeQuantizer):
     Attributes:
         observing: Whether forward passes add to the observer: to the sums behind the SNR, and
             unless `frozen` to the statistics behind the scale.
-        frozen: Whether statistics and scale are kept as they are.
         deciding: Whether the sign of the format may still change. It is settled by the smallest of
             all values of the first batches, not by a sample.
         lowest: Smallest value seen while deciding, or 0; float32 `()`.
@@ -207,9 +236,10 @@ class InputFakeQuantizer(FakeQuantizer):
             )
         quantizer = get_quantizer(spec.quantizer or "iterative", **dict(spec.options))
         super().__init__(layer, spec, PerTensor(), quantizer, ())
-        self.observer = InputObserver(config, quantizer.needs_spectrum, quantizer.needs_range)
+        self.observer = InputObserver(
+            config, quantizer.needs_spectrum, quantizer.needs_range, quantizer.range_momentum
+        )
         self.observing = False
-        self.frozen = False
         self.deciding = spec.unsigned_if_nonnegative
         self.lowest = torch.zeros((), dtype=torch.float32, device="cpu")
         if device.type != "meta":
@@ -218,7 +248,7 @@ class InputFakeQuantizer(FakeQuantizer):
     def __call__(self, x: Tensor) -> Tensor:
         x_hat = self.quantize(x)
         if self.observing and x.is_floating_point() and not _recomputing():
-            scale = None if x_hat is x else self.scale
+            scale = None if x_hat is x else self.qparams.scale
             self.observer.add(x, self.fmt, scale, statistics=not self.frozen)
             if self.deciding and x.numel() and not self.frozen:
                 self.lowest = torch.fmin(self.lowest, x.detach().amin().to(torch.float32))
@@ -315,10 +345,13 @@ def refresh_weights(weights: Sequence[tuple[WeightFakeQuantizer, Tensor]]) -> No
     a few operations and not a few for each layer.
 
     Args:
-        weights: Quantizers with their weights as they are now.
+        weights: Quantizers with their weights as they are now. Learned scales that have had their
+            start are left alone.
     """
     kinds: dict[tuple[Any, ...], list[tuple[WeightFakeQuantizer, Tensor]]] = {}
     for number, (quantizer, weight) in enumerate(weights):
+        if quantizer.quantizer.learned and quantizer.ready:
+            continue
         rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
         search = not quantizer.ready or quantizer.num_refreshes % quantizer.search_every == 0
         fmt = quantizer.fmt
@@ -381,9 +414,14 @@ def refresh_inputs(
 
 
 def refresh_scales(quantizers: Sequence[InputFakeQuantizer]) -> None:
-    """Choose the scales of ready quantizers from running statistics, all of a kind at once."""
+    """Choose the scales of ready quantizers from running statistics, all of a kind at once.
+
+    Learned scales are left alone.
+    """
     kinds: dict[tuple[Any, ...], list[InputFakeQuantizer]] = {}
     for quantizer in quantizers:
+        if quantizer.quantizer.learned:
+            continue
         spec = quantizer.spec
         kinds.setdefault((quantizer.fmt, spec.quantizer, spec.options), []).append(quantizer)
     for group in kinds.values():

@@ -15,6 +15,9 @@ from statqat_lightning.granularity import Granularity, PerTensor
 
 _FLOAT32 = struct.Struct("f")
 
+LEAST_LEARNED_SCALE = 2.0**-50
+"""Small enough for any data; a gradient on its way through scales of that size keeps its digits."""
+
 GRADIENTS = ("clipped", "pass_through", "magnitude")
 
 
@@ -103,13 +106,16 @@ def fake_quantize(x: Tensor, qparams: QParams, fmt: Format, gradient: str = "cli
     y = _carrier(_wide(view), qparams, fmt, gradient)
     # The carrier fixes the gradient; its values become the grid's. Nothing has saved `y` so far.
     # (`x + (x_hat - x).detach()` would leave the grid for values far outside the clip points.)
-    round_ = fmt.round_ if gradient == "pass_through" else fmt.round_inside_
     with torch.no_grad():
         y.div_(qparams.scale)
-        if qparams.zero_point is None:
-            round_(y)
-        else:
-            round_(y.add_(qparams.zero_point)).sub_(qparams.zero_point)
+        if qparams.zero_point is not None:
+            y.add_(qparams.zero_point)
+        if gradient == "pass_through":
+            # `vmap` has no rule of its own for `clamp_`, and would run a loop.
+            y.copy_(y.clamp(fmt.min, fmt.max)) if _is_batched() else y.clamp_(fmt.min, fmt.max)
+        fmt.round_inside_(y)
+        if qparams.zero_point is not None:
+            y.sub_(qparams.zero_point)
         y.mul_(qparams.scale)
     return qparams.granularity.restore(y.to(x.dtype), x.shape)
 
@@ -120,6 +126,10 @@ def _carrier(x: Tensor, qparams: QParams, fmt: Format, gradient: str) -> Tensor:
     PyTorch's own operators carry it, so that no Python runs in the backward pass.
     """
     if gradient == "pass_through":
+        if _is_batched():
+            # Rounding overwrites the result: it must be batched wherever scale and zero point are.
+            for other in (qparams.scale, qparams.zero_point):
+                x = x if other is None else x + torch.zeros_like(other)
         return x.clone()
     if gradient == "clipped" and _is_plain_cpu(x):
         # On CPU this operator is several times faster than `clamp`, above all backwards, and
@@ -144,13 +154,64 @@ def _carrier(x: Tensor, qparams: QParams, fmt: Format, gradient: str) -> Tensor:
     return torch.clamp(x, lows.nextafter(-infinity), highs.nextafter(infinity))
 
 
+def learned_fake_quantize(x: Tensor, qparams: QParams, fmt: Format) -> Tensor:
+    r"""Fake quantization whose scale gets a gradient, too: learned step size, arXiv 1902.08153.
+
+    For upstream gradient `g`, the gradient to `x` is the clipped one of `fake_quantize`, and that
+    to a scale shared by `N` values
+
+    .. math:: \frac{1}{\sqrt{N G_{max}}} \sum g \cdot \begin{cases}
+        RN_G(x / s) - x / s & \text{inside the clip points} \\
+        G_{min} \text{ or } G_{max} & \text{outside.} \end{cases}
+
+    Args:
+        x: Any shape, floating dtype, as in `fake_quantize`.
+        qparams: Scale, zero point and granularity. A scale below `LEAST_LEARNED_SCALE` counts as
+            that, and still gets its gradient.
+        fmt: The number format.
+
+    Returns:
+        Same shape and dtype as `x`, every value on the scaled grid.
+
+    Raises:
+        TypeError: If `x` is not floating point.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"learned_fake_quantize: got dtype {x.dtype}; expected a floating dtype.")
+    raw, zero_point, granularity = qparams
+    scale = positive(raw.detach())
+    y = _wide(granularity.view(x)) / scale
+    if zero_point is not None:
+        y = y + zero_point
+    clipped = F.hardtanh(y, _outwards(fmt.min, y.dtype), _outwards(fmt.max, y.dtype))
+    with torch.no_grad():
+        # The slope is taken before it is summed: autograd would sum `q` and `x / s` apart, and
+        # their difference is far smaller than they are. Float arithmetic is faster than masks.
+        outside = (y - clipped).sign_().abs_()
+        end = clipped if zero_point is None else clipped - zero_point
+        slope = (end * outside).sub_(clipped)
+        fmt.round_inside_(clipped)
+        slope.add_(clipped)
+    q = clipped if zero_point is None else clipped - zero_point
+    number = max(x.numel() / max(raw.numel(), 1), 1)
+    # The difference is zero: it carries the gradient and leaves the values as they are.
+    change = (raw - raw.detach()) * (1 / math.sqrt(number * fmt.max))
+    return (q * scale + change * slope).to(x.dtype).reshape(x.shape)
+
+
+def positive(scale: Tensor) -> Tensor:
+    """A learned scale in use: at least `LEAST_LEARNED_SCALE`, whatever an optimizer did to it."""
+    return scale.clamp_min(LEAST_LEARNED_SCALE)
+
+
 def _many_scales_on_cpu(x: Tensor, qparams: QParams, fmt: Format) -> Tensor:
     """Like the general way with a clipped gradient, with `hardtanh` in units of the grid.
 
     The gradient passes a division and a multiplication by the scale: it equals the straight-through
     gradient to float rounding.
     """
-    scale = qparams.scale.clone()  # kept for the backward pass, and a refresh may come before that
+    # A copy, kept for the backward pass: a refresh may come before that.
+    scale = qparams.scale.detach().clone()
     y = x / scale
     if qparams.zero_point is not None:
         y = y + qparams.zero_point
@@ -169,18 +230,30 @@ def _outwards(limit: float, dtype: torch.dtype) -> float:
     if abs(limit) > torch.finfo(dtype).max:
         return math.copysign(math.inf, limit)
     if dtype == torch.float32:
-        (limit,) = _FLOAT32.unpack(_FLOAT32.pack(limit))  # rounds
+        limit = _rounded(limit)
     _, exponent = math.frexp(limit)
     return limit + math.copysign(math.ldexp(torch.finfo(dtype).eps, exponent - 1), limit)
 
 
+def _rounded(limit: float) -> float:
+    """The float32 nearest to a number in its normal range."""
+    if torch.compiler.is_compiling():
+        # Dynamo has no `struct`. Veltkamp's splitting keeps the upper 24 of 53 bits; it may round a
+        # tie either way, and the end of a grid is none.
+        upper = limit * (2.0**29 + 1)
+        return upper - (upper - limit)
+    (limit,) = _FLOAT32.unpack(_FLOAT32.pack(limit))
+    return limit
+
+
 def _is_plain_cpu(x: Tensor) -> bool:
     """Whether `x` lies in this machine's memory and is neither traced nor batched."""
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_batched()
+
+
+def _is_batched() -> bool:
+    """Whether a transform of `torch.func` is active."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _wide(x: Tensor) -> Tensor:

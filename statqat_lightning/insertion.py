@@ -194,10 +194,12 @@ def prepare(
     # Only now that nothing can fail any more:
     for name, module in candidates.items():
         if name in made or name not in chosen:
-            _detach(module)
+            detach(module)
     for name, quantizers in made.items():
         candidates[name]._statqat = quantizers  # type: ignore[assignment]
         candidates[name].__class__ = classes[name]
+        for parameter_name, scale in _learned_scales(candidates[name]).items():
+            candidates[name].register_parameter(parameter_name, scale)
     if observer is not None:
         for quantizers in kept.values():
             if quantizers.input is not None:
@@ -208,12 +210,14 @@ def prepare(
 def remove(model: nn.Module) -> None:
     """Take all fake quantizers out of a model, in place; it is then the float model it was."""
     for _, module, _ in quantized_layers(model):
-        _detach(module)
+        detach(module)
 
 
-def _detach(module: nn.Module) -> None:
-    """Take the quantizers off a layer, if it has any."""
+def detach(module: nn.Module) -> None:
+    """Take the quantizers off a layer, if it has any, and with them the scales that are learned."""
     if is_quantized(module):
+        for name in _learned_scales(module):
+            del module._parameters[name]
         module.__class__ = base_class(module)
         del module._statqat
 
@@ -255,9 +259,13 @@ def set_observing(model: nn.Module, observing: bool) -> None:
 
 
 def set_frozen(model: nn.Module, frozen: bool) -> None:
-    """Freeze or release the statistics and scales of all inputs."""
-    for quantizer in input_quantizers(model):
-        quantizer.frozen = frozen
+    """Freeze or release the statistics and scales of all inputs, and all scales that are learned.
+
+    Other scales of weights stay as they are unless `refresh` is told to choose them.
+    """
+    for _, quantizers in _quantized_modules(model):
+        for quantizer in quantizers.present():
+            quantizer.freeze(frozen)
 
 
 def set_enabled(model: nn.Module, weights: bool | None = None, inputs: bool | None = None) -> None:
@@ -351,7 +359,35 @@ def _quantizers(
             refresh_weights([(weight_quantizer, weight)])
     if isinstance(rule.inputs, TensorSpec):
         input_quantizer = InputFakeQuantizer(name, rule.inputs, config, weight.device)
-    return LayerQuantizers(weight_quantizer, input_quantizer)
+    quantizers = LayerQuantizers(weight_quantizer, input_quantizer)
+    for quantizer in quantizers.present():
+        scale = quantizer.parameter_name
+        if scale and hasattr(module, scale) and scale not in _learned_scales(module):
+            raise ValueError(
+                f"{quantizer.name}: the layer has an attribute {scale!r} of its own; expected "
+                "none: a learned scale is registered by that name. Use another quantizer."
+            )
+    return quantizers
+
+
+def learned_scale_keys(model: nn.Module) -> frozenset[str]:
+    """Keys of the `state_dict` that belong to learned scales; the float model has none of them."""
+    return frozenset(
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        for key in _learned_scales(module)
+    )
+
+
+def _learned_scales(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Scales of a layer that are parameters of it, by their names there."""
+    if not is_quantized(module):
+        return {}
+    return {
+        q.parameter_name: q.scale
+        for q in _attached(module).present()
+        if q.parameter_name is not None and isinstance(q.scale, nn.Parameter)
+    }
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -418,8 +454,19 @@ def _quantized_class(base: type[nn.Module]) -> type[nn.Module]:
                 attributes.pop("weight", None)
 
     def apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        result = base_apply(self, fn, recurse)
+        learned = _learned_scales(self)
+
+        def keep_learned(tensor: Tensor) -> Tensor:
+            # They follow in device but not in dtype, like every other scale.
+            if all(tensor is not scale and tensor is not scale.grad for scale in learned.values()):
+                return fn(tensor)
+            device = fn(torch.empty(0, dtype=torch.float32, device=tensor.device)).device
+            return tensor.detach() if device.type == "meta" else tensor.detach().to(device)
+
+        result = base_apply(self, keep_learned if learned else fn, recurse)
         for quantizer in self._statqat.present():
+            if quantizer.parameter_name is not None:
+                quantizer.scale = self._parameters[quantizer.parameter_name]
             quantizer.follow(fn)
         return result
 
@@ -550,7 +597,10 @@ def describe(quantizer: FakeQuantizer) -> str:
 
 
 def _count(module: nn.Module) -> int:
-    """Number of parameters, without those that have no shape so far."""
+    """Number of parameters, without those that have no shape so far, and without scales."""
+    learned = _learned_scales(module)
     return sum(
-        math.prod(p.shape) for p in module.parameters(recurse=False) if not nn.parameter.is_lazy(p)
+        math.prod(p.shape)
+        for name, p in module.named_parameters(recurse=False)
+        if not nn.parameter.is_lazy(p) and name not in learned
     )

@@ -81,19 +81,28 @@ class InputObserver:
     inference mode.
 
     Attributes:
+        range_momentum: Weight of a new batch in the running range, after the first; None keeps the
+            extremes of all batches.
         pending: Samples that are not in the accumulators yet.
         spectrum, sums, extremes: Accumulators: energies and what lies beyond them
             `(NUM_BINS + 1,)`, sums `(NUM_SUMS,)` and `(-min, max)` `(2,)`.
-        running_spectrum, running_sums, running_extremes: Running means per value: `(NUM_BINS,)`,
-            `(NUM_SUMS,)`, `(2,)`.
+        running_spectrum, running_sums: Running means per value: `(NUM_BINS,)`, `(NUM_SUMS,)`.
+        running_extremes: `(-min, max)` over the batches, `(2,)`; see `range_momentum`.
         num_batches: Batches folded in so far, `()`; zero says that nothing is known yet.
     """
 
     ACCUMULATORS = ("spectrum", "sums", "extremes")
     RUNNING = ("running_spectrum", "running_sums", "running_extremes", "num_batches")
 
-    def __init__(self, config: ObserverConfig, needs_spectrum: bool, needs_range: bool) -> None:
+    def __init__(
+        self,
+        config: ObserverConfig,
+        needs_spectrum: bool,
+        needs_range: bool,
+        range_momentum: float | None = None,
+    ) -> None:
         self.config = config
+        self.range_momentum = range_momentum
         self.needs_spectrum = needs_spectrum
         self.needs_range = needs_range
         shapes = {
@@ -292,9 +301,7 @@ def fold(
         torch._foreach_copy_(old, list(new.unbind()))
     if ranged:
         old = [observers[i].running_extremes for i in ranged]
-        known = seen[ranged].unsqueeze(1)  # infinity times a weight of zero would be NaN
-        newest = torch.where(known, extremes, 0.0)
-        new = torch.stack(old).lerp_(newest, weight[ranged].unsqueeze(1))
+        new = _fold_ranges([observers[i] for i in ranged], extremes, seen[ranged])
         torch._foreach_copy_(old, list(new.unbind()))
         for i in ranged:
             observers[i].extremes.fill_(-torch.inf)
@@ -304,6 +311,20 @@ def fold(
         )
     torch._foreach_zero_([o.sums for o in observers] + [o.spectrum for o in observers])
     return overflow
+
+
+def _fold_ranges(observers: Sequence[InputObserver], extremes: Tensor, seen: Tensor) -> Tensor:
+    """Running `(-min, max)` of observers after one more batch, `(len(observers), 2)`."""
+    old = torch.stack([o.running_extremes for o in observers])
+    newest = torch.where(seen.unsqueeze(1), extremes, old)  # an infinity times zero would be NaN
+    momenta = [o.range_momentum for o in observers]
+    new = newest.maximum(old)
+    if any(momentum is not None for momentum in momenta):
+        weight = old.new_tensor([[momentum or 0.0] for momentum in momenta])
+        averaging = old.new_tensor([[momentum is not None] for momentum in momenta])
+        new = torch.where(averaging > 0, old.lerp(newest, weight), new)
+    first = torch.stack([o.num_batches for o in observers]) == 0
+    return torch.where(first.unsqueeze(1), newest, new)
 
 
 def _fold_sums(observers: Sequence[InputObserver], sums: Tensor, weight: Tensor) -> None:

@@ -28,7 +28,7 @@ class TensorSpec:
         granularity: `per_tensor`, `per_channel`, `per_group:SIZE` or `per_block:SIZE`; None for the
             default of the role: weights per output channel, inputs per tensor. A block format
             brings its own.
-        quantizer: `analytic`, `iterative`, `minmax` or `block`; None for the default of the role:
+        quantizer: Name of a quantizer, see `get_quantizer`; None for the default of the role:
             weights analytic (they are Gaussian-like), inputs iterative (they can be anything).
             `block` belongs to block formats, and they to it.
         unsigned_if_nonnegative: Use the unsigned integers of the same width where calibration sees
@@ -62,7 +62,13 @@ class TensorSpec:
         if granularity is not None:
             get_granularity(granularity)
         if quantizer is not None:
-            get_quantizer(quantizer, **options)
+            rule = get_quantizer(quantizer, **options)
+            rule.check_format(fmt)
+            if rule.learned and gradient != "clipped":
+                raise ValueError(
+                    f"TensorSpec: got gradient={gradient!r} with quantizer {quantizer!r}; expected "
+                    "'clipped': the gradient of a learned scale belongs to that of clipping."
+                )
         elif options:
             raise ValueError(
                 f"TensorSpec: got options {[*options]} without a quantizer; "

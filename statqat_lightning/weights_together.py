@@ -121,6 +121,7 @@ def _qualifies(quantizer: WeightFakeQuantizer, weight: Tensor) -> bool:
     scale_shape = quantizer.scale.shape
     return (
         quantizer.spec.gradient == "clipped"
+        and not quantizer.quantizer.learned
         and type(weight) is torch.nn.Parameter
         and weight.dtype == torch.float32
         and weight.numel() <= _LARGEST

@@ -40,6 +40,10 @@ def ranged(**config: float) -> InputObserver:
     return InputObserver(ObserverConfig(**config), needs_spectrum=False, needs_range=True)  # type: ignore[arg-type]
 
 
+def averaged(momentum: float = 0.01) -> InputObserver:
+    return InputObserver(ObserverConfig(), False, needs_range=True, range_momentum=momentum)
+
+
 def add(observer: InputObserver, x: Tensor, quantized: bool = False) -> None:
     scale = torch.tensor(0.1) if quantized else None
     observer.add(x, get_format("int4"), scale, statistics=True)
@@ -75,7 +79,7 @@ def test_running_spectrum_is_the_mean_over_all_values_of_a_batch() -> None:
 @pytest.mark.parametrize("momentum", [0.1, 0.3, 1.0])
 def test_weights_of_batches(momentum: float) -> None:
     spectra, extremes = spectral(momentum=momentum), ranged(momentum=momentum)
-    power = low = high = 0.0
+    power, low, high = 0.0, math.inf, -math.inf
     rng = np.random.default_rng(0)
     for number in range(25):
         x = torch.from_numpy(rng.normal(size=100) * (1 + number)).float()
@@ -84,8 +88,7 @@ def test_weights_of_batches(momentum: float) -> None:
         fold([spectra, extremes], statistics=True)
         weight = max(1 / (number + 1), momentum)
         power += weight * (float(x.double().square().mean()) - power)
-        low += weight * (float(x.min()) - low)
-        high += weight * (float(x.max()) - high)
+        low, high = min(low, float(x.min())), max(high, float(x.max()))
         assert spectra.num_batches == extremes.num_batches == number + 1
     statistics = statistics_of([spectra])
     assert statistics.spectrum is not None
@@ -93,8 +96,23 @@ def test_weights_of_batches(momentum: float) -> None:
     statistics = statistics_of([extremes])
     assert statistics.low is not None
     assert statistics.high is not None
-    assert statistics.low.item() == pytest.approx(low, rel=1e-5)
-    assert statistics.high.item() == pytest.approx(high, rel=1e-5)
+    assert statistics.low.item() == low
+    assert statistics.high.item() == high
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+def test_averaged_range_is_that_of_torch_ao() -> None:
+    peer = torch.ao.quantization.MovingAverageMinMaxObserver(averaging_constant=0.03)
+    observers = [averaged(0.03), ranged(), averaged(0.5)]  # folded together, each by its own rule
+    for number in range(12):
+        x = torch.randn(200) * (1 + number) - 2
+        peer(x)
+        for observer in observers:
+            add(observer, x)
+        fold(observers, statistics=True)
+    for observer, equal in zip(observers, (True, False, False), strict=True):
+        expected = torch.stack([-peer.min_val, peer.max_val])
+        assert torch.allclose(observer.running_extremes, expected, rtol=1e-5) == equal
 
 
 def test_snr_starts_at_the_first_quantized_batch() -> None:
@@ -159,7 +177,7 @@ def test_samples_of_different_layers_stay_apart() -> None:
         torch.testing.assert_close(one.spectrum, other.spectrum)
 
 
-@pytest.mark.parametrize("make", [spectral, ranged])
+@pytest.mark.parametrize("make", [spectral, ranged, averaged])
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_value_is_reported_and_leaves_statistics_unharmed(
     make: Callable[..., InputObserver], bad: float
@@ -184,7 +202,7 @@ def test_a_bad_value_is_reported_and_leaves_statistics_unharmed(
     assert fold([observer], statistics=True).tolist() == [False]
 
 
-@pytest.mark.parametrize("make", [spectral, ranged])
+@pytest.mark.parametrize("make", [spectral, ranged, averaged])
 def test_a_first_batch_of_nothing_finite_does_not_count(make: Callable[..., InputObserver]) -> None:
     observer = make()
     add(observer, torch.full((10,), torch.nan))
@@ -200,7 +218,7 @@ def test_a_first_batch_of_nothing_finite_does_not_count(make: Callable[..., Inpu
         assert statistics.high.item() == 1
 
 
-@pytest.mark.parametrize("make", [spectral, ranged])
+@pytest.mark.parametrize("make", [spectral, ranged, averaged])
 def test_no_input_no_news(make: Callable[..., InputObserver]) -> None:
     observer, idle = make(), make()
     for _ in range(3):
@@ -214,7 +232,7 @@ def test_no_input_no_news(make: Callable[..., InputObserver]) -> None:
     assert all(getattr(idle, name).count_nonzero() == 0 for name in idle.RUNNING)
 
 
-@pytest.mark.parametrize("make", [spectral, ranged])
+@pytest.mark.parametrize("make", [spectral, ranged, averaged])
 def test_frozen_statistics_stay_and_the_snr_goes_on(make: Callable[..., InputObserver]) -> None:
     observer = make()
     add(observer, torch.randn(100), quantized=True)
@@ -278,7 +296,7 @@ def test_range_is_exact_however_small_the_sample() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("make", [spectral, ranged])
+@pytest.mark.parametrize("make", [spectral, ranged, averaged])
 def test_statistics_are_float32_whatever_the_input(
     make: Callable[..., InputObserver], dtype: torch.dtype
 ) -> None:

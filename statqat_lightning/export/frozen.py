@@ -16,7 +16,7 @@ from statqat_lightning.fake_quantizer import FakeQuantizer
 from statqat_lightning.formats import Format
 from statqat_lightning.functional import QParams, dequantize, quantize
 from statqat_lightning.granularity import Granularity
-from statqat_lightning.insertion import base_class, quantized_layers, weight_of
+from statqat_lightning.insertion import detach, quantized_layers, weight_of
 from statqat_lightning.recipe import TensorSpec
 
 CODES, WEIGHT_SCALE, INPUT_SCALE = "weight_codes", "weight_scale", "input_scale"
@@ -190,8 +190,7 @@ def _freeze_layer(
             codes = weight.fmt.encode(quantize(weight_of(module), weight.qparams, weight.fmt))
         except ValueError as error:
             raise ValueError(f"freeze: {weight.name}: {error}") from error
-    module.__class__ = base_class(module)
-    del module._statqat
+    detach(module)
     if weight is None and inputs is None:
         return
     if codes is not None:
@@ -202,9 +201,9 @@ def _freeze_layer(
     module.frozen_input = inputs and FrozenTensor.of(inputs)
     if weight is not None:
         module.register_buffer(CODES, codes)
-        module.register_buffer(WEIGHT_SCALE, weight.scale.detach().clone())
+        module.register_buffer(WEIGHT_SCALE, weight.qparams.scale.detach().clone())
     if inputs is not None:
-        module.register_buffer(INPUT_SCALE, inputs.scale.detach().clone())
+        module.register_buffer(INPUT_SCALE, inputs.qparams.scale.detach().clone())
 
 
 def refuse_weights_from_hooks(model: nn.Module) -> None:

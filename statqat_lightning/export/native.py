@@ -44,6 +44,7 @@ from statqat_lightning.functional import QParams, dequantize
 from statqat_lightning.granularity import get_granularity
 from statqat_lightning.insertion import (
     QuantizedLayer,
+    learned_scale_keys,
     load_quantizer_state,
     prepare,
     quantized_layers,
@@ -239,7 +240,8 @@ def _load_native(model: nn.Module, path: Path) -> nn.Module:
     # they give the same codes.
     shared = _shared_keys(holder, state.keys())
     weights = {key: value for key, value in weights.items() if key not in shared}
-    _load_tensors(holder, _below(state | weights, prefix), str(path), optional=shared)
+    elsewhere = shared | learned_scale_keys(holder)  # scales follow below
+    _load_tensors(holder, _below(state | weights, prefix), str(path), optional=elsewhere)
     for layer in quantized_layers(holder):
         layers[layer.name].restore(layer, tensors)
     return _finished(model)
@@ -314,7 +316,8 @@ class _Entry:
 
 def _restore(quantizer: FakeQuantizer, fmt: str, scale: Tensor) -> None:
     quantizer.fmt = get_format(fmt)
-    quantizer.scale.copy_(scale)
+    with torch.no_grad():
+        quantizer.scale.copy_(scale)
     quantizer.ready = True
 
 

@@ -199,6 +199,7 @@ _LAST_PROBABILITY = 1 - (1 / 32 + 1 / 30) / 2
 
 @cache
 def standard_codebook(name: str) -> CodebookFormat:
+    """The codebook `nf4` or `sf4`."""
     if name == "nf4":
         # To the bit what bitsandbytes has: its constant, its float32.
         return CodebookFormat(

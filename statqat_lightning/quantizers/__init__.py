@@ -12,10 +12,26 @@ from statqat_lightning.quantizers.base import Statistics as Statistics
 from statqat_lightning.quantizers.base import check_pairing as check_pairing
 from statqat_lightning.quantizers.block import Block as Block
 from statqat_lightning.quantizers.iterative import Iterative as Iterative
+from statqat_lightning.quantizers.lsq import LSQ as LSQ
 from statqat_lightning.quantizers.minmax import MinMax as MinMax
+from statqat_lightning.quantizers.moving_average import MovingAverage as MovingAverage
+from statqat_lightning.quantizers.mse_grid import MSEGrid as MSEGrid
+from statqat_lightning.quantizers.octav import Octav as Octav
+from statqat_lightning.quantizers.percentile import Percentile as Percentile
 
 _QUANTIZERS: dict[str, type[Quantizer]] = {
-    cls.name: cls for cls in (Analytic, Iterative, MinMax, Block)
+    cls.name: cls
+    for cls in (
+        Analytic,
+        Iterative,
+        MinMax,
+        MovingAverage,
+        Percentile,
+        Octav,
+        MSEGrid,
+        LSQ,
+        Block,
+    )
 }
 
 
@@ -31,7 +47,7 @@ def option_names(name: str) -> list[str]:
 
 
 def get_quantizer(name: str, **options: Any) -> Quantizer:
-    """The quantizer called `analytic`, `iterative`, `minmax` or `block`, with its options.
+    """The quantizer of one of the `quantizer_names`, with its options.
 
     Raises:
         ValueError: If there is no such quantizer, or an option is not its own.

@@ -45,6 +45,17 @@ class Quantizer(ABC):
     """Whether `from_statistics` reads `Statistics.spectrum`."""
     needs_range = False
     """Whether `from_statistics` reads `Statistics.low` and `high`."""
+    learned = False
+    """Whether the scale is a parameter that training moves; the rule then gives its start only."""
+    range_momentum: float | None = None
+    """Weight of a new batch in the running range; None keeps the extremes of all batches."""
+
+    def check_format(self, fmt: Format) -> None:  # noqa: B027, few rules refuse any
+        """Refuse a format that the rule has no form for.
+
+        Raises:
+            ValueError: If there is none; the base accepts all.
+        """
 
     @abstractmethod
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:

@@ -13,7 +13,8 @@ class MinMax(Quantizer):
 
     On a grid that reaches further on one side, `max(max x / fmt.max, min x / fmt.min)`.
 
-    From a running statistic it is the moving-average min-max of most training tools.
+    From a running statistic it covers all batches seen: the scale never falls. `moving_average`
+    forgets.
     """
 
     name = "minmax"
@@ -26,7 +27,7 @@ class MinMax(Quantizer):
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
     ) -> Tensor:
         low, high = statistics.low, statistics.high
-        assert low is not None, "MinMax asks for the range"
-        assert high is not None, "MinMax asks for the range"
+        assert low is not None, "the range is asked for"
+        assert high is not None, "the range is asked for"
         scale = high / fmt.max
         return positive_or_one(scale.maximum(low / fmt.min) if fmt.is_signed else scale)

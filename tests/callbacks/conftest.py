@@ -20,7 +20,10 @@ def messages() -> Iterator[Messages]:
     said = Messages()
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("lightning.pytorch")
-    logger.addHandler(handler)
+    # Whichever of the two packages was imported last speaks for both.
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    for logger in loggers:
+        logger.addHandler(handler)
     yield said
-    logger.removeHandler(handler)
+    for logger in loggers:
+        logger.removeHandler(handler)

@@ -166,8 +166,9 @@ class TwoLosses(DigitsModule):
 
 
 def test_a_layer_used_twice_counts_one_batch_with_both_inputs() -> None:
-    recipe = QuantRecipe([QuantRule("shared", inputs=TensorSpec("int8", quantizer="minmax"))])
-    callback = StatQATCallback(recipe=recipe, momentum=1.0, freeze_at=None, verbose=False)
+    newest = TensorSpec("int8", quantizer="moving_average", averaging_constant=1.0)
+    recipe = QuantRecipe([QuantRule("shared", inputs=newest)])
+    callback = StatQATCallback(recipe=recipe, freeze_at=None, verbose=False)
     module, witness = train(callback, module=TwoLosses(), limit_val_batches=0)
     # Each batch calls the layer twice; the recorded ranges of the module are those of training,
     # because calibration runs on a copy.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -20,7 +21,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.wandb_file import read_run
 
-COMMANDS = ("digits.py", "cifar10_resnet20.py", "image_folder.py", "benchmarks/step_time.py")
+COMMANDS = (
+    "digits.py",
+    "cifar10_resnet20.py",
+    "image_folder.py",
+    "benchmarks/step_time.py",
+    "benchmarks/fake_quantize.py",
+)
 
 
 def run_example(repository: Path, *arguments: str) -> str:
@@ -148,6 +155,17 @@ def test_step_time_measures_all_variants(repository: Path) -> None:
     )
     for variant in ("float", "StatQAT W8A8", "StatQAT W4A4", "StatQAT FP4", "torch.ao, fused"):
         assert variant in output
+
+
+def test_fake_quantize_measures_all_formats(repository: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "result.json"
+    sizes = ("--rounds", "1", "--channels", "4", "--columns", "8", "--output", str(path))
+    output = run_example(repository, "benchmarks/fake_quantize.py", *sizes)
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert results["values"] == 32
+    for ratios in results["ratio_to_torch"].values():
+        assert {"int4", "int8", "uint8", "fp4", "fp6_e2m3", "fp8_e5m2"} <= ratios.keys()
+        assert all(name in output and ratio > 0 for name, ratio in ratios.items())
 
 
 class MyModule(L.LightningModule):
