@@ -38,8 +38,8 @@ _END_BIN = _FIRST_BIN + BINS_PER_SIDE
 _WINDOW_OCTAVES = (
     24  # of the data below its top octave; what lies lower holds no energy that matters
 )
-_CANDIDATES_PER_OCTAVE = 16
-_OCTAVES_ABOVE, _OCTAVES_BELOW = 2, 12  # candidates' clip points around the top of the data
+CANDIDATES_PER_OCTAVE = 64
+_OCTAVES_ABOVE, _OCTAVES_BELOW = 1, 12  # candidates' clip points around the top of the data
 _ROWS_AT_ONCE = 256  # a raw histogram takes 64 KiB
 _NEGLIGIBLE = 1e-10  # share of the energy that may lie above the window
 
@@ -187,7 +187,7 @@ class EnergySpectrum:
         log_clips = torch.log2(_candidate_clips(window.device))
         scale = torch.exp2(log_clips[curve.argmin(1)] + top) / fmt.max
         if warm is not None:
-            position = (log_clips[0] + top - torch.log2(warm * fmt.max)) * _CANDIDATES_PER_OCTAVE
+            position = (log_clips[0] + top - torch.log2(warm * fmt.max)) * CANDIDATES_PER_OCTAVE
             position = position.nan_to_num(0.0).round().clamp(0, len(log_clips) - 1).long()
             # The neighbours take part too: within them there is no jump, only the drift of one
             # minimum.
@@ -255,10 +255,10 @@ def _bin_edges(device: torch.device) -> Tensor:
 @lru_cache(maxsize=8)
 def _candidate_clips(device: torch.device) -> Tensor:
     """Candidate clip points relative to the top of the data, descending `(candidates,)`."""
-    steps = (_OCTAVES_ABOVE + _OCTAVES_BELOW) * _CANDIDATES_PER_OCTAVE
+    steps = (_OCTAVES_ABOVE + _OCTAVES_BELOW) * CANDIDATES_PER_OCTAVE
     exponent = (
         _OCTAVES_ABOVE
-        - torch.arange(steps, device=device, dtype=torch.float32) / _CANDIDATES_PER_OCTAVE
+        - torch.arange(steps, device=device, dtype=torch.float32) / CANDIDATES_PER_OCTAVE
     )
     return torch.exp2(exponent)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from statqat_lightning.error_analysis import EnergySpectrum
+from statqat_lightning.error_analysis import EnergySpectrum, ErrorCurve, SortedRows
+from statqat_lightning.error_analysis.spectrum import CANDIDATES_PER_OCTAVE
 from statqat_lightning.formats import Format
 from statqat_lightning.quantizers.base import (
     Quantizer,
@@ -14,10 +15,10 @@ from statqat_lightning.quantizers.base import (
     largest,
     positive_or_one,
     power_of_two,
-    squared_error,
 )
 
 _ROWS_AT_ONCE = 256
+_STARTS, _KEPT, _PARTS, _ROUNDS = 64, 8, 9, 2
 
 
 class Iterative(Quantizer):
@@ -38,7 +39,7 @@ class Iterative(Quantizer):
     name = "iterative"
     needs_spectrum = True
 
-    def __init__(self, tolerance: float = 0.02, max_iterations: int = 20) -> None:
+    def __init__(self, tolerance: float = 0.02, max_iterations: int = 4) -> None:
         if tolerance < 0:
             raise ValueError(
                 f"Iterative: got tolerance={tolerance!r}; expected a number of at least 0."
@@ -58,16 +59,44 @@ class Iterative(Quantizer):
         rows = rows * power_of_two(-exponent).unsqueeze(1)
         warm = None if warm is None else warm * power_of_two(-exponent)
         # In parts: the spectra of many short rows would take far more memory than the rows.
-        parts = torch.split(rows, _ROWS_AT_ONCE)
-        scale = torch.cat([EnergySpectrum.of(part).optimal_scale(fmt) for part in parts])
+        starts = [EnergySpectrum.of(part).error_curve(fmt) for part in rows.split(_ROWS_AT_ONCE)]
+        found = [
+            self._search(part, fmt, start, None if warm is None else some)
+            for part, start, some in zip(
+                rows.split(_ROWS_AT_ONCE),
+                starts,
+                (exponent if warm is None else warm).split(_ROWS_AT_ONCE),
+                strict=True,
+            )
+        ]
+        return positive_or_one(torch.cat(found) * power_of_two(exponent))
+
+    def _search(
+        self, rows: Tensor, fmt: Format, curve: ErrorCurve, warm: Tensor | None
+    ) -> Tensor:
+        data = SortedRows(rows, fmt)
+        likely = curve.errors.topk(_STARTS, 1, largest=False, sorted=False).indices
+        scales = curve.scales.gather(1, likely).to(torch.float64)
         if warm is not None:
-            closer = squared_error(rows, warm, fmt) < squared_error(rows, scale, fmt)
-            scale = torch.where(closer, warm, scale)
+            scales = torch.cat([scales, warm.unsqueeze(1).to(torch.float64)], 1)
+        errors = data.errors(scales)
+        width = 1.0 / CANDIDATES_PER_OCTAVE
+        for _ in range(_ROUNDS):
+            best = errors.topk(_KEPT, 1, largest=False, sorted=False)
+            kept = scales.gather(1, best.indices)
+            offsets = torch.linspace(-0.5, 0.5, _PARTS, dtype=torch.float64, device=rows.device)
+            near = (kept.unsqueeze(2) * torch.exp2(offsets * width)).flatten(1)
+            scales = torch.cat([kept, near], 1)
+            errors = torch.cat([best.values, data.errors(near)], 1)
+            width /= _PARTS - 1
+        best = errors.topk(_KEPT, 1, largest=False, sorted=False)
+        scales = scales.gather(1, best.indices)
         for _ in range(self.max_iterations):
-            previous, scale = scale, fixed_point_step(rows, scale, fmt)
-            if torch.allclose(scale, previous, rtol=1e-5, atol=0):
-                break
-        return positive_or_one(scale * power_of_two(exponent))
+            cross, square = data.sums(scales)
+            step = cross / square
+            scales = torch.where((step > 0) & step.isfinite(), step, scales)
+        scale = scales.gather(1, data.errors(scales).argmin(1, keepdim=True)).squeeze(1)
+        return scale.to(torch.float32)
 
     def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
         return fixed_point_step(rows, warm, fmt)
