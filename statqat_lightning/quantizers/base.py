@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.error_analysis.spectrum import EnergySpectrum
-from statqat_lightning.formats import Format
+from statqat_lightning.formats import Format, IntFormat
 from statqat_lightning.functional import QParams
 from statqat_lightning.granularity import Granularity, get_granularity
 
@@ -43,6 +43,8 @@ class Quantizer(ABC):
     name: str
     needs_spectrum = False
     """Whether `from_statistics` reads `Statistics.spectrum`."""
+    has_zero_point = False
+    """Whether it chooses zero points, too."""
     needs_range = False
     """Whether `from_statistics` reads `Statistics.low` and `high`."""
 
@@ -69,12 +71,38 @@ class Quantizer(ABC):
     ) -> Tensor:
         """Scale of each tensor known by its running statistics only; like `from_rows`."""
 
+    def affine_from_rows(
+        self, rows: Tensor, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each row of a tensor that is at hand.
+
+        Args:
+            rows: Finite float32 `(n, m)`.
+            fmt: An integer format.
+            warm: Scales and zero points in force, float32 `(n,)` each.
+
+        Returns:
+            Scale, positive, and zero point: a whole number from `fmt.min` to `fmt.max`, the code of
+            0; float32 `(n,)` each, 1 and 0 for a row of zeros.
+
+        Raises:
+            ValueError: If this quantizer chooses no zero points; the message says which do.
+        """
+        raise ValueError(_no_zero_point(self.name))
+
+    def affine_from_statistics(
+        self, statistics: Statistics, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of tensors known by running statistics; like `affine_from_rows`."""
+        raise ValueError(_no_zero_point(self.name))
+
     def choose_qparams(
         self,
         x: Tensor,
         fmt: Format,
         granularity: str | Granularity | None = None,
         axis: int | None = None,
+        zero_point: bool = False,
     ) -> QParams:
         """Scales for a tensor in one call.
 
@@ -83,13 +111,18 @@ class Quantizer(ABC):
             fmt: The number format.
             granularity: Name or object; per tensor when None, or per channel if `axis` is given.
             axis: The kept axis of `per_channel`, 0 when None.
+            zero_point: Whether to choose a zero point, too, which suits data on one side of zero
+                or skewed. 0 is always reproduced exactly.
 
         Returns:
-            QParams whose scale is float32 of shape `granularity.scale_shape(x.shape)`.
+            QParams whose scale is float32 of shape `granularity.scale_shape(x.shape)`; so is the
+            zero point, a whole number from `fmt.min` to `fmt.max`, if one was asked for. All-zero
+            rows get scale 1, which reproduces them; their SNR is 0 / 0, NaN.
 
         Raises:
             TypeError: If `x` is not floating point.
-            ValueError: If `x` is empty or holds NaN or infinities.
+            ValueError: If `x` is empty or holds NaN or infinities, or if a zero point is asked of
+                a format that is no integer format or of a quantizer that chooses none.
         """
         if not x.is_floating_point():
             raise TypeError(f"choose_qparams: got x of dtype {x.dtype}; expected a floating dtype.")
@@ -101,8 +134,24 @@ class Quantizer(ABC):
             raise ValueError("choose_qparams: got NaN or infinite values in x; remove them first.")
         name = granularity or ("per_tensor" if axis is None else "per_channel")
         sharing = get_granularity(name, axis or 0)
-        scale = self.from_rows(sharing.rows(x.detach().to(torch.float32)), fmt)
-        return QParams(scale.view(sharing.scale_shape(tuple(x.shape))), granularity=sharing)
+        rows = sharing.rows(x.detach().to(torch.float32))
+        if not rows.isfinite().all():
+            raise ValueError("choose_qparams: got values in x beyond float32; scale them first.")
+        shape = sharing.scale_shape(tuple(x.shape))
+        if not zero_point:
+            return QParams(self.from_rows(rows, fmt).view(shape), granularity=sharing)
+        if not isinstance(fmt, IntFormat):
+            raise ValueError(
+                f"choose_qparams: got zero_point=True with format {fmt.name!r}; expected an "
+                "integer format."
+            )
+        scale, zero = self.affine_from_rows(rows, fmt)
+        return QParams(scale.view(shape), zero.view(shape), sharing)
+
+
+def _no_zero_point(name: str) -> str:
+    able = sorted(cls.name for cls in Quantizer.__subclasses__() if cls.has_zero_point)
+    return f"quantizer {name!r} chooses no zero points; expected one of {', '.join(able)}."
 
 
 def largest(rows: Tensor, fmt: Format) -> Tensor:
