@@ -174,9 +174,7 @@ class EnergySpectrum:
         window = self._window(fmt)
         device = window.energy.device
         scales = _candidate_clips(device) / fmt.max * torch.exp2(window.top).unsqueeze(1)
-        errors = torch.addmm(
-            window.outside.unsqueeze(1), window.energy, _responses(fmt, device).T
-        )
+        errors = torch.addmm(window.outside.unsqueeze(1), window.energy, _responses(fmt, device).T)
         return ErrorCurve(scales, errors)
 
     def optimal_scale(
@@ -199,7 +197,7 @@ class EnergySpectrum:
         """
         window = self._window(fmt)
         top, device = window.top, window.energy.device
-        curve = torch.addmm(window.outside.unsqueeze(1), window.energy, _responses(fmt, device).T)
+        curve = window.energy @ _responses(fmt, device).T
         clips = _candidate_clips(device)
         height = torch.exp2(top)
         scale = clips[curve.argmin(1)] * height / fmt.max
@@ -210,7 +208,9 @@ class EnergySpectrum:
             # minimum.
             near = position.unsqueeze(1) + torch.arange(-_NEAR, _NEAR + 1, device=device)
             near = near.clamp_(0, len(clips) - 1)
-            stay = curve.gather(1, near).amin(1) <= curve.amin(1) * (1 + tolerance)
+            # What every scale loses is added here only: beside it, float32 may not tell them apart.
+            beside = curve.gather(1, near).amin(1) + window.outside
+            stay = beside <= (curve.amin(1) + window.outside) * (1 + tolerance)
             scale = torch.where(stay, warm, scale)
         x = window.points
         power = x.square().mean(0)
@@ -417,7 +417,7 @@ def _responses(fmt: Format, device: torch.device) -> Tensor:
     x = _window_points(torch.device("cpu"), num_sides, _FINE_POINTS)
     power = x.square().mean(0)
     rows = []
-    for scale in _candidate_clips(torch.device("cpu")).div(fmt.max).split(64):
+    for scale in torch.split(_candidate_clips(torch.device("cpu")) / fmt.max, 64):
         s = scale.view(-1, 1, 1)
         rows.append(fmt.round_(x / s).mul_(s).sub_(x).square_().mean(1) / power)
     return torch.cat(rows).to(device)

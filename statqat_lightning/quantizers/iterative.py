@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from statqat_lightning.error_analysis import EnergySpectrum, ErrorCurve, Samples
+from statqat_lightning.error_analysis import EnergySpectrum, Samples
 from statqat_lightning.error_analysis.spectrum import CANDIDATES_PER_OCTAVE, is_symmetric
 from statqat_lightning.formats import Format
 from statqat_lightning.quantizers.base import (
@@ -20,10 +20,18 @@ from statqat_lightning.quantizers.base import (
 )
 
 _ROWS_AT_ONCE = 256
-_PLANS = ((256, 320, 5, 8, 8, 2), (4096, 64, 1, 8, 8, 2), (math.inf, 32, 1, 4, 8, 1))
+# By length of the rows: how many candidates of the error curve are tried on the values and in how
+# many parts each; how many of them are kept, in how many parts the width around those is searched,
+# and how often. The error of a short row has many kinks that its curve does not show.
+_PLANS = (
+    (256, 320, 5, 8, 8, 2),
+    (4096, 64, 1, 8, 8, 2),
+    (math.inf, 32, 1, 4, 8, 1),
+)
+_CONDENSED_LENGTH = 1024  # the plan for rows whose close values are put together
 _FINALISTS = 2
-_AFFINE_ROWS_AT_ONCE = 16
-_AFFINE_STARTS, _AFFINE_KEPT = 256, 8
+_AFFINE_ROWS_AT_ONCE = 16  # a curve over scales and zero points takes some megabytes
+_AFFINE_STARTS, _AFFINE_KEPT, _AFFINE_ROUNDS = 256, 8, 3
 
 
 class Iterative(Quantizer):
@@ -31,14 +39,14 @@ class Iterative(Quantizer):
 
     The stationarity condition :math:`s = E[xq] / E[q^2]` holds for every grid, but its plain
     iteration is slow at many levels and stops in local minima on floating-point grids. So the error
-    curve over all scales comes first, from the energy spectrum; the iteration only refines its
-    minimum.
+    curve over all scales comes first, from the energy spectrum. Its best candidates are compared by
+    their errors on the values themselves and searched around; the iteration only finishes.
 
     Args:
         tolerance: From a running statistic: relative error by which a distant scale must be better
             than the one in force to replace it; within it, the scale in force takes one fixed-point
             step.
-        max_iterations: From a tensor: largest number of fixed-point steps on the values themselves.
+        max_iterations: From a tensor: number of fixed-point steps that finish the search.
     """
 
     name = "iterative"
@@ -65,23 +73,18 @@ class Iterative(Quantizer):
         exponent = torch.frexp(peak).exponent.clamp(-126, 126)
         rows = rows * power_of_two(-exponent).unsqueeze(1)
         warm = None if warm is None else warm * power_of_two(-exponent)
+        found = []
         # In parts: the spectra of many short rows would take far more memory than the rows.
-        starts = [EnergySpectrum.of(part, inside=False).error_curve(fmt) for part in rows.split(_ROWS_AT_ONCE)]
-        found = [
-            self._search(part, fmt, start, None if warm is None else some)
-            for part, start, some in zip(
-                rows.split(_ROWS_AT_ONCE),
-                starts,
-                (exponent if warm is None else warm).split(_ROWS_AT_ONCE),
-                strict=True,
-            )
-        ]
+        for first in range(0, len(rows), _ROWS_AT_ONCE):
+            few = slice(first, first + _ROWS_AT_ONCE)
+            found.append(self._search(rows[few], fmt, None if warm is None else warm[few]))
         scale = positive_or_one(torch.cat(found) * power_of_two(exponent))
         return torch.where(peak > 0, scale, 1.0)
 
-    def _search(self, rows: Tensor, fmt: Format, curve: ErrorCurve, warm: Tensor | None) -> Tensor:
+    def _search(self, rows: Tensor, fmt: Format, warm: Tensor | None) -> Tensor:
+        curve = EnergySpectrum.of(rows, inside=False).error_curve(fmt)
         samples = Samples.condensed(rows, fold=is_symmetric(fmt))
-        size = 1024 if samples.weights is not None else rows.shape[1]
+        size = _CONDENSED_LENGTH if samples.weights is not None else rows.shape[1]
         _, starts, first_parts, kept, parts, rounds = next(p for p in _PLANS if size <= p[0])
         likely = curve.errors.topk(starts, 1, largest=False, sorted=False).indices
         scales = curve.scales.gather(1, likely)
@@ -150,7 +153,7 @@ class Iterative(Quantizer):
         errors = samples.errors(fmt, scales, zeros)
         width = 1 / 16
         shifts = torch.arange(-1.0, 2.0, device=rows.device).view(1, 1, 3, 1)
-        for _ in range(3):
+        for _ in range(_AFFINE_ROUNDS):
             best = errors.topk(_AFFINE_KEPT, 1, largest=False, sorted=False)
             scales, zeros = scales.gather(1, best.indices), zeros.gather(1, best.indices)
             factors = torch.exp2(torch.linspace(-width, width, 7, device=rows.device))
