@@ -40,7 +40,7 @@ _WINDOW_OCTAVES = (
     24  # of the data below its top octave; what lies lower holds no energy that matters
 )
 CANDIDATES_PER_OCTAVE = 64
-_NEAR = CANDIDATES_PER_OCTAVE // 16  # candidates on either side of the scale in force
+_NEAR = CANDIDATES_PER_OCTAVE // 32  # candidates on either side of the scale in force
 _FINE_POINTS = 18
 _OCTAVES_ABOVE, _OCTAVES_BELOW = 1, 12  # candidates' clip points around the top of the data
 _ROWS_AT_ONCE = 256  # a raw histogram takes 64 KiB
@@ -197,12 +197,15 @@ class EnergySpectrum:
         """
         window = self._window(fmt)
         top, device = window.top, window.energy.device
-        curve = window.energy @ _responses(fmt, device).T
-        clips = _candidate_clips(device)
+        # Every second candidate: the step below closes a gap of half the distance.
+        curve = window.energy @ _responses(fmt, device)[::2].T
+        clips = _candidate_clips(device)[::2]
         height = torch.exp2(top)
         scale = clips[curve.argmin(1)] * height / fmt.max
         if warm is not None:
-            position = torch.log2(clips[0] * height / (warm * fmt.max)) * CANDIDATES_PER_OCTAVE
+            position = torch.log2(clips[0] * height / (warm * fmt.max)) * (
+                CANDIDATES_PER_OCTAVE // 2
+            )
             position = position.nan_to_num(0.0).clamp_(0, len(clips) - 1).round().long()
             # Neighbours take part too: within them there is no jump, only the drift of one
             # minimum.

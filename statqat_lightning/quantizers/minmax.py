@@ -48,4 +48,5 @@ def _affine(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     levels = fmt.max - fmt.min
     scale = positive_or_one(high / levels - low / levels)  # their difference may overflow
-    return scale, torch.round(fmt.min - low / scale).clamp_(fmt.min, fmt.max)
+    zero_point = torch.round(fmt.min - low / scale).clamp_(fmt.min, fmt.max)
+    return scale, torch.where(high > low, zero_point, 0.0)
