@@ -5,5 +5,6 @@ from statqat_lightning.error_analysis.densities import get_density as get_densit
 from statqat_lightning.error_analysis.exact import expected_mse as expected_mse
 from statqat_lightning.error_analysis.exact import expected_snr_db as expected_snr_db
 from statqat_lightning.error_analysis.exact import optimal_scale as optimal_scale
+from statqat_lightning.error_analysis.samples import Samples as Samples
 from statqat_lightning.error_analysis.spectrum import EnergySpectrum as EnergySpectrum
 from statqat_lightning.error_analysis.spectrum import ErrorCurve as ErrorCurve

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from statqat_lightning.formats import Format
+from statqat_lightning.formats import Format, IntFormat
 
 BINS_PER_OCTAVE = 32
-LOWEST_OCTAVE, NUM_OCTAVES = -32, 64
-"""Magnitudes from 2**-32 to 2**32 are resolved. What is smaller is lost, and data that lies below
+LOWEST_OCTAVE, NUM_OCTAVES = -48, 80
+"""Magnitudes from 2**-48 to 2**32 are resolved. What is smaller is lost, and data that lies below
 altogether looks like zeros: who holds the values scales them by a power of two first."""
 BINS_PER_SIDE = BINS_PER_OCTAVE * NUM_OCTAVES
 NUM_BINS = 2 * BINS_PER_SIDE
@@ -38,13 +39,15 @@ _END_BIN = _FIRST_BIN + BINS_PER_SIDE
 _WINDOW_OCTAVES = (
     24  # of the data below its top octave; what lies lower holds no energy that matters
 )
-_CANDIDATES_PER_OCTAVE = 16
-_OCTAVES_ABOVE, _OCTAVES_BELOW = 2, 12  # candidates' clip points around the top of the data
+CANDIDATES_PER_OCTAVE = 64
+_NEAR = CANDIDATES_PER_OCTAVE // 32  # candidates on either side of the scale in force
+_FINE_POINTS = 18
+_OCTAVES_ABOVE, _OCTAVES_BELOW = 1, 12  # candidates' clip points around the top of the data
 _ROWS_AT_ONCE = 256  # a raw histogram takes 64 KiB
 _NEGLIGIBLE = 1e-10  # share of the energy that may lie above the window
 
 
-def raw_spectra(rows: Tensor, squares: Tensor | None = None) -> Tensor:
+def raw_spectra(rows: Tensor, weights: Tensor | None = None) -> Tensor:
     """Raw histogram of each of a few rows, without a host synchronisation.
 
     Every bit pattern has its bin, so NaN, infinities and squares that overflow stay in bins of
@@ -52,20 +55,20 @@ def raw_spectra(rows: Tensor, squares: Tensor | None = None) -> Tensor:
 
     Args:
         rows: float32 `(n, m)`, contiguous.
-        squares: `rows.square()` if it is at hand.
+        weights: What each value adds to its bin, float32 `(n, m)`; its square when None.
 
     Returns:
         float32 `(n, NUM_RAW_BINS)`.
     """
     index = (rows.view(torch.int32) >> _SHIFT).bitwise_and_(NUM_RAW_BINS - 1)
-    squares = rows.square() if squares is None else squares
+    weights = rows.square() if weights is None else weights
     raw = torch.zeros(len(rows), NUM_RAW_BINS, device=rows.device, dtype=torch.float32)
     if rows.device.type == "cpu":
-        return raw.scatter_add_(1, index.long(), squares)  # rows run in parallel
+        return raw.scatter_add_(1, index.long(), weights)  # rows run in parallel
     # Elsewhere only this one has a deterministic form.
     first = torch.arange(len(rows), dtype=torch.int32, device=rows.device).unsqueeze(1)
     index.add_(first, alpha=NUM_RAW_BINS)
-    raw.view(-1).index_add_(0, index.view(-1), squares.view(-1))
+    raw.view(-1).index_add_(0, index.view(-1), weights.view(-1))
     return raw
 
 
@@ -103,16 +106,22 @@ class EnergySpectrum:
 
     Attributes:
         energy: float32 `(n, NUM_BINS)`: sums of squares in each bin over the number of values.
+        inside: Where the values lie inside their bins, float32 `(n, 3, NUM_BINS)`: their number,
+            and the mean and the standard deviation of the position, 0 at a bin's lower and 1 at its
+            upper edge. None in a running statistic, which takes them as evenly spread: with a few
+            outliers, or with few values at all, that is off by some tenths of a decibel or more.
     """
 
     energy: Tensor
+    inside: Tensor | None = None
 
     @classmethod
-    def of(cls, x: Tensor) -> EnergySpectrum:
+    def of(cls, x: Tensor, inside: bool = True) -> EnergySpectrum:
         """Spectrum of each row of `x`.
 
         Args:
             x: `(n, m)`, or any other shape for one spectrum of all values; floating dtype.
+            inside: Whether to keep where the values lie inside their bins, for predictions.
 
         Raises:
             ValueError: If `x` is empty or holds a NaN, an infinity or a value beyond `2**32`.
@@ -122,17 +131,19 @@ class EnergySpectrum:
             raise ValueError(
                 f"EnergySpectrum.of: got x of shape {tuple(x.shape)}; expected at least one value."
             )
-        parts = [
+        pairs = [
             resolved_bins(raw_spectra(part.contiguous()))
             for part in torch.split(rows, _ROWS_AT_ONCE)
         ]
-        energy, beyond = (torch.cat(column) for column in zip(*parts, strict=True))
+        energy, beyond = (torch.cat(column) for column in zip(*pairs, strict=True))
         if (beyond != 0).any():
             raise ValueError(
                 "EnergySpectrum.of: got values that are NaN, infinite or beyond +-2**32; "
                 "remove them first."
             )
-        return cls(energy / rows.shape[1])
+        parts = torch.split(rows, _ROWS_AT_ONCE)
+        positions = torch.cat([_inside(part.contiguous()) for part in parts]) if inside else None
+        return cls(energy / rows.shape[1], positions)
 
     @property
     def power(self) -> Tensor:
@@ -155,14 +166,16 @@ class EnergySpectrum:
         return torch.where(both > 0, edges, 0.0).amax(1)
 
     def error_curve(self, fmt: Format) -> ErrorCurve:
-        """Error of `fmt` at candidate scales, 16 an octave.
+        """Error of `fmt` at candidate scales, 64 an octave.
 
-        Their clip points run from two octaves above the top of the data to twelve below it; lower
+        Their clip points run from an octave above the top of the data to twelve below it; lower
         still, the clipping error alone is almost the whole power.
         """
-        window, top, outside = self._window(fmt)
-        scales = _candidate_clips(window.device) / fmt.max * torch.exp2(top).unsqueeze(1)
-        return ErrorCurve(scales, window @ _responses(fmt, window.device).T + outside.unsqueeze(1))
+        window = self._window(fmt)
+        device = window.energy.device
+        scales = _candidate_clips(device) / fmt.max * torch.exp2(window.top).unsqueeze(1)
+        errors = torch.addmm(window.outside.unsqueeze(1), window.energy, _responses(fmt, device).T)
+        return ErrorCurve(scales, errors)
 
     def optimal_scale(
         self, fmt: Format, warm: Tensor | None = None, tolerance: float = 0.0
@@ -182,37 +195,53 @@ class EnergySpectrum:
         Returns:
             float32 `(n,)`; 1 where there is no energy that the format can represent.
         """
-        window, top, outside = self._window(fmt)
-        curve = window @ _responses(fmt, window.device).T + outside.unsqueeze(1)
-        log_clips = torch.log2(_candidate_clips(window.device))
-        scale = torch.exp2(log_clips[curve.argmin(1)] + top) / fmt.max
+        window = self._window(fmt)
+        top, device = window.top, window.energy.device
+        # Every second candidate: the step below closes a gap of half the distance.
+        curve = window.energy @ _responses(fmt, device)[::2].T
+        clips = _candidate_clips(device)[::2]
+        height = torch.exp2(top)
+        scale = clips[curve.argmin(1)] * height / fmt.max
         if warm is not None:
-            position = (log_clips[0] + top - torch.log2(warm * fmt.max)) * _CANDIDATES_PER_OCTAVE
-            position = position.nan_to_num(0.0).round().clamp(0, len(log_clips) - 1).long()
-            # The neighbours take part too: within them there is no jump, only the drift of one
-            # minimum.
-            near = (position.unsqueeze(1) + torch.arange(-1, 2, device=window.device)).clamp(
-                0, len(log_clips) - 1
+            position = torch.log2(clips[0] * height / (warm * fmt.max)) * (
+                CANDIDATES_PER_OCTAVE // 2
             )
-            stay = curve.gather(1, near).amin(1) <= curve.amin(1) * (1 + tolerance)
+            position = position.nan_to_num(0.0).clamp_(0, len(clips) - 1).round().long()
+            # Neighbours take part too: within them there is no jump, only the drift of one
+            # minimum.
+            near = position.unsqueeze(1) + torch.arange(-_NEAR, _NEAR + 1, device=device)
+            near = near.clamp_(0, len(clips) - 1)
+            # What every scale loses is added here only: beside it, float32 may not tell them apart.
+            beside = curve.gather(1, near).amin(1) + window.outside
+            stay = beside <= (curve.amin(1) + window.outside) * (1 + tolerance)
             scale = torch.where(stay, warm, scale)
-        x, power = _window_points(window.device)
-        q = fmt.round_(x * (torch.exp2(top) / scale).view(-1, 1, 1))
-        cross = (window * ((x * q).mean(1) / power)).sum(1) * torch.exp2(top)
-        square = (window * (q.square_().mean(1) / power)).sum(1)
+        x = window.points
+        power = x.square().mean(0)
+        q = fmt.round_(x * (height / scale).view(-1, 1, 1))
+        cross = (window.energy * ((x * q).mean(1) / power)).sum(1) * height
+        square = (window.energy * (q.square_().mean(1) / power)).sum(1)
         step = cross / square
         scale = torch.where(step.isfinite() & (step > 0), step, scale)
-        return torch.where(window.sum(1) > 0, scale, 1.0)
+        return torch.where(window.energy.sum(1) > 0, scale, 1.0)
 
-    def mse(self, fmt: Format, scale: Tensor) -> Tensor:
-        """Mean squared error predicted at `scale` `(n,)` from four points a bin, float32 `(n,)`."""
-        window, top, outside = self._window(fmt)
-        x, power = _window_points(window.device)
-        y = x * (torch.exp2(top) / scale).view(-1, 1, 1)
-        relative = (fmt.round(y) - y).square().mean(1) / (
-            power * (torch.exp2(top) / scale).square().unsqueeze(1)
-        )
-        return (window * relative).sum(1) + outside
+    def mse(self, fmt: Format, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """Mean squared error predicted at `scale` and `zero_point` `(n,)`, float32 `(n,)`.
+
+        Each bin stands for evenly spread points, or where `inside` is known for points with the
+        mean and the deviation of the bin's values.
+        """
+        parts = []
+        for first in range(0, len(self.energy), _ROWS_AT_ONCE // 8):
+            few = slice(first, first + _ROWS_AT_ONCE // 8)
+            inside = None if self.inside is None else self.inside[few]
+            part = EnergySpectrum(self.energy[few], inside)
+            zero = None if zero_point is None else zero_point[few].view(-1, 1, 1)
+            window = part._window(fmt, apart=True, every=zero is not None)
+            y = window.points * (torch.exp2(window.top) / scale[few]).view(-1, 1, 1)
+            q = fmt.round(y) if zero is None else fmt.round_(y + zero).sub_(zero)
+            relative = (q - y).square_().mean(1) / y.square().mean(1)
+            parts.append((window.energy * relative).sum(1) + window.outside)
+        return torch.cat(parts)
 
     def predicted_snr_db(self, fmt: Format, scale: Tensor | float) -> Tensor:
         """Predicted SNR in dB at `scale` (scalar or `(n,)`), float32 `(n,)`."""
@@ -221,29 +250,131 @@ class EnergySpectrum:
         )
         return 10 * torch.log10(self.power / self.mse(fmt, scale))
 
-    def _window(self, fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
-        """The octaves that matter, aligned at the data's top.
+    def affine_curve(self, levels: int) -> tuple[Tensor, Tensor]:
+        """Error of `levels` levels of equal spacing at candidate scales and zero points.
+
+        With `z` levels below zero, positive values see a grid of `levels - 1 - z` levels, negative
+        ones one of `z`: the error is the sum of both. Up to the end of a grid it is that of a grid
+        without end, beyond it follows from the sums of `1`, `x` and `x^2`.
+
+        Args:
+            levels: Number of levels, zero included.
 
         Returns:
-            Energies `(n, _WINDOW_OCTAVES * BINS_PER_OCTAVE)` of the values on the format's side,
-            ascending; the binary logarithm of the window's upper end `(n,)`; the energy that every
-            scale loses `(n,)`.
+            Candidate scales, descending, float32 `(n, candidates)`; mean squared errors `(n,
+            candidates, levels)`, the last index being the levels below zero.
         """
-        positive, negative = self.energy[:, :BINS_PER_SIDE], self.energy[:, BINS_PER_SIDE:]
-        both = positive + negative if fmt.is_signed else positive
-        lost = torch.zeros_like(both[:, 0]) if fmt.is_signed else negative.sum(1)
-        octaves = both.view(len(both), NUM_OCTAVES, BINS_PER_OCTAVE)
-        energy = octaves.sum(2)
+        device = self.energy.device
+        window = self._window(IntFormat(8), apart=True, every=True)
+        relative, ends, clips = _endless_grid(levels, device)
+        energy = window.energy.view(len(self.energy), 2, -1)
+        points = _window_points(device, 1, _FINE_POINTS)
+        power, mean = points.square().mean(0), points.mean(0)
+        beyond = torch.stack([energy, energy * (mean / power), energy / power])
+        beyond = F.pad(beyond.flip(-1).cumsum(-1).flip(-1), (0, 1))  # `(3, n, 2, bins + 1)`
+        inside = F.pad((energy.unsqueeze(2) * relative).cumsum(-1), (1, 0))
+        inside = inside.gather(3, ends.expand(*inside.shape[:3], -1))
+        second, first, count = beyond[..., ends].unbind(0)
+        side = inside + second + clips * (clips * count - 2 * first)
+        errors = side[:, 0].flip(-1) + side[:, 1]
+        scales = _affine_scales(levels, device) * torch.exp2(window.top).unsqueeze(1)
+        return scales, errors + window.outside.view(-1, 1, 1)
+
+    def affine_step(self, fmt: Format, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """One fixed-point step of the scale, its zero point kept; all float32 `(n,)`."""
+        window = self._window(fmt, apart=True, every=True)
+        height = torch.exp2(window.top)
+        x, zero = _window_points(scale.device, 2), zero_point.view(-1, 1, 1)
+        power = x.square().mean(0)
+        q = fmt.round_(x * (height / scale).view(-1, 1, 1) + zero).sub_(zero)
+        cross = (window.energy * ((x * q).mean(1) / power)).sum(1) * height
+        step = cross / (window.energy * (q.square_().mean(1) / power)).sum(1)
+        return torch.where(step.isfinite() & (step > 0), step, scale)
+
+    def _window(self, fmt: Format, apart: bool = False, every: bool = False) -> _Window:
+        """The octaves that matter, aligned at the data's top.
+
+        Args:
+            fmt: The number format; values that it cannot represent are left out.
+            apart: Whether both signs are kept apart, with points from `inside`, even where the
+                grid is symmetric.
+            every: Whether the format represents both signs by its zero point.
+        """
+        n = len(self.energy)
+        num_sides = 2 if fmt.is_signed or every else 1
+        sides = self.energy.view(n, 2, NUM_OCTAVES, BINS_PER_OCTAVE)
+        lost = sides[:, num_sides:].sum((1, 2, 3))
+        sides = sides[:, :num_sides]
+        if num_sides == 2 and not apart and is_symmetric(fmt):
+            sides, num_sides = sides.sum(1, keepdim=True), 1
+        energy = sides.sum((1, 3))
         matters = energy > _NEGLIGIBLE * energy.sum(1, keepdim=True)
-        number = torch.arange(1, NUM_OCTAVES + 1, device=both.device)
-        top = torch.where(matters, number, 0).amax(
-            1
-        )  # octaves up to and with the highest that matters
-        index = top.unsqueeze(1) + torch.arange(-_WINDOW_OCTAVES, 0, device=both.device)
-        window = octaves.gather(1, index.clamp_min(0).unsqueeze(2).expand(-1, -1, BINS_PER_OCTAVE))
-        window = torch.where((index >= 0).unsqueeze(2), window, 0.0).flatten(1)
-        below = (both.sum(1) - window.sum(1)).clamp_min(0.0)
-        return window, (top + LOWEST_OCTAVE).to(torch.float32), lost + below
+        number = torch.arange(1, NUM_OCTAVES + 1, device=energy.device)
+        # Octaves up to and with the highest that matters.
+        top = torch.where(matters, number, 0).amax(1)
+        index = top.unsqueeze(1) + torch.arange(-_WINDOW_OCTAVES, 0, device=energy.device)
+        place = index.clamp_min(0).view(n, 1, -1, 1)
+        window = sides.gather(2, place.expand(-1, num_sides, -1, BINS_PER_OCTAVE))
+        window = torch.where((index >= 0).view(n, 1, -1, 1), window, 0.0).flatten(1)
+        below = (energy.sum(1) - window.sum(1)).clamp_min(0.0)
+        points = (
+            self._placed_points(num_sides, place)
+            if apart
+            else _window_points(energy.device, num_sides)
+        )
+        return _Window(window, (top + LOWEST_OCTAVE).to(torch.float32), lost + below, points)
+
+    def _placed_points(self, num_sides: int, place: Tensor) -> Tensor:
+        """Points `(1 or n, points, bins)` that stand for the values in each bin of the window."""
+        if self.inside is None:
+            return _window_points(self.energy.device, num_sides, _FINE_POINTS).unsqueeze(0)
+        n = len(self.energy)
+        inside = self.inside.view(n * 3, 2, NUM_OCTAVES, BINS_PER_OCTAVE)[:, :num_sides]
+        place = place.repeat_interleave(3, 0).expand(-1, num_sides, -1, BINS_PER_OCTAVE)
+        inside = inside.gather(2, place).view(n, 3, 1, -1)
+        count, mean, deviation = inside.unbind(1)
+        even = torch.linspace(-1, 1, _FINE_POINTS, device=inside.device)
+        even = (even / even.square().mean().sqrt()).unsqueeze(1)
+        # Two values lie at their mean plus and minus their deviation.
+        position = mean + deviation * torch.where(count > 2, even, even.sign())
+        edges = _window_points(inside.device, num_sides, 1, middle=0.0)
+        width = torch.exp2(torch.floor(torch.log2(edges.abs()))) * edges.sign() / BINS_PER_OCTAVE
+        return edges + width * position.clamp_(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The octaves of a spectrum that matter.
+
+    Attributes:
+        energy: float32 `(n, bins)`, ascending in magnitude, if need be positive values first.
+        top: Binary logarithm of the upper end, `(n,)`.
+        outside: Energy that every scale loses, `(n,)`.
+        points: Values that stand for each bin if the upper end were 1, `(points, bins)` or
+            `(n, points, bins)`.
+    """
+
+    energy: Tensor
+    top: Tensor
+    outside: Tensor
+    points: Tensor
+
+
+def _inside(rows: Tensor) -> Tensor:
+    """Number, mean and standard deviation of positions in each bin, float32 `(n, 3, NUM_BINS)`."""
+    fraction = (rows.view(torch.int32) & ((1 << _SHIFT) - 1)).to(torch.float32) / (1 << _SHIFT)
+    weights = (torch.ones_like(rows), fraction, fraction.square())
+    count, first, second = (resolved_bins(raw_spectra(rows, w))[0] for w in weights)
+    mean = first / count.clamp_min(1.0)
+    variance = (second / count.clamp_min(1.0) - mean.square()).clamp_min_(0.0)
+    deviation = torch.where(count > 1, variance.sqrt_(), 0.0)
+    return torch.stack([count, mean, deviation], 1)
+
+
+@lru_cache(maxsize=256)
+def is_symmetric(fmt: Format) -> bool:
+    """Whether the grid is the same for `x` and `-x`."""
+    return torch.equal(fmt.values, -fmt.values.flip(0))
 
 
 def _bin_edges(device: torch.device) -> Tensor:
@@ -255,34 +386,70 @@ def _bin_edges(device: torch.device) -> Tensor:
 @lru_cache(maxsize=8)
 def _candidate_clips(device: torch.device) -> Tensor:
     """Candidate clip points relative to the top of the data, descending `(candidates,)`."""
-    steps = (_OCTAVES_ABOVE + _OCTAVES_BELOW) * _CANDIDATES_PER_OCTAVE
+    steps = (_OCTAVES_ABOVE + _OCTAVES_BELOW) * CANDIDATES_PER_OCTAVE
     exponent = (
         _OCTAVES_ABOVE
-        - torch.arange(steps, device=device, dtype=torch.float32) / _CANDIDATES_PER_OCTAVE
+        - torch.arange(steps, device=device, dtype=torch.float32) / CANDIDATES_PER_OCTAVE
     )
     return torch.exp2(exponent)
 
 
-@lru_cache(maxsize=16)
-def _window_points(device: torch.device, points: int = 4) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=32)
+def _window_points(
+    device: torch.device, num_sides: int, points: int = 5, middle: float = 0.5
+) -> Tensor:
     """Points spread evenly in each bin of the window whose upper end is 1.
 
+    Never a power of two of them: levels of integers lie a power of two of a bin apart, and all
+    points would lie at the same place in their cells.
+
     Returns:
-        The points, float32 `(points, bins)`, and their mean squares `(bins,)`.
+        float32 `(points, bins)`, for two sides positive ones and then negative ones.
     """
-    fraction = 1 + torch.arange(BINS_PER_OCTAVE * points, dtype=torch.float32, device=device) / (
-        BINS_PER_OCTAVE * points
-    )
-    fraction += 0.5 / (BINS_PER_OCTAVE * points)
+    steps = BINS_PER_OCTAVE * points
+    fraction = 1 + (torch.arange(steps, dtype=torch.float32, device=device) + middle) / steps
     powers = torch.exp2(torch.arange(-_WINDOW_OCTAVES, 0, dtype=torch.float32, device=device))
-    x = (powers.unsqueeze(1) * fraction).view(-1, points).T.contiguous()
-    return x, x.square().mean(0)
+    x = (powers.unsqueeze(1) * fraction).view(-1, points).T
+    return (x if num_sides == 1 else torch.cat([x, -x], 1)).contiguous()
 
 
 @lru_cache(maxsize=64)
 def _responses(fmt: Format, device: torch.device) -> Tensor:
     """Mean relative squared error in each bin of the window, float32 `(candidates, bins)`."""
-    x, power = _window_points(torch.device("cpu"), points=16)
-    scale = (_candidate_clips(torch.device("cpu")) / fmt.max).view(-1, 1, 1)
-    error = fmt.round_(x / scale).mul_(scale).sub_(x)
-    return (error.square_().mean(1) / power).to(device)
+    num_sides = 2 if fmt.is_signed and not is_symmetric(fmt) else 1
+    x = _window_points(torch.device("cpu"), num_sides, _FINE_POINTS)
+    power = x.square().mean(0)
+    rows = []
+    for scale in torch.split(_candidate_clips(torch.device("cpu")) / fmt.max, 64):
+        s = scale.view(-1, 1, 1)
+        rows.append(fmt.round_(x / s).mul_(s).sub_(x).square_().mean(1) / power)
+    return torch.cat(rows).to(device)
+
+
+_AFFINE_STEP = 2  # of the candidate clip points
+_AFFINE_OCTAVES = 10
+
+
+@lru_cache(maxsize=16)
+def _affine_scales(levels: int, device: torch.device) -> Tensor:
+    """Candidate scales for grids of `levels` levels; the window's upper end is 1."""
+    count = _AFFINE_OCTAVES * CANDIDATES_PER_OCTAVE
+    return 2 * _candidate_clips(device)[:count:_AFFINE_STEP] / (levels - 1)
+
+
+@lru_cache(maxsize=16)
+def _endless_grid(levels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What an endless uniform grid and its cut at each level need, at all candidate scales.
+
+    Returns:
+        Relative squared error in each bin `(candidates, bins)`; the first bin whose values lie
+        nearer to the next level than to each level, int64 `(candidates, levels)`; the levels
+        themselves `(candidates, levels)`.
+    """
+    cpu = torch.device("cpu")
+    scales = _affine_scales(levels, cpu).view(-1, 1, 1)
+    x = _window_points(cpu, 1, _FINE_POINTS)
+    error = (x / scales).round_().mul_(scales).sub_(x).square_().mean(1) / x.square().mean(0)
+    number = torch.arange(levels, dtype=torch.float32)
+    ends = torch.searchsorted(x.mean(0), (number + 0.5) * scales.squeeze(2))
+    return error.to(device), ends.to(device), (number * scales.squeeze(2)).to(device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.error_analysis.spectrum import EnergySpectrum
-from statqat_lightning.formats import BlockFormat, Format
+from statqat_lightning.formats import BlockFormat, Format, IntFormat
 from statqat_lightning.functional import QParams
 from statqat_lightning.granularity import Granularity, PerBlock, get_granularity
 
@@ -43,6 +43,8 @@ class Quantizer(ABC):
     name: str
     needs_spectrum = False
     """Whether `from_statistics` reads `Statistics.spectrum`."""
+    has_zero_point = False
+    """Whether it chooses zero points, too."""
     needs_range = False
     """Whether `from_statistics` reads `Statistics.low` and `high`."""
     learned = False
@@ -80,12 +82,38 @@ class Quantizer(ABC):
     ) -> Tensor:
         """Scale of each tensor known by its running statistics only; like `from_rows`."""
 
+    def affine_from_rows(
+        self, rows: Tensor, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each row of a tensor that is at hand.
+
+        Args:
+            rows: Finite float32 `(n, m)`.
+            fmt: An integer format.
+            warm: Scales and zero points in force, float32 `(n,)` each.
+
+        Returns:
+            Scale, positive, and zero point: a whole number from `fmt.min` to `fmt.max`, the code of
+            0; float32 `(n,)` each, 1 and 0 for a row of zeros.
+
+        Raises:
+            ValueError: If this quantizer chooses no zero points; the message says which do.
+        """
+        raise ValueError(_no_zero_point(self.name))
+
+    def affine_from_statistics(
+        self, statistics: Statistics, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of tensors known by running statistics; like `affine_from_rows`."""
+        raise ValueError(_no_zero_point(self.name))
+
     def choose_qparams(
         self,
         x: Tensor,
         fmt: Format,
         granularity: str | Granularity | None = None,
         axis: int | None = None,
+        zero_point: bool = False,
     ) -> QParams:
         """Scales for a tensor in one call.
 
@@ -96,14 +124,19 @@ class Quantizer(ABC):
                 Block formats bring their own.
             axis: The kept axis of `per_channel`, 0 when None. For a block format, the axis that its
                 blocks lie along: 1 when None, as in a weight `(out, in, ...)`, 0 for a vector.
+            zero_point: Whether to choose a zero point, too, which suits data on one side of zero
+                or skewed. 0 is always reproduced exactly.
 
         Returns:
-            QParams whose scale is float32 of shape `granularity.scale_shape(x.shape)`.
+            QParams whose scale is float32 of shape `granularity.scale_shape(x.shape)`; so is the
+            zero point, a whole number from `fmt.min` to `fmt.max`, if one was asked for. All-zero
+            rows get scale 1, which reproduces them; their SNR is 0 / 0, NaN.
 
         Raises:
             TypeError: If `x` is not floating point.
-            ValueError: If `x` is empty or holds NaN or infinities, or if quantizer, format and
-                granularity do not go together.
+            ValueError: If `x` is empty or holds NaN or infinities, if quantizer, format and
+                granularity do not go together, or if a zero point is asked of a format that is no
+                integer format or of a quantizer that chooses none.
         """
         check_pairing(self.name, fmt, granularity)
         if not x.is_floating_point():
@@ -121,8 +154,24 @@ class Quantizer(ABC):
         else:
             name = granularity or ("per_tensor" if axis is None else "per_channel")
             sharing = get_granularity(name, axis or 0)
-        scale = self.from_rows(sharing.rows(x.detach().to(torch.float32)), fmt)
-        return QParams(scale.view(sharing.scale_shape(tuple(x.shape))), granularity=sharing)
+        rows = sharing.rows(x.detach().to(torch.float32))
+        if not rows.isfinite().all():
+            raise ValueError("choose_qparams: got values in x beyond float32; scale them first.")
+        shape = sharing.scale_shape(tuple(x.shape))
+        if not zero_point:
+            return QParams(self.from_rows(rows, fmt).view(shape), granularity=sharing)
+        if not isinstance(fmt, IntFormat):
+            raise ValueError(
+                f"choose_qparams: got zero_point=True with format {fmt.name!r}; expected an "
+                "integer format."
+            )
+        scale, zero = self.affine_from_rows(rows, fmt)
+        return QParams(scale.view(shape), zero.view(shape), sharing)
+
+
+def _no_zero_point(name: str) -> str:
+    able = sorted(cls.name for cls in Quantizer.__subclasses__() if cls.has_zero_point)
+    return f"quantizer {name!r} chooses no zero points; expected one of {', '.join(able)}."
 
 
 def check_pairing(quantizer: str, fmt: Format, granularity: str | Granularity | None) -> None:

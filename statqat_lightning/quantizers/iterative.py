@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from statqat_lightning.error_analysis import EnergySpectrum
+from statqat_lightning.error_analysis import EnergySpectrum, Samples
+from statqat_lightning.error_analysis.spectrum import CANDIDATES_PER_OCTAVE, is_symmetric
 from statqat_lightning.formats import Format
 from statqat_lightning.quantizers.base import (
     Quantizer,
@@ -14,10 +17,21 @@ from statqat_lightning.quantizers.base import (
     largest,
     positive_or_one,
     power_of_two,
-    squared_error,
 )
 
 _ROWS_AT_ONCE = 256
+# By length of the rows: how many candidates of the error curve are tried on the values and in how
+# many parts each; how many of them are kept, in how many parts the width around those is searched,
+# and how often. The error of a short row has many kinks that its curve does not show.
+_PLANS = (
+    (256, 320, 5, 8, 8, 2),
+    (4096, 64, 1, 8, 8, 2),
+    (math.inf, 32, 1, 4, 8, 1),
+)
+_CONDENSED_LENGTH = 1024  # the plan for rows whose close values are put together
+_FINALISTS = 2
+_AFFINE_ROWS_AT_ONCE = 16  # a curve over scales and zero points takes some megabytes
+_AFFINE_STARTS, _AFFINE_KEPT, _AFFINE_ROUNDS = 256, 8, 3
 
 
 class Iterative(Quantizer):
@@ -25,20 +39,21 @@ class Iterative(Quantizer):
 
     The stationarity condition :math:`s = E[xq] / E[q^2]` holds for every grid, but its plain
     iteration is slow at many levels and stops in local minima on floating-point grids. So the error
-    curve over all scales comes first, from the energy spectrum; the iteration only refines its
-    minimum.
+    curve over all scales comes first, from the energy spectrum. Its best candidates are compared by
+    their errors on the values themselves and searched around; the iteration only finishes.
 
     Args:
         tolerance: From a running statistic: relative error by which a distant scale must be better
             than the one in force to replace it; within it, the scale in force takes one fixed-point
             step.
-        max_iterations: From a tensor: largest number of fixed-point steps on the values themselves.
+        max_iterations: From a tensor: number of fixed-point steps that finish the search.
     """
 
     name = "iterative"
     needs_spectrum = True
+    has_zero_point = True
 
-    def __init__(self, tolerance: float = 0.02, max_iterations: int = 20) -> None:
+    def __init__(self, tolerance: float = 0.02, max_iterations: int = 3) -> None:
         if tolerance < 0:
             raise ValueError(
                 f"Iterative: got tolerance={tolerance!r}; expected a number of at least 0."
@@ -54,20 +69,48 @@ class Iterative(Quantizer):
         # The spectrum resolves a fixed range of magnitudes, and squares leave float32's: rows are
         # brought to a magnitude around 1 first. Values that the format cannot represent are zeros.
         rows = rows if fmt.is_signed else rows.clamp_min(0)
-        exponent = torch.frexp(largest(rows, fmt)).exponent.clamp(-126, 126)
+        peak = largest(rows, fmt)
+        exponent = torch.frexp(peak).exponent.clamp(-126, 126)
         rows = rows * power_of_two(-exponent).unsqueeze(1)
         warm = None if warm is None else warm * power_of_two(-exponent)
+        found = []
         # In parts: the spectra of many short rows would take far more memory than the rows.
-        parts = torch.split(rows, _ROWS_AT_ONCE)
-        scale = torch.cat([EnergySpectrum.of(part).optimal_scale(fmt) for part in parts])
+        for first in range(0, len(rows), _ROWS_AT_ONCE):
+            few = slice(first, first + _ROWS_AT_ONCE)
+            found.append(self._search(rows[few], fmt, None if warm is None else warm[few]))
+        scale = positive_or_one(torch.cat(found) * power_of_two(exponent))
+        return torch.where(peak > 0, scale, 1.0)
+
+    def _search(self, rows: Tensor, fmt: Format, warm: Tensor | None) -> Tensor:
+        curve = EnergySpectrum.of(rows, inside=False).error_curve(fmt)
+        samples = Samples.condensed(rows, fold=is_symmetric(fmt))
+        size = _CONDENSED_LENGTH if samples.weights is not None else rows.shape[1]
+        _, starts, first_parts, kept, parts, rounds = next(p for p in _PLANS if size <= p[0])
+        likely = curve.errors.topk(starts, 1, largest=False, sorted=False).indices
+        scales = curve.scales.gather(1, likely)
+        width = 1.0 / CANDIDATES_PER_OCTAVE
+        if first_parts > 1:
+            offsets = torch.linspace(-0.4, 0.4, first_parts, device=rows.device) * width
+            scales = (scales.unsqueeze(2) * torch.exp2(offsets)).flatten(1)
+            width /= first_parts
         if warm is not None:
-            closer = squared_error(rows, warm, fmt) < squared_error(rows, scale, fmt)
-            scale = torch.where(closer, warm, scale)
+            scales = torch.cat([scales, warm.unsqueeze(1)], 1)
+        errors = samples.errors(fmt, scales)
+        for _ in range(rounds):
+            best = errors.topk(kept, 1, largest=False, sorted=False)
+            base = scales.gather(1, best.indices)
+            offsets = torch.linspace(-0.5, 0.5, parts, device=rows.device) * width
+            near = (base.unsqueeze(2) * torch.exp2(offsets)).flatten(1)
+            scales = torch.cat([base, near], 1)
+            errors = torch.cat([best.values, samples.errors(fmt, near)], 1)
+            width /= parts - 1
+        best = errors.topk(_FINALISTS, 1, largest=False, sorted=False)
+        scales = scales.gather(1, best.indices)
+        values = Samples(rows)
         for _ in range(self.max_iterations):
-            previous, scale = scale, fixed_point_step(rows, scale, fmt)
-            if torch.allclose(scale, previous, rtol=1e-5, atol=0):
-                break
-        return positive_or_one(scale * power_of_two(exponent))
+            scales = values.stepped(fmt, scales)
+        errors = values.errors(fmt, scales)
+        return scales.gather(1, errors.argmin(1, keepdim=True)).squeeze(1)
 
     def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
         return fixed_point_step(rows, warm, fmt)
@@ -77,3 +120,70 @@ class Iterative(Quantizer):
     ) -> Tensor:
         assert statistics.spectrum is not None, "Iterative asks for the spectrum"
         return statistics.spectrum.optimal_scale(fmt, warm, self.tolerance)
+
+    def affine_from_rows(
+        self, rows: Tensor, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        peak = rows.abs().amax(1)
+        exponent = torch.frexp(peak).exponent.clamp(-126, 126)
+        rows = rows * power_of_two(-exponent).unsqueeze(1)
+        if warm is not None:
+            warm = warm[0] * power_of_two(-exponent), warm[1]
+        found = []
+        for first in range(0, len(rows), _AFFINE_ROWS_AT_ONCE):
+            few = slice(first, first + _AFFINE_ROWS_AT_ONCE)
+            known = None if warm is None else (warm[0][few], warm[1][few])
+            found.append(self._affine_search(rows[few], fmt, known))
+        scale, zero = (torch.cat(column) for column in zip(*found, strict=True))
+        scale = positive_or_one(scale * power_of_two(exponent))
+        return torch.where(peak > 0, scale, 1.0), torch.where(peak > 0, zero, 0.0)
+
+    def _affine_search(
+        self, rows: Tensor, fmt: Format, warm: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        samples = Samples.condensed(rows, fold=False)
+        levels = int(fmt.max - fmt.min) + 1
+        curve_scales, curve = EnergySpectrum.of(rows, inside=False).affine_curve(levels)
+        likely = curve.flatten(1).topk(_AFFINE_STARTS, 1, largest=False, sorted=False).indices
+        scales = curve_scales.gather(1, likely // levels)
+        zeros = (likely % levels) + fmt.min
+        if warm is not None:
+            scales = torch.cat([scales, warm[0].unsqueeze(1)], 1)
+            zeros = torch.cat([zeros, warm[1].unsqueeze(1)], 1)
+        errors = samples.errors(fmt, scales, zeros)
+        width = 1 / 16
+        shifts = torch.arange(-1.0, 2.0, device=rows.device).view(1, 1, 3, 1)
+        for _ in range(_AFFINE_ROUNDS):
+            best = errors.topk(_AFFINE_KEPT, 1, largest=False, sorted=False)
+            scales, zeros = scales.gather(1, best.indices), zeros.gather(1, best.indices)
+            factors = torch.exp2(torch.linspace(-width, width, 7, device=rows.device))
+            near = (scales.view(len(rows), -1, 1, 1) * factors).expand(-1, -1, 3, -1).flatten(1)
+            shifted = (zeros.view(len(rows), -1, 1, 1) + shifts).clamp_(fmt.min, fmt.max)
+            shifted = shifted.expand(-1, -1, -1, 7).flatten(1)
+            scales, zeros = torch.cat([scales, near], 1), torch.cat([zeros, shifted], 1)
+            errors = torch.cat([best.values, samples.errors(fmt, near, shifted)], 1)
+            width /= 3
+        best = errors.topk(_FINALISTS, 1, largest=False, sorted=False)
+        scales, zeros = scales.gather(1, best.indices), zeros.gather(1, best.indices)
+        values = Samples(rows)
+        for _ in range(self.max_iterations):
+            scales = values.stepped(fmt, scales, zeros)
+        index = values.errors(fmt, scales, zeros).argmin(1, keepdim=True)
+        return scales.gather(1, index).squeeze(1), zeros.gather(1, index).squeeze(1)
+
+    def affine_from_statistics(
+        self, statistics: Statistics, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        spectrum = statistics.spectrum
+        assert spectrum is not None, "Iterative asks for the spectrum"
+        levels = int(fmt.max - fmt.min) + 1
+        scales, curve = spectrum.affine_curve(levels)
+        best, index = curve.flatten(1).min(1)
+        scale = scales.gather(1, (index // levels).unsqueeze(1)).squeeze(1)
+        zero = index % levels + fmt.min
+        if warm is not None:
+            stay = spectrum.mse(fmt, *warm) <= best * (1 + self.tolerance)
+            scale, zero = torch.where(stay, warm[0], scale), torch.where(stay, warm[1], zero)
+        scale = spectrum.affine_step(fmt, scale, zero)
+        some = spectrum.power > 0
+        return torch.where(some, scale, 1.0), torch.where(some, zero, 0.0)

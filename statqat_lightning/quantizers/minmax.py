@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from statqat_lightning.formats import Format
@@ -19,6 +20,7 @@ class MinMax(Quantizer):
 
     name = "minmax"
     needs_range = True
+    has_zero_point = True
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
         return covering_scale(rows, fmt)
@@ -31,3 +33,23 @@ class MinMax(Quantizer):
         assert high is not None, "the range is asked for"
         scale = high / fmt.max
         return positive_or_one(scale.maximum(low / fmt.min) if fmt.is_signed else scale)
+
+    def affine_from_rows(
+        self, rows: Tensor, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return _affine(rows.amin(1), rows.amax(1), fmt)
+
+    def affine_from_statistics(
+        self, statistics: Statistics, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        assert statistics.low is not None, "MinMax asks for the range"
+        assert statistics.high is not None, "MinMax asks for the range"
+        return _affine(statistics.low, statistics.high, fmt)
+
+
+def _affine(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    levels = fmt.max - fmt.min
+    scale = positive_or_one(high / levels - low / levels)  # their difference may overflow
+    zero_point = torch.round(fmt.min - low / scale).clamp_(fmt.min, fmt.max)
+    return scale, torch.where(high > low, zero_point, 0.0)

@@ -59,12 +59,16 @@ class Octav(Quantizer):
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
         magnitudes = rows.abs() if fmt.is_signed else rows.clamp_min(0)
+        # In units of the largest: a sum of values near float32's end would overflow.
+        unit = positive_or_one(magnitudes.amax(1))
+        magnitudes = magnitudes / unit.unsqueeze(1)
 
         def beyond(limit: Tensor) -> tuple[Tensor, Tensor]:
             outside = (magnitudes > limit.unsqueeze(1)).to(torch.float32)
             return outside.mean(1), (outside * magnitudes).mean(1)
 
-        return self._solve(beyond, rows.new_zeros(len(rows)), fmt)
+        scale = self._solve(beyond, rows.new_zeros(len(rows)), fmt)
+        return torch.where(magnitudes.amax(1) > 0, scale * unit, 1.0)
 
     def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
         return warm

@@ -45,10 +45,13 @@ CASES = [
 ]
 
 
-# In dB. A bin is 3 % wide and says nothing of where in it a value lies. That averages out over many
-# bins, not where few of them hold most of the energy: the modes here are three bins wide, and about
-# a dozen values make up most of the energy of the outliers and of the log-normal sample.
-PREDICTION_TOLERANCE = {
+# In dB.
+PREDICTION_TOLERANCE = 0.1
+# Without positions, a bin is 3 % wide and says nothing of where in it a value lies. That averages
+# out over many bins, not where few of them hold most of the energy: the modes here are three bins
+# wide, and about a dozen values make up most of the energy of the outliers and of the log-normal
+# sample.
+TOLERANCE_WITHOUT_POSITIONS = {
     "normal": 0.1,
     "laplace": 0.1,
     "log-normal": 0.4,
@@ -68,7 +71,13 @@ def decibels(ratio: float) -> float:
 
 def test_each_value_lands_in_the_bin_of_its_magnitude_and_sign() -> None:
     # Bins are equally spaced within an octave: value 2**k (1 + i/32) opens bin i of octave k.
-    for octave, part, sign in [(0, 0, 1), (0, 31, 1), (5, 7, -1), (-32, 0, 1), (31, 31, -1)]:
+    for octave, part, sign in [
+        (0, 0, 1),
+        (0, 31, 1),
+        (5, 7, -1),
+        (LOWEST_OCTAVE, 0, 1),
+        (31, 31, -1),
+    ]:
         x = sign * 2.0**octave * (1 + part / 32)
         energy = EnergySpectrum.of(torch.tensor([x])).energy
         assert energy.shape == (1, NUM_BINS)
@@ -78,7 +87,7 @@ def test_each_value_lands_in_the_bin_of_its_magnitude_and_sign() -> None:
         assert energy[0, index].item() == pytest.approx(x * x, rel=1e-7)
         below = torch.tensor([x]).nextafter(torch.tensor(0.0))
         lower = EnergySpectrum.of(below).energy[0].nonzero().flatten().tolist()
-        assert lower == ([] if octave == -32 and part == 0 else [index - 1])
+        assert lower == ([] if octave == LOWEST_OCTAVE and part == 0 else [index - 1])
 
 
 def test_energies_equal_a_histogram_by_numpy() -> None:
@@ -143,7 +152,9 @@ def test_predicted_error_equals_the_error_of_the_values(fmt: Format, name: str) 
         scale = factor * float(spectrum.optimal_scale(fmt))
         expected = decibels(float(np.mean(x**2)) / ERRORS[name](fmt, scale))
         got = spectrum.predicted_snr_db(fmt, scale).item()
-        assert got == pytest.approx(expected, abs=PREDICTION_TOLERANCE[name])
+        assert got == pytest.approx(expected, abs=PREDICTION_TOLERANCE)
+        running = EnergySpectrum(spectrum.energy).predicted_snr_db(fmt, scale).item()
+        assert running == pytest.approx(expected, abs=TOLERANCE_WITHOUT_POSITIONS[name])
 
 
 @pytest.mark.parametrize(("fmt", "name"), CASES)
@@ -162,9 +173,9 @@ def test_error_curve_equals_the_error_of_the_values() -> None:
     assert (curve.scales.diff(dim=1) < 0).all()
     top = 2.0 ** math.ceil(math.log2(np.abs(x).max()))
     clips = curve.scales[0] * 7
-    assert clips[0].item() == pytest.approx(4 * top)
-    assert (clips[:-16] / clips[16:]).mean().item() == pytest.approx(2, rel=1e-5)
-    for place in range(0, 14 * 16, 16):
+    assert clips[0].item() == pytest.approx(2 * top)
+    assert (clips[:-64] / clips[64:]).mean().item() == pytest.approx(2, rel=1e-5)
+    for place in range(0, 13 * 64, 64):
         scale, error = curve.scales[0, place].item(), curve.errors[0, place].item()
         expected = ERRORS["laplace"](get_format("int4"), scale)
         assert error == pytest.approx(expected, rel=0.02)  # 0.06 dB
@@ -213,4 +224,4 @@ def test_no_energy_gives_scale_one() -> None:
     rows = torch.tensor([[0.0, 0.0], [-1.0, -2.0], [1.0, 2.0]])
     scales = EnergySpectrum.of(rows).optimal_scale(get_format("uint4"))
     assert scales[:2].tolist() == [1.0, 1.0]
-    assert 0 < scales[2] < 0.2
+    assert 0 < scales[2] < 0.5

@@ -124,7 +124,7 @@ def test_min_max_covers_both_ends_of_a_grid_and_others_are_no_worse(
     scale = quantizer.choose_qparams(x, fmt, "per_channel").scale
     for row, s, s_minmax in zip(x.numpy(), scale.flatten(), minmax.flatten(), strict=True):
         error = ErrorOf(row)
-        if quantizer.name != "iterative":  # its spectrum takes a grid for symmetric
+        if quantizer.name in ("analytic", "iterative", "moving_average"):
             assert error(fmt, float(s)) <= error(fmt, float(s_minmax)) * (1 + 1e-6) + 1e-12
 
 
@@ -179,6 +179,60 @@ def test_bad_input_is_refused(quantizer: Quantizer, bad: float) -> None:
         quantizer.choose_qparams(torch.empty(0, 2), INT4)
     with pytest.raises(TypeError, match=r"got x of dtype torch\.int64; expected a floating"):
         quantizer.choose_qparams(torch.tensor([1]), INT4)
+
+
+@every_quantizer
+@pytest.mark.parametrize("value", [1e-40, 1e-20, 1.0, 1e20, 3e38])
+def test_magnitudes_at_both_ends_of_float32(quantizer: Quantizer, value: float) -> None:
+    for x in (torch.tensor(value), torch.full((3, 4), -value), torch.tensor([value, -value / 2])):
+        scale = quantizer.choose_qparams(x, INT4).scale
+        assert scale.isfinite().all()
+        assert (scale > 0).all()
+        if value > 1e-30:
+            x_hat = fake_quantize(x, quantizer.choose_qparams(x, INT4), INT4)
+            if not quantizer.learned:  # a start for training, and no more
+                assert ((x_hat - x).abs() <= 0.1 * value).all()
+
+
+@every_quantizer
+def test_layouts_of_four_dimensions(quantizer: Quantizer) -> None:
+    x = torch.randn(3, 4, 5, 6)
+    expected = quantizer.choose_qparams(x, INT4, "per_channel").scale
+    last = x.contiguous(memory_format=torch.channels_last)
+    strided = torch.stack([x, x], -1)[..., 0]
+    for other in (last, strided):
+        got = quantizer.choose_qparams(other, INT4, "per_channel").scale
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+def test_values_beyond_float32_are_refused() -> None:
+    with pytest.raises(ValueError, match="got values in x beyond float32"):
+        get_quantizer("minmax").choose_qparams(torch.tensor([1e300], dtype=torch.float64), INT4)
+
+
+@every_quantizer
+def test_zero_points_are_whole_numbers_of_the_grid_or_refused(quantizer: Quantizer) -> None:
+    x = torch.randn(3, 300) + torch.tensor([[-5.0], [0.0], [5.0]])
+    x = torch.cat([x, torch.zeros(1, 300)])
+    if not quantizer.has_zero_point:
+        with pytest.raises(ValueError, match="chooses no zero points; expected one of iterative"):
+            quantizer.choose_qparams(x, get_format("uint4"), axis=0, zero_point=True)
+        return
+    for name in ("uint4", "uint8", "int8"):
+        fmt = get_format(name)
+        params = quantizer.choose_qparams(x, fmt, axis=0, zero_point=True)
+        zero = params.zero_point
+        assert zero is not None
+        assert zero.shape == params.scale.shape == (4, 1)
+        assert zero.dtype == torch.float32
+        assert torch.equal(zero, zero.round().clamp(fmt.min, fmt.max))
+        assert (zero[3], params.scale[3]) == (0, 1)
+        assert fake_quantize(torch.zeros(4, 1), params, fmt).count_nonzero() == 0
+        # 16 levels over six standard deviations: steps of 0.4, and 0.4**2 / 12 = 0.013.
+        x_hat = fake_quantize(x, params, fmt)
+        assert ((x_hat - x).square().sum(1) <= 0.025 * x.square().sum(1)).all()
+    with pytest.raises(ValueError, match="with format 'fp4_e2m1'; expected an integer format"):
+        quantizer.choose_qparams(x, get_format("fp4"), zero_point=True)
 
 
 @given(st.sampled_from(ALL_FORMATS), rows_of_floats, st.floats(2.0**-10, 2.0**10, width=32))
