@@ -7,6 +7,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from statqat_lightning.error_analysis.densities import Density, get_density
@@ -96,7 +97,7 @@ def optimal_scale(fmt: Format, density: str | Density) -> float:
     minima = _lowest_minima(log_clips, mse(log_clips))
     step = 1 / _PER_OCTAVE
     fractions = torch.linspace(-step, step, 65, dtype=torch.float64)
-    dense = (minima.unsqueeze(1) + fractions).flatten().unique()
+    dense, _ = (minima.unsqueeze(1) + fractions).flatten().sort()
     best = _lowest_minima(dense, mse(dense))
     a, b = best - step / 32, best + step / 32
     ratio = (math.sqrt(5) - 1) / 2
@@ -110,7 +111,7 @@ def optimal_scale(fmt: Format, density: str | Density) -> float:
 
 def _lowest_minima(x: Tensor, y: Tensor) -> Tensor:
     """Places of the lowest local minima of `y` over ascending `x`."""
-    padded = torch.nn.functional.pad(y, (1, 1), value=math.inf)
+    padded = F.pad(y, (1, 1), value=math.inf)
     (where,) = torch.nonzero((y <= padded[:-2]) & (y <= padded[2:]), as_tuple=True)
     return x[where[y[where].argsort()[:_MINIMA]]]
 

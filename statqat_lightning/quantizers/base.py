@@ -136,27 +136,6 @@ def least(scales: Tensor, errors: Tensor) -> Tensor:
     return scales.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
 
 
-def best_fixed_point_step(rows: Tensor, scales: Tensor, fmt: Format) -> Tensor:
-    """One fixed-point step from each of the candidates, and the best of the results.
-
-    The error that decides is that of the stepped scale with the codes of its candidate, an upper
-    bound of its own. So no candidate's error is below the result's, at the price of one rounding
-    of each: few operations, however many candidates.
-
-    Args:
-        rows: float32 `(n, m)`.
-        scales: Candidates, float32 `(candidates, n)`.
-        fmt: The number format.
-
-    Returns:
-        float32 `(n,)`.
-    """
-    q = fmt.round_(rows / scales.unsqueeze(2))
-    steps = (rows * q).sum(2) / q.square().sum(2)
-    steps = torch.where((steps > 0) & steps.isfinite(), steps, scales)
-    return least(steps, q.mul_(steps.unsqueeze(2)).sub_(rows).square_().sum(2))
-
-
 def power_of_two(exponent: Tensor) -> Tensor:
     """Exactly `2**exponent` in float32, for int32 exponents from -126 to 127."""
     return ((exponent + 127) << 23).view(torch.float32)
