@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -20,7 +21,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.wandb_file import read_run
 
-COMMANDS = ("digits.py", "cifar10_resnet20.py", "image_folder.py", "benchmarks/step_time.py")
+COMMANDS = (
+    "digits.py",
+    "cifar10_resnet20.py",
+    "image_folder.py",
+    "benchmarks/step_time.py",
+    "benchmarks/weight_scales.py",
+)
 
 
 def run_example(repository: Path, *arguments: str) -> str:
@@ -148,6 +155,20 @@ def test_step_time_measures_all_variants(repository: Path) -> None:
     )
     for variant in ("float", "StatQAT W8A8", "StatQAT W4A4", "StatQAT FP4", "torch.ao, fused"):
         assert variant in output
+
+
+def test_weight_scales_prints_costs_and_snrs(repository: Path) -> None:
+    torch.save({"a.weight": torch.randn(3, 40), "a.bias": torch.randn(3)}, "float.pt")
+    options = ("--size", "32", "--rounds", "1", "--checkpoint", "float.pt", "--output", "out.json")
+    output = run_example(repository, "benchmarks/weight_scales.py", *options)
+    assert "ratio to one fake-quantize" in output
+    results = json.loads(Path("out.json").read_text())
+    assert len(results["costs"]) == 4
+    assert all(value > 0 for row in results["costs"].values() for value in row.values())
+    assert len(results["snr_db"]) == 9
+    for row in results["snr_db"].values():
+        assert row["min-max"] <= row["default"] + 1e-3
+        assert row["optimum"] - row["worst layer"] == pytest.approx(row["default"], abs=1e-3)
 
 
 class MyModule(L.LightningModule):
