@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.insertion import quantized_layers, weight_of
+from statqat_lightning.plots import new_figure, save_figure
 
 
 @torch.no_grad()
@@ -86,14 +87,8 @@ def plot_snr(histories: Mapping[str, History], path: str | Path) -> None:
     ]
     if not tensors:
         raise ValueError("plot_snr: got empty histories; expected at least one step.")
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plot_snr needs matplotlib: pip install 'statqat-lightning[plot]'."
-        ) from error
+    figure = new_figure("plot_snr", (1.8 + 3.4 * len(histories), 5.4))
+    from matplotlib import colormaps
 
     layers = list(dict.fromkeys(name.rpartition("/")[0] for name in tensors))
     # The brightest yellow is hard to see on white.
@@ -101,8 +96,6 @@ def plot_snr(histories: Mapping[str, History], path: str | Path) -> None:
         layer: colormaps["viridis"](0.92 * number / max(len(layers) - 1, 1))
         for number, layer in enumerate(layers)
     }
-    figure = Figure(figsize=(1.8 + 3.4 * len(histories), 5.4), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(histories), sharex="col", sharey=True, squeeze=False)
     for column, (title, history) in enumerate(histories.items()):
         for axis, role in zip(axes[:, column], ("weight", "input"), strict=True):
@@ -127,8 +120,4 @@ def plot_snr(histories: Mapping[str, History], path: str | Path) -> None:
         fontsize=7,
         title="layer",
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
-    canvas.print_figure(unfinished, dpi=110)
-    unfinished.replace(path)
+    save_figure(figure, path)

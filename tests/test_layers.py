@@ -23,7 +23,7 @@ ROWS: list[set[str]] = [
     {"quantizers"},
     {"observers", "fake_quantizer", "tensor_spec", "weights_together"},
     {"recipe", "schedule", "insertion", "insertion_report"},
-    {"report", "allocation", "export"},
+    {"report", "plots", "allocation", "export"},
     {"callbacks"},
     {"cli"},
     {"", "__main__"},  # the package itself only hands on what the rows define

@@ -1,22 +1,41 @@
-"""Analytic scales for Gaussian-like tensors: a constant of the format times the RMS."""
+"""Analytic scales for weights: a constant of the format times the RMS, checked on the data."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from statqat_lightning.error_analysis import get_density, optimal_scale
+from statqat_lightning.error_analysis.densities import GeneralizedNormal
+from statqat_lightning.error_analysis.spectrum import (
+    BINS_PER_OCTAVE,
+    LOWEST_OCTAVE,
+    NUM_OCTAVES,
+    EnergySpectrum,
+)
 from statqat_lightning.formats import Format
 from statqat_lightning.quantizers.base import (
+    SMALLEST,
     Quantizer,
     Statistics,
-    best_fixed_point_step,
     covering_scale,
-    fixed_point_step,
     least,
     positive_or_one,
-    squared_error,
 )
+
+AUTO = "auto"
+
+_SHAPES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 12.0)
+_LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
+_LEAST_SPAN = 1 / 1.4  # the lowest candidate is no larger: some values are always clipped
+_LOWEST_START = 0.9  # times the scale of a normal density, which of all priors clips most
+_LEAST_START = 2.0**-24
+_CANDIDATES_IF_WARM = 8
+_STEPS = 2
 
 
 class Analytic(Quantizer):
@@ -26,16 +45,22 @@ class Analytic(Quantizer):
     :math:`\sigma` is the root mean square about zero, which is what a symmetric grid needs. A
     finite sample does not reach as far as its density, so the clip point never exceeds `max|x|`.
 
-    Real weights are only Gaussian-like. With `refine=True` the constant is therefore a start and
-    not the answer: the candidates (the capped constants of the normal and the Laplace density,
-    `max|x|` itself and the scale in force) are compared by their error on the data, row by row, and
-    the best takes one fixed-point step. While weights are tracked between two searches, the scale
-    in force and `max|x|` take such a step each, and the better one wins. So the result is never
-    worse than min-max on any row. From a running statistic the candidates are compared by their
-    predicted error, without that step.
+    Real weights are only Gaussian-like, and with some hundred of them in a row the error ripples as
+    the scale moves values from level to level. With `refine=True` the constant is therefore a start
+    and not the answer: candidates from the constant of the normal density up to a little beyond
+    `max|x|`, `max|x|` itself and the scale in force are compared by their error on the data, row by
+    row, and the two best take fixed-point steps. The finer the grid and the shorter the rows, the
+    more candidates the first search looks at; once there is a scale in force, a few will do. While
+    weights are tracked between two searches, the scale in force and `max|x|` take a step each, and
+    the better one wins. So the result is never worse than min-max on any row. From a running
+    statistic the closed forms are compared by their predicted error, without further steps.
+
+    Rows are measured in units of `max|x| / fmt.max`: no square overflows or underflows.
 
     Args:
-        prior: The density whose constant comes first.
+        prior: The density whose constant comes first: a name that `get_density` knows, or `"auto"`
+            for the generalized normal density of each row's own shape, by its ratio of mean
+            magnitude to RMS (S. Mallat, "A theory for multiresolution signal decomposition", 1989).
         refine: Compare and refine; False gives the pure closed form.
     """
 
@@ -43,24 +68,14 @@ class Analytic(Quantizer):
     needs_spectrum = True
 
     def __init__(self, prior: str = "normal", refine: bool = True) -> None:
-        self.prior = get_density(prior).name
+        self.prior = prior if prior == AUTO else get_density(prior).name
         self.refine = refine
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
-        rms = rows.square().mean(1).sqrt_()
-        cap = covering_scale(rows, fmt)
-        scale = self._capped(rms, cap, fmt, self.prior)
-        if not self.refine:
-            return scale
-        scales = self._candidates(rms, cap, scale, fmt, warm)
-        errors = torch.stack([squared_error(rows, s, fmt) for s in scales])
-        return fixed_point_step(rows, least(scales, errors), fmt)
+        return _by_parts(self._search if self.refine else self._closed_form, rows, fmt, warm)
 
     def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
-        if not self.refine:
-            return self.from_rows(rows, fmt)
-        cap = covering_scale(rows, fmt)
-        return best_fixed_point_step(rows, torch.stack([cap, warm]), fmt)
+        return _by_parts(_follow if self.refine else self._closed_form, rows, fmt, warm)
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
@@ -68,25 +83,175 @@ class Analytic(Quantizer):
         spectrum = statistics.spectrum
         assert spectrum is not None, "Analytic asks for the spectrum"
         rms, cap = spectrum.power.sqrt(), _cover(spectrum.absmax, fmt)
-        scale = self._capped(rms, cap, fmt, self.prior)
+        constant = self._constant(fmt, rms, lambda: _mean_magnitude(spectrum))
+        start = _capped(rms * constant, cap)
         if not self.refine:
-            return scale
-        scales = self._candidates(rms, cap, scale, fmt, warm)
-        return least(scales, torch.stack([spectrum.mse(fmt, s) for s in scales]))
+            return start
+        scales = [cap, start, _capped(rms * optimal_scale(fmt, "laplace"), cap)]
+        candidates = torch.stack(scales if warm is None else [*scales, warm])
+        return least(candidates, torch.stack([spectrum.mse(fmt, s) for s in candidates]))
 
-    def _candidates(
-        self, rms: Tensor, cap: Tensor, scale: Tensor, fmt: Format, warm: Tensor | None
-    ) -> Tensor:
-        scales = [cap, scale, self._capped(rms, cap, fmt, "laplace")]
-        return torch.stack(scales if warm is None else [*scales, warm])
+    def _constant(self, fmt: Format, rms: Tensor, mean: Callable[[], Tensor]) -> Tensor | float:
+        """Best scale in units of the RMS; `mean` gives the mean magnitudes if they are needed."""
+        return _fitted(mean() / rms, fmt) if self.prior == AUTO else optimal_scale(fmt, self.prior)
 
-    @staticmethod
-    def _capped(rms: Tensor, cap: Tensor, fmt: Format, prior: str) -> Tensor:
-        scale = rms * optimal_scale(fmt, prior)
-        return torch.where(scale > 0, scale.minimum(cap), cap)
+    def _closed_form(self, rows: Tensor, fmt: Format, warm: Tensor | None) -> Tensor:
+        rms = _rms(rows)
+        constant = self._constant(fmt, rms, lambda: rows.abs().mean(1))
+        return _capped(rms * constant, torch.ones_like(rms))
+
+    def _search(self, rows: Tensor, fmt: Format, warm: Tensor | None) -> Tensor:
+        start = self._closed_form(rows, fmt, warm)
+        low = _LOWEST_START * optimal_scale(fmt, "normal") * _rms(rows)
+        low = low.clamp(_LEAST_START, _LEAST_SPAN)
+        count = _num_candidates(fmt, rows.shape[1]) if warm is None else _CANDIDATES_IF_WARM
+        fractions = torch.linspace(0, 1, count, device=rows.device).unsqueeze(1)
+        known = [torch.ones_like(start), start, *([] if warm is None else [warm])]
+        scales = torch.cat([torch.stack(known), low * (_highest(fmt) / low).pow(fractions)])
+
+        if not fmt.is_signed:
+            rows = rows.clamp_min(0.0)  # every scale loses what is negative
+        at_once = max(1, _elements_at_once(rows.device) // rows.numel())
+        errors = torch.cat([_error(rows, some, fmt) for some in torch.split(scales, at_once)])
+        best = scales.gather(0, errors.topk(2, dim=0, largest=False).indices)
+        for _ in range(_STEPS):
+            best, error = _step(rows, best, fmt)
+        return torch.where(errors[0] > 0, least(best, error), 1.0)  # max|x| may be exact, or all 0
+
+
+def _follow(rows: Tensor, fmt: Format, warm: Tensor | None) -> Tensor:
+    """One step from the cap and from the scale in force, and the better of the two."""
+    assert warm is not None, "a scale in force is followed"
+    if not fmt.is_signed:
+        rows = rows.clamp_min(0.0)
+    return least(*_step(rows, torch.stack([torch.ones_like(warm), warm]), fmt))
+
+
+def _by_parts(
+    choose: Callable[[Tensor, Format, Tensor | None], Tensor],
+    rows: Tensor,
+    fmt: Format,
+    warm: Tensor | None,
+) -> Tensor:
+    """Scales chosen by `choose` from rows in units of `max|x| / fmt.max`.
+
+    In these units no square overflows or underflows. On CPU a part of the rows at a time is worked
+    on, one that stays in the cache.
+
+    Args:
+        choose: From rows, format and scales in force to scales, all in these units.
+        rows: float32 `(n, m)`.
+        fmt: The number format.
+        warm: Scales in force, `(n,)`.
+    """
+    num_rows = max(1, _elements_at_once(rows.device) // rows.shape[1])
+    if len(rows) <= 2 * num_rows:
+        num_rows = len(rows)
+    parts = []
+    for start in range(0, len(rows), num_rows):
+        part = rows[start : start + num_rows]
+        cap = covering_scale(part, fmt)
+        known = None if warm is None else warm[start : start + num_rows] / cap
+        scale = cap * choose(part / cap.unsqueeze(1), fmt, known)
+        parts.append(scale.clamp(SMALLEST, _LARGEST))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _step(rows: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """A fixed-point step from each candidate, without temporary copies where possible.
+
+    Args:
+        rows: float32 `(n, m)`.
+        scales: float32 `(candidates, n)`.
+        fmt: The number format.
+
+    Returns:
+        The scales `<x, q> / <q, q>`, and the root of the squared error that they have with the
+        codes of the candidates, an upper bound of their own: no candidate's error is below it.
+    """
+    q = fmt.round_(rows / scales.unsqueeze(2))
+    product = (rows * q).sum(2)
+    steps = product / torch.linalg.vector_norm(q, dim=2).square_()
+    steps = torch.where(product > 0, steps, scales)
+    return steps, torch.linalg.vector_norm(q.mul_(steps.unsqueeze(2)).sub_(rows), dim=2)
+
+
+def _error(rows: Tensor, scales: Tensor, fmt: Format) -> Tensor:
+    """Root of the squared error of each row at each of `scales`, `(candidates, n)`."""
+    s = scales.unsqueeze(2)
+    error = fmt.round_(rows / s).mul_(s).sub_(rows)
+    norm: Tensor = torch.linalg.vector_norm(error, dim=2)
+    return norm
 
 
 def _cover(absmax: Tensor, fmt: Format) -> Tensor:
     """A scale at which no value up to `absmax` is clipped, whichever its sign."""
     reach = min(fmt.max, -fmt.min) if fmt.is_signed else fmt.max
     return positive_or_one(absmax / reach)
+
+
+def _capped(scale: Tensor, cap: Tensor) -> Tensor:
+    return torch.where(scale > 0, scale.minimum(cap), cap)
+
+
+def _rms(rows: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norm / math.sqrt(rows.shape[1])
+
+
+def _elements_at_once(device: torch.device) -> int:
+    # On CPU what stays in the cache, and in memory that need not be fetched from the system, costs
+    # a fraction of what does not (a sixteenth, for a weight of 4096 x 4096).
+    return 1 << 17 if device.type == "cpu" else 1 << 26
+
+
+@lru_cache(maxsize=256)
+def _num_candidates(fmt: Format, row_length: int) -> int:
+    """Candidates of a first search.
+
+    The error ripples once a level that the largest value moves through, and the ripples stand out
+    by the square root of the row's length.
+    """
+    levels = int((fmt.values > fmt.max / 2).sum())  # in the top octave
+    return 16 + round(6 * levels * min(1.0, 8 / math.sqrt(row_length)))
+
+
+@lru_cache(maxsize=64)
+def _highest(fmt: Format) -> float:
+    """Largest candidate in units of the cap.
+
+    Where the steps of a grid grow, it may pay to leave its coarse top unused: the data then ends at
+    the last value from which steps grow, or within the step before. Short rows may do without outer
+    levels of a uniform grid, too.
+    """
+    grid = fmt.values[fmt.values >= 0]
+    steps = grid.diff()
+    grows = steps[1:] > steps[:-1] * (1 + 1e-9)
+    ends = grid[1:-1][grows]
+    return max(1.5, 1.1 * fmt.max / float(ends[-1])) if len(ends) else 1.5
+
+
+def _fitted(ratio: Tensor, fmt: Format) -> Tensor:
+    """Best scale, in units of the RMS, of generalized normal densities known by `E|x| / RMS`."""
+    ratios, constants = _table(fmt, ratio.device)
+    upper = torch.searchsorted(ratios, ratio).clamp(1, len(_SHAPES) - 1)
+    low, high = ratios[upper - 1], ratios[upper]
+    weight = ((ratio - low) / (high - low)).clamp(0.0, 1.0)
+    return torch.lerp(constants[upper - 1], constants[upper], weight)
+
+
+@lru_cache(maxsize=64)
+def _table(fmt: Format, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ratios of mean magnitude to RMS, ascending, and best scales of densities of `_SHAPES`."""
+    densities = [GeneralizedNormal(shape) for shape in _SHAPES]
+    ratios = torch.tensor([density.mean_magnitude for density in densities])
+    constants = torch.tensor([optimal_scale(fmt, density) for density in densities])
+    return ratios.to(device), constants.to(device)
+
+
+def _mean_magnitude(spectrum: EnergySpectrum) -> Tensor:
+    """Mean magnitude `(n,)`: energy over magnitude, bin by bin."""
+    device = spectrum.energy.device
+    octaves = torch.exp2(torch.arange(NUM_OCTAVES, device=device) + float(LOWEST_OCTAVE))
+    within = 1 + (torch.arange(BINS_PER_OCTAVE, device=device) + 0.5) / BINS_PER_OCTAVE
+    return (spectrum.energy / (octaves.unsqueeze(1) * within).flatten().repeat(2)).sum(1)

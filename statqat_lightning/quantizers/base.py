@@ -13,6 +13,9 @@ from statqat_lightning.formats import BlockFormat, Format, IntFormat
 from statqat_lightning.functional import QParams
 from statqat_lightning.granularity import Granularity, PerBlock, get_granularity
 
+SMALLEST = 2.0**-149
+"""The smallest positive float32."""
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -200,10 +203,14 @@ def covering_scale(rows: Tensor, fmt: Format) -> Tensor:
 
     Values on a side that the format lacks do not count.
     """
+    top = largest(rows, fmt)
     if fmt.is_signed and fmt.min != -fmt.max:
         low, high = rows.aminmax(dim=1)
-        return positive_or_one((low / fmt.min).maximum(high / fmt.max))
-    return positive_or_one(largest(rows, fmt) / fmt.max)
+        scale = (low / fmt.min).maximum(high / fmt.max)
+    else:
+        scale = top / fmt.max
+    # A scale that underflows would make infinities of a row of denormal numbers.
+    return torch.where(top > 0, scale.clamp_min(SMALLEST), 1.0)
 
 
 def largest(rows: Tensor, fmt: Format) -> Tensor:
@@ -235,27 +242,6 @@ def fixed_point_step(rows: Tensor, scale: Tensor, fmt: Format) -> Tensor:
 def least(scales: Tensor, errors: Tensor) -> Tensor:
     """Of candidate scales `(candidates, n)` those of least error `(n,)`; the first among equals."""
     return scales.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
-
-
-def best_fixed_point_step(rows: Tensor, scales: Tensor, fmt: Format) -> Tensor:
-    """One fixed-point step from each of the candidates, and the best of the results.
-
-    The error that decides is that of the stepped scale with the codes of its candidate, an upper
-    bound of its own. So no candidate's error is below the result's, at the price of one rounding
-    of each: few operations, however many candidates.
-
-    Args:
-        rows: float32 `(n, m)`.
-        scales: Candidates, float32 `(candidates, n)`.
-        fmt: The number format.
-
-    Returns:
-        float32 `(n,)`.
-    """
-    q = fmt.round_(rows / scales.unsqueeze(2))
-    steps = (rows * q).sum(2) / q.square().sum(2)
-    steps = torch.where((steps > 0) & steps.isfinite(), steps, scales)
-    return least(steps, q.mul_(steps.unsqueeze(2)).sub_(rows).square_().sum(2))
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

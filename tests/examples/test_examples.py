@@ -27,6 +27,7 @@ COMMANDS = (
     "image_folder.py",
     "benchmarks/step_time.py",
     "benchmarks/fake_quantize.py",
+    "benchmarks/weight_scales.py",
 )
 
 
@@ -166,6 +167,20 @@ def test_fake_quantize_measures_all_formats(repository: Path, tmp_path: Path) ->
     for ratios in results["ratio_to_torch"].values():
         assert {"int4", "int8", "uint8", "fp4", "fp6_e2m3", "fp8_e5m2"} <= ratios.keys()
         assert all(name in output and ratio > 0 for name, ratio in ratios.items())
+
+
+def test_weight_scales_prints_costs_and_snrs(repository: Path) -> None:
+    torch.save({"a.weight": torch.randn(3, 40), "a.bias": torch.randn(3)}, "float.pt")
+    options = ("--size", "32", "--rounds", "1", "--checkpoint", "float.pt", "--output", "out.json")
+    output = run_example(repository, "benchmarks/weight_scales.py", *options)
+    assert "ratio to one fake-quantize" in output
+    results = json.loads(Path("out.json").read_text())
+    assert len(results["costs"]) == 4
+    assert all(value > 0 for row in results["costs"].values() for value in row.values())
+    assert len(results["snr_db"]) == 9
+    for row in results["snr_db"].values():
+        assert row["min-max"] <= row["default"] + 1e-3
+        assert row["optimum"] - row["worst layer"] == pytest.approx(row["default"], abs=1e-3)
 
 
 class MyModule(L.LightningModule):
