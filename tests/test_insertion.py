@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from statqat_lightning.insertion import (
     prepare,
     quantized_layers,
     quantizer_state,
+    refit_weights,
     refresh,
     remove,
     set_enabled,
@@ -530,11 +532,22 @@ def test_refresh_follows_the_weight() -> None:
     assert torch.equal(
         quantizer_state(model)["head/weight"]["scale"], before["head/weight"]["scale"]
     )
-    refresh(model)
-    for _ in range(16):  # a search is due by then
+    for _ in range(17):  # a search is due by then
         refresh(model)
-    for name, entries in quantizer_state(model).items():
-        torch.testing.assert_close(entries["scale"], 2 * before[name]["scale"], rtol=0.02, atol=0)
+    followed = weight_snrs(model)
+    refit_weights(model)
+    # Rows this short have several scales of almost the same error.
+    for name, snr in weight_snrs(model).items():
+        assert followed[name] > snr - 0.5
+
+
+def weight_snrs(model: nn.Module) -> dict[str, float]:
+    snrs = {}
+    for name, module, quantizers in quantized_layers(model):
+        assert quantizers.weight is not None
+        signal, noise = quantizers.weight.energies(weight_of(module))
+        snrs[name] = 10 * math.log10(float(signal / noise))
+    return snrs
 
 
 def test_bad_inputs_are_reported_by_layer() -> None:
