@@ -289,14 +289,20 @@ def set_narrowest(model: nn.Module, bits: int) -> None:
             quantizers.input.widen(bits)
 
 
-def refit_weights(model: nn.Module) -> None:
+def refit_weights(model: nn.Module, learned: bool = True) -> None:
     """Choose the scales of weights that were replaced: the scales in force are no start for them.
 
     Every other change is a small one, which `refresh` follows.
+
+    Args:
+        model: A model with quantizers.
+        learned: Whether scales that are learned start anew, too; not where whatever replaced the
+            weights has replaced them as well, being parameters.
     """
     for _, quantizers in _quantized_modules(model):
-        if quantizers.weight is not None:
-            quantizers.weight.ready = False
+        weight = quantizers.weight
+        if weight is not None and (learned or not weight.quantizer.learned):
+            weight.ready = False
     refresh(model, inputs=False)
 
 

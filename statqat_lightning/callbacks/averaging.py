@@ -40,7 +40,7 @@ class Averaging:
             return
         weights = [q.weight for _, _, q in quantized_layers(pl_module) if q.weight is not None]
         self._set_aside = [(q, q.scale.clone(), q.num_refreshes) for q in weights]
-        refit_weights(pl_module)
+        refit_weights(pl_module, learned=False)
 
     @torch.no_grad()
     def leave_validation(self) -> None:
@@ -56,9 +56,9 @@ class Averaging:
             trainer.current_epoch == getattr(callback, "swa_end", -2) + 1
             for callback in self._stochastic
         ):
-            refit_weights(pl_module)
+            refit_weights(pl_module, learned=False)
 
     def finish(self, pl_module: LightningModule) -> None:
         """Fit the scales to the weights that the fit ends with."""
         if self._exchanging or self._stochastic:
-            refit_weights(pl_module)
+            refit_weights(pl_module, learned=False)

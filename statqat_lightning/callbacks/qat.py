@@ -24,6 +24,7 @@ from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.insertion import (
     input_quantizers,
+    learned_scale_keys,
     load_quantizer_state,
     prepare,
     quantized_layers,
@@ -176,6 +177,13 @@ class StatQATCallback(Callback):
     def _insert(self, pl_module: LightningModule, *_: Any) -> None:
         before = [layer.quantizers for layer in quantized_layers(pl_module)]
         self.report = prepare(pl_module, recipe=self.recipe, observer=self.observer_config)
+        if self.averaging.replaces_weights_of_checkpoints and learned_scale_keys(pl_module):
+            remove(pl_module)
+            raise ValueError(
+                "StatQATCallback: got learned scales (quantizer 'lsq') beside WeightAveraging, "
+                "which copies the module before they are parameters of it. Use another quantizer, "
+                "or leave one of the two out."
+            )
         set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
         # Quantizers of an earlier run keep their scales, frozen ones above all. New ones have just
         # chosen theirs, but a checkpoint may still replace the weights.

@@ -29,6 +29,7 @@ from statqat_lightning import (
     QuantSchedule,
     SNRMonitor,
     StatQATCallback,
+    TensorSpec,
     load_quantized,
 )
 from statqat_lightning.insertion import quantized_layers, quantizer_state, refit_weights, weight_of
@@ -97,6 +98,14 @@ def test_scales_follow_averaged_weights(first: bool, tmp_path: Path) -> None:
     there = scales(module)
     for name, scale in expected_weight_scales(module).items():
         assert torch.equal(there[name], scale)
+
+
+@needs_weight_averaging
+def test_learned_scales_are_refused_beside_averaging() -> None:
+    assert WEIGHT_AVERAGING is not None
+    spec = TensorSpec("int4", quantizer="lsq")
+    with pytest.raises(ValueError, match="learned scales .* beside WeightAveraging"):
+        train(statqat(spec, spec), WEIGHT_AVERAGING(decay=0.5))
 
 
 @needs_weight_averaging
