@@ -31,6 +31,7 @@ from statqat_lightning.insertion import (
     quantizer_state,
     refit_weights,
     refresh,
+    remove,
     set_enabled,
     set_observing,
 )

@@ -104,7 +104,7 @@ def test_scales_follow_averaged_weights(first: bool, tmp_path: Path) -> None:
 def test_learned_scales_are_refused_beside_averaging() -> None:
     assert WEIGHT_AVERAGING is not None
     spec = TensorSpec("int4", quantizer="lsq")
-    with pytest.raises(ValueError, match="learned scales .* beside WeightAveraging"):
+    with pytest.raises(ValueError, match=r"learned scales .* beside WeightAveraging"):
         train(statqat(spec, spec), WEIGHT_AVERAGING(decay=0.5))
 
 
