@@ -1,9 +1,9 @@
 """Quantization-aware training of ResNet-20 on CIFAR-10, starting from float weights.
 
-Without options: W4A4, one epoch, some minutes on two cores. The images come from the folder
-`../shared/data` beside the repository, or from a torchvision `CIFAR10` folder (`--data`), which
-torchvision downloads when `--download` is given. The float weights are looked for beside the images
-and in `../shared/data`; `--float-epochs N` trains them first.
+W4A4, one epoch, some minutes on two cores. `--download --float-epochs 20` is all that a clone
+needs: torchvision downloads the images (170 MB) into the folder `--data`, and the float network is
+trained first; its weights are kept for `--checkpoint`. Where `../shared/data` lies beside the
+repository, with JPEG copies of the images and float weights, no options are needed.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ from torch.utils.data import DataLoader
 
 SHARED_DATA = common.REPOSITORY.parent / "shared" / "data"
 CHECKPOINT = "resnet20_cifar10.pt"
+DATA = SHARED_DATA if SHARED_DATA.is_dir() else Path("data")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = common.argument_parser(
-        __doc__.splitlines()[0], output="outputs/cifar10", epochs=1, lr=0.02, batch_size=256
+        __doc__, output="outputs/cifar10", epochs=1, lr=0.02, batch_size=256
     )
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data", type=Path, default=SHARED_DATA, help="folder of cifar10.py, or of torchvision"
+        "--data",
+        type=Path,
+        default=DATA,
+        help="folder of torchvision (it holds cifar-10-batches-py), or of cifar10.py",
     )
     data.add_argument("--download", action="store_true", help="let torchvision fill --data")
     data.add_argument(
@@ -60,19 +64,20 @@ def load_data(
     folder: Path, cache: Path, *, download: bool = False
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """uint8 images `(n, 3, 32, 32)` and labels of the splits `train` and `test`."""
+    check_folder(folder, download=download)
     if (folder / "cifar10.py").exists() and not download:
         reader = _import_file(folder / "cifar10.py")
         if not (cache / "cifar10_train.npy").exists():
             print(f"decoding 60 000 images, once; they are kept in {cache}")
         return {split: reader.load(split, cache=cache) for split in ("train", "test")}
-    try:
-        from torchvision.datasets import CIFAR10
+    from torchvision.datasets import CIFAR10
 
+    try:
         sets = {
             s: CIFAR10(folder, train=s == "train", download=download) for s in ("train", "test")
         }
-    except ModuleNotFoundError as error:
-        raise common.fail("torchvision is missing: pip install torchvision") from error
+    except OSError as error:
+        raise common.fail(f"CIFAR-10 could not be downloaded into {folder}: {error}") from error
     except RuntimeError as error:  # torchvision: not found or corrupted
         raise common.fail(
             f"no CIFAR-10 in {folder}. Expected the files of the project's shared data, or the "
@@ -85,6 +90,15 @@ def load_data(
         )
         for split, data in sets.items()
     }
+
+
+def check_folder(folder: Path, *, download: bool = False) -> None:
+    """End the command if there is no folder to read images from, and none to be filled."""
+    if not (download or folder.is_dir()):
+        raise common.fail(
+            f"the folder {folder} does not exist. Name one with --data, or let torchvision fill it "
+            "with --download."
+        )
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -132,7 +146,7 @@ def train_network(args: argparse.Namespace, loader: DataLoader[common.Batch]) ->
         args.float_epochs,
         accelerator=args.accelerator,
         fast_dev_run=args.fast_dev_run,
-        limit_train_batches=args.limit_train_batches,
+        **common.batch_limits(args),
     )
     trainer.fit(module, loader)
     if not args.fast_dev_run:
@@ -144,6 +158,8 @@ def train_network(args: argparse.Namespace, loader: DataLoader[common.Batch]) ->
 
 def main() -> None:
     args = parse_arguments()
+    common.start(args, "torchvision", "PIL")
+    check_folder(args.data, download=args.download)
     network = None
     if not args.float_epochs:  # what is missing shows before the images are decoded
         network = load_network(args.checkpoint or find_checkpoint(args.data))

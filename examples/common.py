@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import itertools
 import logging
 import time
@@ -43,13 +44,27 @@ def fail(message: str) -> SystemExit:
     return SystemExit(f"error: {message}")
 
 
+def require(*packages: str) -> None:
+    """End the command if a package that it needs later is missing, before any work is done.
+
+    Args:
+        packages: Names of imports, beside those of the extras `onnx` and `plot`.
+    """
+    needed = ("onnx", "onnxruntime", "onnxscript", "ml_dtypes", "matplotlib", *packages)
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise fail(
+            f"the examples need {', '.join(missing)}, not installed here: "
+            'pip install "statqat-lightning[examples]", or pip install -e ".[examples]" in a clone.'
+        )
+
+
 # --- arguments -----------------------------------------------------------------------------------
 
 
 def argument_parser(
     description: str, *, output: str, epochs: int, lr: float, batch_size: int
 ) -> argparse.ArgumentParser:
-    """The options that every example has."""
+    """The options that every example has; `start` acts on those that concern the process."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -57,12 +72,22 @@ def argument_parser(
     run.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     run.add_argument("--output", type=Path, default=Path(output), help="folder for what is written")
     run.add_argument("--accelerator", default="auto", help="auto, cpu, gpu, ...")
+    run.add_argument(
+        "--threads", type=positive, default=torch.get_num_threads(), help="of torch, on the CPU"
+    )
     run.add_argument("--fast-dev-run", action="store_true", help="one batch of everything")
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=positive, default=epochs, help="epochs of QAT")
     training.add_argument("--lr", type=float, default=lr, help="highest learning rate of QAT")
     training.add_argument("--batch-size", type=positive, default=batch_size, help="images a step")
     return parser
+
+
+def start(args: argparse.Namespace, *packages: str) -> None:
+    """What comes first in every example: see that packages are there, set the number of threads."""
+    require(*packages)
+    if args.threads != torch.get_num_threads():
+        torch.set_num_threads(args.threads)
 
 
 def add_quantization_arguments(
@@ -95,14 +120,20 @@ def add_trainer_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--limit-{stage}-batches",
             type=batch_limit,
-            default=1.0,
-            help="number of batches, or a fraction such as 0.1",
+            # Given to the Trainer only if asked for: it prints a line about each limit.
+            default=argparse.SUPPRESS,
+            help="number of batches, or a fraction such as 0.1; default: all",
         )
     group.add_argument("--log-every-n-steps", type=positive, default=10, help="cadence of logs")
     group.add_argument(
         "--wandb", choices=("off", "offline", "online"), default="off", help="log to W&B"
     )
     group.add_argument("--wandb-project", default="statqat-lightning", help="project in W&B")
+
+
+def batch_limits(args: argparse.Namespace) -> dict[str, int | float]:
+    """The limits among the arguments, as arguments of the Trainer."""
+    return {name: value for name, value in vars(args).items() if name.startswith("limit_")}
 
 
 def near_misses(name: str, known: Sequence[str]) -> str:
@@ -379,7 +410,7 @@ def make_logger(
     try:
         logger = WandbLogger(name=name, project=project, save_dir=output, offline=kind == "offline")
     except ModuleNotFoundError as error:
-        raise fail("--wandb needs the package wandb: pip install wandb") from error
+        raise fail('--wandb needs wandb: pip install "statqat-lightning[wandb]"') from error
     logger.log_hyperparams({k: str(v) if isinstance(v, Path) else v for k, v in config.items()})
     return logger
 
@@ -544,7 +575,7 @@ def train_and_report(
     if not args.fast_dev_run:
         logger = make_logger(args.wandb, args.output, name, args.wandb_project, vars(args))
     trainer_options = {"accelerator": args.accelerator, "fast_dev_run": args.fast_dev_run}
-    limits = {"limit_test_batches": args.limit_test_batches}
+    limits = batch_limits(args)
     results = []
     if getattr(args, "float_test", False):
         tester = make_trainer(args.output, 1, quiet=True, **limits, **trainer_options)
@@ -564,7 +595,6 @@ def train_and_report(
         args.epochs,
         callbacks=quantization.callbacks,
         logger=logger or False,
-        limit_train_batches=args.limit_train_batches,
         log_every_n_steps=args.log_every_n_steps,
         **limits,
         **trainer_options,

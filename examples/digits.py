@@ -16,8 +16,6 @@ import lightning as L
 import torch
 from common import BatchedTensors, ImageClassifier, Normalize, Result
 from safetensors.torch import save_file
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import nn
 
 RUNS = (  # method, what the table calls the formats, weights, activations
@@ -45,6 +43,9 @@ def digits_network(width: int = 16) -> nn.Sequential:
 
 def load_data() -> tuple[BatchedTensors, BatchedTensors]:
     """Training and held-out digits; the split is the same for every seed."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.uint8).unsqueeze(1)
     labels = torch.tensor(digits.target)
@@ -71,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    common.start(args, "sklearn")
     start = time.perf_counter()
     trainer_options = {
         "accelerator": args.accelerator,

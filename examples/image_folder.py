@@ -22,8 +22,9 @@ try:
     from torchvision import models
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
-except ModuleNotFoundError as error:
-    raise common.fail("torchvision is missing: pip install torchvision") from error
+except ModuleNotFoundError:
+    common.require("torchvision", "PIL")
+    raise
 
 Images: TypeAlias = ImageFolder | Subset[Any]
 
@@ -32,9 +33,9 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 def parse_arguments() -> argparse.Namespace:
     parser = common.argument_parser(
-        __doc__.splitlines()[0], output="outputs/image_folder", epochs=3, lr=0.01, batch_size=32
+        __doc__, output="outputs/image_folder", epochs=3, lr=0.01, batch_size=32
     )
-    parser.add_argument("data", type=Path, help="folder with one folder of images for each class")
+    parser.add_argument("data", type=Path, help="folder of images, laid out as above")
     group = parser.add_argument_group("model and data")
     group.add_argument(
         "--model", default="mobilenet_v3_small", help="a torchvision classifier: resnet18, vit_b_16"
@@ -127,6 +128,7 @@ class Classifier(ImageClassifier):
 
 def main() -> None:
     args = parse_arguments()
+    common.start(args, "torchvision", "PIL")
     train, test, num_classes = load_data(args.data, args.image_size)
     L.seed_everything(args.seed, verbose=False)
     network = load_network(

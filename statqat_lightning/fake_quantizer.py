@@ -107,7 +107,7 @@ class FakeQuantizer:
 
     def quantize(self, x: Tensor) -> Tensor:
         """`x` fake-quantized, or `x` itself while switched off or without a scale."""
-        if not (self.enabled and self.ready and x.is_floating_point()):
+        if not (self.enabled and self.ready and _is_floating(x)):
             return x
         if self.quantizer.learned:
             qparams = QParams(self.scale, None, self.granularity)
@@ -247,7 +247,7 @@ class InputFakeQuantizer(FakeQuantizer):
 
     def __call__(self, x: Tensor) -> Tensor:
         x_hat = self.quantize(x)
-        if self.observing and x.is_floating_point() and not _recomputing():
+        if self.observing and _is_floating(x) and not _recomputing():
             scale = None if x_hat is x else self.qparams.scale
             self.observer.add(x, self.fmt, scale, statistics=not self.frozen)
             if self.deciding and x.numel() and not self.frozen:
@@ -327,6 +327,11 @@ class InputFakeQuantizer(FakeQuantizer):
         for name in self.observer.RUNNING:
             getattr(self.observer, name).copy_(state[name])
         self.observer.reset_accumulators()
+
+
+def _is_floating(x: object) -> bool:
+    """Whether `x` can be quantized; about all else, lists above all, the layer itself complains."""
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _recomputing() -> bool:

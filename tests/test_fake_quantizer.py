@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from statqat_lightning.fake_quantizer import (
     refresh_weights,
 )
 from statqat_lightning.functional import QParams, fake_quantize
+from statqat_lightning.insertion import prepare, set_observing
 from statqat_lightning.observers import ObserverConfig
 from statqat_lightning.quantizers import get_quantizer
 from statqat_lightning.tensor_spec import TensorSpec
@@ -289,3 +291,30 @@ def test_state_is_a_copy() -> None:
     assert torch.equal(fresh.scale, scale)
     assert fresh.ready
     assert fresh.num_refreshes == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (torch.nn.Linear(3, 2), r"linear\(\): argument 'input' .* must be Tensor, not list"),
+        (torch.nn.Conv1d(3, 2, 1), r"conv1d\(\) received an invalid combination .*\(list, "),
+    ],
+)
+def test_torch_itself_complains_about_a_list(layer: torch.nn.Module, message: str) -> None:
+    given: Any = [torch.randn(4, 3)]
+    with pytest.raises(TypeError, match=message):  # without quantizers
+        layer(given)
+    model = torch.nn.Sequential(layer)
+    prepare(model, "int4", "int4", first_last_bits=None)
+    set_observing(model, True)
+    with pytest.raises(TypeError, match=message):
+        model(given)
+
+
+def test_what_is_no_float_tensor_passes_untouched() -> None:
+    quantizer = for_input(TensorSpec("int4"))
+    quantizer(torch.randn(8))
+    refresh_inputs([quantizer])
+    assert quantizer.ready
+    for given in ([torch.randn(2)], torch.arange(3), None):
+        assert quantizer(given) is given  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from statqat_lightning.callbacks.lightning_names import is_a, overrides
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.export.artefacts import export_model
-from statqat_lightning.export.files import check_writable
+from statqat_lightning.export.files import ENDINGS, check_writable, with_ending
 from statqat_lightning.export.frozen import refuse_weights_from_hooks
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.native import load_checkpoint
@@ -57,7 +58,8 @@ class ExportCallback(Callback):
 
     Args:
         path: Where the files go; `exported/model.onnx` stands for `exported/model.safetensors`,
-            too, and so does `exported/model`.
+            too, and so does `exported/model`. A number after a dot belongs to the name:
+            `run_0.1` becomes `run_0.1.onnx`.
         best: Export the best checkpoint of the Trainer's `ModelCheckpoint` instead of the last
             weights.
         example_input: Input of one forward call: a tensor, a tuple of positional or a mapping of
@@ -70,8 +72,9 @@ class ExportCallback(Callback):
         report: Paths, sizes and differences of the last export, None before.
 
     Raises:
-        ValueError: If neither file is asked for; when training starts, if there is no such
-            `module`, or a forward hook makes a weight.
+        ValueError: If neither file is asked for, or the path names a folder or has another ending;
+            when training starts, if there is no such `module`, or a forward hook makes a weight.
+        OSError: When training starts, if a file cannot be written.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class ExportCallback(Callback):
     ) -> None:
         if not (onnx or native):
             raise ValueError("ExportCallback: got onnx=False and native=False; expected a file.")
-        self.path = Path(path)
+        self.path = _checked(path)
         self.best = best
         self.example_input = example_input
         self.module = module
@@ -100,7 +103,8 @@ class ExportCallback(Callback):
             return
         self.report = None
         self._capture = None
-        check_writable(self.path.parent)
+        endings = [".onnx"] * self.onnx + [".safetensors"] * self.native
+        check_writable(*(with_ending(self._target(trainer), ending) for ending in endings))
         if self.onnx:
             require_packages()
         if self.best and trainer.checkpoint_callback is None and not _is_trial(trainer):
@@ -158,11 +162,10 @@ class ExportCallback(Callback):
         if reason := self._why_not(trainer, pl_module):
             rank_zero_info(f"ExportCallback: nothing written: {reason}")
             return
-        folder = self.path.parent / "fast_dev_run" if _is_trial(trainer) else self.path.parent
         module, example = self._example(pl_module)
         self.report = export_model(
             self._trained(trainer, pl_module),
-            folder / self.path.name,
+            self._target(trainer),
             example,
             module=module,
             recipe=_recipe(trainer),
@@ -172,6 +175,10 @@ class ExportCallback(Callback):
         self._capture = None  # it holds a batch
         rank_zero_info(f"StatQAT exported:\n{self.report}")
         self._warn()
+
+    def _target(self, trainer: Trainer) -> Path:
+        trial = "fast_dev_run" if _is_trial(trainer) else ""
+        return self.path.parent / trial / self.path.name
 
     def _why_not(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         if reason := _why_never(trainer, pl_module):
@@ -237,6 +244,22 @@ class ExportCallback(Callback):
                 f"{difference:.3g}, agreement {agreement}.",
                 category=ExportWarning,
             )
+
+
+def _checked(path: str | Path) -> Path:
+    path, given = Path(path), str(path)
+    if not path.name or given.endswith(("/", os.sep)):
+        raise ValueError(
+            f"ExportCallback: got path {given!r}, which names a folder; expected a file in it, "
+            f"such as {str(path / 'model.onnx')!r}."
+        )
+    if path.suffix not in ENDINGS and path.suffix[1:2].isalpha():
+        raise ValueError(
+            f"ExportCallback: got path {given!r} with the ending {path.suffix!r}; expected "
+            f"{' or '.join(ENDINGS)}, or none: {str(path.with_suffix(''))!r}. Both files are "
+            "written, unless onnx=False or native=False says otherwise."
+        )
+    return path
 
 
 class _Capture:

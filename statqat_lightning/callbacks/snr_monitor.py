@@ -6,10 +6,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
+from statqat_lightning.insertion import quantized_layers
 from statqat_lightning.report import SNRSummary, snr_by_tensor
 
 PREFIX = "snr_db"
+
+
+class SNRMonitorWarning(UserWarning):
+    """There is no SNR to log."""
 
 
 class SNRMonitor(Callback):
@@ -21,8 +27,14 @@ class SNRMonitor(Callback):
     progress bar, at that cadence and at the end of every epoch; `snr_db/worst_layer` is there as
     text.
 
+    The SNR says what quantization does to tensors, not how good the model is: choose checkpoints by
+    a metric of the task, and watch the SNR beside it. In the name of a checkpoint file, Lightning
+    would write `snr_db/mean=30.12`, whose slash makes a folder; `auto_insert_metric_name=False`
+    leaves the number alone, as in
+    `ModelCheckpoint(filename="{epoch}-{snr_db/mean:.2f}dB", auto_insert_metric_name=False)`.
+
     Place it after `StatQATCallback` in the list of callbacks, so that it sees the scales of the
-    same step.
+    same step. It works with `prepare` alone, too; where no layer is quantized, it warns.
 
     Args:
         prog_bar: Show mean and minimum in the progress bar.
@@ -42,6 +54,12 @@ class SNRMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A resumed run has logged its earlier steps already; a new fit starts anew.
         self.history = [(step, row) for step, row in self.history if step < trainer.global_step]
+        if not quantized_layers(pl_module):
+            rank_zero_warn(
+                f"SNRMonitor: nothing will be logged: {type(pl_module).__name__} has no quantized "
+                "layers. Add StatQATCallback to the Trainer, or call `prepare` on the module.",
+                category=SNRMonitorWarning,
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.export.files import replacing
+from statqat_lightning.export.files import replacing, with_ending
 from statqat_lightning.export.frozen import freeze_quietly, left_in_float
 from statqat_lightning.export.inputs import ForwardCall, outputs_of
 from statqat_lightning.export.native import save_native
@@ -25,7 +25,6 @@ from statqat_lightning.insertion import quantized_layers
 from statqat_lightning.recipe import QuantRecipe
 
 _MOST_EXAMPLES = 256
-_ENDINGS = (".onnx", ".safetensors")
 
 NO_EXAMPLE = (
     "ONNX: not written, because no input is known to trace the model with. Set example_input_array "
@@ -89,7 +88,7 @@ def export_model(
 
     native_report = onnx_report = None
     if native:
-        target = _with_ending(path, ".safetensors")
+        target = with_ending(path, ".safetensors")
         with replacing(target) as temporary:
             save_native(frozen, temporary, recipe, module)
             native_report = check_native(temporary, reference, module, call, expected)
@@ -106,7 +105,7 @@ def export_model(
             notes.append(
                 f"ONNX: holds {module!r}; these quantized layers are outside: {', '.join(outside)}."
             )
-        target = _with_ending(path, ".onnx")
+        target = with_ending(path, ".onnx")
         try:
             with replacing(target) as temporary:
                 save_onnx(frozen.get_submodule(module), temporary, call)
@@ -125,12 +124,6 @@ def export_model(
         float_bytes=sum(4 * t.numel() for t in reference.state_dict().values()),
         notes=tuple(notes),
     )
-
-
-def _with_ending(path: str | Path, ending: str) -> Path:
-    # Not `with_suffix`, which takes the end of `run_0.1` for an ending as well.
-    path = Path(path)
-    return path.with_name((path.stem if path.suffix in _ENDINGS else path.name) + ending)
 
 
 def _renamed(report: ArtefactReport, path: Path) -> ArtefactReport:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+ENDINGS = (".onnx", ".safetensors")
 
 
 @contextmanager
@@ -29,12 +32,33 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(folder: Path) -> None:
-    """Make a folder and write into it, to know now rather than after hours of training.
+def with_ending(path: str | Path, ending: str) -> Path:
+    """The path with an ending of an export in place of the one it has, if it has one of them."""
+    # Not `with_suffix`, which takes the end of `run_0.1` for an ending as well.
+    path = Path(path)
+    return path.with_name((path.stem if path.suffix in ENDINGS else path.name) + ending)
+
+
+def check_writable(*targets: Path) -> None:
+    """See whether files can be written there, now rather than after hours of training.
+
+    Folders that are missing are made.
 
     Raises:
-        OSError: If the folder cannot be made or written; the message names it.
+        OSError: If a folder cannot be made or written; the message names it.
+        IsADirectoryError: If a folder is where a file is to go.
     """
+    for target in targets:
+        _check_folder(target.parent)
+        if target.is_dir():
+            raise IsADirectoryError(
+                errno.EISDIR,
+                f"Export file {str(target)!r} cannot be written, because a folder of that name is "
+                "there. Choose another path, or move the folder.",
+            )
+
+
+def _check_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A real file: permission bits say nothing about full disks, read-only mounts, or root.

@@ -238,6 +238,38 @@ class NoStep(DigitsModule):
         pytest.fail("a training step ran")
 
 
+@pytest.mark.parametrize("ending", [".onnx", ".safetensors"])
+def test_a_folder_in_place_of_a_file_is_refused_before_training(ending: str) -> None:
+    Path(f"out/model{ending}").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match=f"Export file 'out/model{ending}' .* a folder of"):
+        train(statqat(), ExportCallback("out/model.onnx"), module=NoStep)
+
+
+def test_a_folder_in_place_of_a_file_that_is_not_asked_for_does_no_harm() -> None:
+    Path("model.onnx").mkdir()
+    train(statqat(), ExportCallback("model.onnx", onnx=False), limit_train_batches=1)
+    assert Path("model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", ["err/m.pt", "m.ckpt", Path("model.ONNX")])
+def test_another_ending_is_refused(path: str | Path) -> None:
+    expected = rf"got path '{path}'.*expected .onnx or .safetensors, or none: '.*m(odel)?'"
+    with pytest.raises(ValueError, match=expected):
+        ExportCallback(path)
+
+
+@pytest.mark.parametrize("path", ["exported/", "", "."])
+def test_a_folder_for_a_path_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match=r"names a folder; expected a file in it, such as '.*onnx"):
+        ExportCallback(path)
+
+
+@pytest.mark.parametrize("path", ["run_0.1", "run_0.1.onnx", Path("run_0.1.safetensors")])
+def test_a_number_in_a_name_is_no_ending(path: str | Path) -> None:
+    train(statqat(), ExportCallback(path, onnx=False), limit_train_batches=1)
+    assert [file.name for file in Path().glob("run*")] == ["run_0.1.safetensors"]
+
+
 @pytest.mark.parametrize(("given", "hint"), [("nett", " Did you mean 'net'"), ("decoder", "")])
 def test_an_unknown_module_is_refused_before_training(given: str, hint: str) -> None:
     expected = (

@@ -22,7 +22,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from torch import Tensor
 
 from statqat_lightning.callbacks.qat import StatQATCallback
-from statqat_lightning.callbacks.snr_monitor import SNRMonitor
+from statqat_lightning.callbacks.snr_monitor import SNRMonitor, SNRMonitorWarning
+from statqat_lightning.insertion import prepare
 from tests.callbacks.digits import (
     LAYERS,
     STEPS_PER_EPOCH,
@@ -267,9 +268,11 @@ def test_metrics_of_a_later_test_run_hold_no_text(tmp_path: Path) -> None:
     assert all(isinstance(value, Tensor) for value in trainer.logged_metrics.values())
 
 
-def test_without_quantizers_it_logs_nothing(tmp_path: Path) -> None:
+def test_without_quantizers_it_logs_nothing_and_says_so_once(tmp_path: Path) -> None:
     logger, monitor = CSVLogger(tmp_path), SNRMonitor()
-    train(monitor, logger=logger)
+    with pytest.warns(SNRMonitorWarning, match="DigitsModule has no quantized layers") as said:
+        train(monitor, logger=logger, max_epochs=2)
+    assert len([w for w in said if w.category is SNRMonitorWarning]) == 1
     assert monitor.history == []
     assert not any("snr" in key for row in from_csv(logger).values() for key in row)
 
@@ -304,3 +307,21 @@ def test_one_row_an_optimizer_step_under_gradient_accumulation() -> None:
     monitor = SNRMonitor()
     train(statqat(), monitor, accumulate_grad_batches=3)
     assert [step for step, _ in monitor.history] == [0, 1]
+
+
+def test_prepare_is_enough_to_log_the_snr_of_weights() -> None:
+    module, monitor = DigitsModule(), SNRMonitor()
+    prepare(module, "int4", None)
+    train(monitor, module=module, limit_train_batches=2)
+    assert {name for _, row in monitor.history for name in row} == {f"{n}/weight" for n in LAYERS}
+
+
+def test_the_documented_checkpoint_name_makes_no_folder() -> None:
+    checkpoint = ModelCheckpoint(
+        "kept", filename="{epoch}-{snr_db/mean:.2f}dB", auto_insert_metric_name=False
+    )
+    monitor = SNRMonitor()
+    train(statqat(), monitor, checkpoint)
+    assert monitor.summary is not None
+    (file,) = Path("kept").iterdir()
+    assert file.name == f"0-{monitor.summary.mean:.2f}dB.ckpt"

@@ -13,12 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
+from statqat_lightning.insertion import prepare, quantized_layers
 from tests.wandb_file import read_run
 
 COMMANDS = (
@@ -183,36 +181,84 @@ def test_weight_scales_prints_costs_and_snrs(repository: Path) -> None:
         assert row["optimum"] - row["worst layer"] == pytest.approx(row["default"], abs=1e-3)
 
 
-class MyModule(L.LightningModule):
-    """The reader's own module of the README."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 8), nn.Linear(8, 3)
-        )
-        self.head = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.network(x))
-
-    def training_step(self, batch: list[Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
 def test_python_code_of_the_readme_runs(repository: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 2
-    loader = DataLoader(TensorDataset(torch.randn(16, 1, 8, 8), torch.randint(3, (16,))), 4)
-    names = {"MyModule": MyModule, "loader": loader}
-    for block in blocks:
-        # Three epochs of a demonstration are not needed to see that it runs.
-        exec(block.replace("L.Trainer(", "L.Trainer(logger=False, "), names)
+    assert "class " in blocks[0]
+    code = "\n".join(blocks)
+    for shown, quick in (("L.Trainer(", "L.Trainer(logger=False, "), ("4096", "512")):
+        assert shown in code
+        code = code.replace(shown, quick)
+    names: dict[str, Any] = {}
+    exec(code, names)
     assert Path("exported/model.onnx").exists()
-    assert Path("exported/model.safetensors").exists()
+    # The two files that the reader loads last hold the same model.
+    with torch.no_grad():
+        expected = names["model"](names["x"][:8]).numpy()
+    assert abs(names["logits"] - expected).max() < 0.1 * abs(expected).max()
+    # The recipe is for the module of the first block.
+    prepare(module := names["Classifier"](), recipe=names["recipe"])
+    assert {layer.name for layer in quantized_layers(module)} == {"body.0", "body.2"}
+
+
+def error_of(monkeypatch: pytest.MonkeyPatch, folder: Path, example: str, *arguments: str) -> str:
+    """What an example says in the one line that it ends with."""
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, example, raising=False)
+    monkeypatch.setattr(sys, "argv", [f"{example}.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(example).main()
+    message = str(stopped.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+@pytest.mark.parametrize(
+    ("example", "missing"),
+    [
+        ("digits", "sklearn"),
+        ("digits", "matplotlib"),
+        ("cifar10_resnet20", "torchvision"),
+        ("cifar10_resnet20", "PIL"),
+        ("image_folder", "torchvision"),
+        ("image_folder", "onnxruntime"),
+    ],
+)
+def test_a_missing_extra_is_one_line(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, example: str, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)  # its import raises ModuleNotFoundError
+    arguments = ("folder",) if example == "image_folder" else ()
+    message = error_of(monkeypatch, repository / "examples", example, *arguments)
+    assert message.startswith(
+        f"error: the examples need {missing}, not installed here: pip install"
+    )
+    assert '"statqat-lightning[examples]"' in message
+
+
+def test_cifar10_names_a_data_folder_that_does_not_exist(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("cifar10_resnet20", "--data", "nowhere")
+    message = error_of(monkeypatch, repository / "examples", *arguments)
+    assert message.startswith("error: the folder nowhere does not exist. Name one with --data, or")
+
+
+def test_threads_and_limits(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(repository / "examples")
+    common = importlib.import_module("common")
+    parser = common.argument_parser("x", output="out", epochs=1, lr=0.1, batch_size=4)
+    common.add_trainer_arguments(parser)
+    args = parser.parse_args([])
+    assert args.threads == torch.get_num_threads()
+    assert common.batch_limits(args) == {}
+    args = parser.parse_args(["--threads", "2", "--limit-test-batches", "3"])
+    assert common.batch_limits(args) == {"limit_test_batches": 3}
+    before = torch.get_num_threads()
+    try:
+        common.start(args)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.cifar
