@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from statqat_lightning.error_analysis.samples import Samples
 from statqat_lightning.formats import Format, IntFormat
 
 BINS_PER_OCTAVE = 32
@@ -47,7 +48,7 @@ _ROWS_AT_ONCE = 256  # a raw histogram takes 64 KiB
 _NEGLIGIBLE = 1e-10  # share of the energy that may lie above the window
 
 
-def raw_spectra(rows: Tensor, weights: Tensor | None = None) -> Tensor:
+def raw_spectra(rows: Tensor, squares: Tensor | None = None) -> Tensor:
     """Raw histogram of each of a few rows, without a host synchronisation.
 
     Every bit pattern has its bin, so NaN, infinities and squares that overflow stay in bins of
@@ -55,20 +56,20 @@ def raw_spectra(rows: Tensor, weights: Tensor | None = None) -> Tensor:
 
     Args:
         rows: float32 `(n, m)`, contiguous.
-        weights: What each value adds to its bin, float32 `(n, m)`; its square when None.
+        squares: Their squares, float32 `(n, m)`, where they are at hand.
 
     Returns:
         float32 `(n, NUM_RAW_BINS)`.
     """
     index = (rows.view(torch.int32) >> _SHIFT).bitwise_and_(NUM_RAW_BINS - 1)
-    weights = rows.square() if weights is None else weights
+    squares = rows.square() if squares is None else squares
     raw = torch.zeros(len(rows), NUM_RAW_BINS, device=rows.device, dtype=torch.float32)
     if rows.device.type == "cpu":
-        return raw.scatter_add_(1, index.long(), weights)  # rows run in parallel
+        return raw.scatter_add_(1, index.long(), squares)  # rows run in parallel
     # Elsewhere only this one has a deterministic form.
     first = torch.arange(len(rows), dtype=torch.int32, device=rows.device).unsqueeze(1)
     index.add_(first, alpha=NUM_RAW_BINS)
-    raw.view(-1).index_add_(0, index.view(-1), weights.view(-1))
+    raw.view(-1).index_add_(0, index.view(-1), squares.view(-1))
     return raw
 
 
@@ -106,22 +107,21 @@ class EnergySpectrum:
 
     Attributes:
         energy: float32 `(n, NUM_BINS)`: sums of squares in each bin over the number of values.
-        inside: Where the values lie inside their bins, float32 `(n, 3, NUM_BINS)`: their number,
-            and the mean and the standard deviation of the position, 0 at a bin's lower and 1 at its
-            upper edge. None in a running statistic, which takes them as evenly spread: with a few
-            outliers, or with few values at all, that is off by some tenths of a decibel or more.
+        samples: The values, in long rows close ones put together. None in a running statistic,
+            which takes them as evenly spread in their bins: with a few outliers, or with few values
+            at all, that is off by some tenths of a decibel or more.
     """
 
     energy: Tensor
-    inside: Tensor | None = None
+    samples: Samples | None = None
 
     @classmethod
-    def of(cls, x: Tensor, inside: bool = True) -> EnergySpectrum:
+    def of(cls, x: Tensor, keep: bool = True) -> EnergySpectrum:
         """Spectrum of each row of `x`.
 
         Args:
             x: `(n, m)`, or any other shape for one spectrum of all values; floating dtype.
-            inside: Whether to keep where the values lie inside their bins, for predictions.
+            keep: Whether to keep the values, for predictions.
 
         Raises:
             ValueError: If `x` is empty or holds a NaN, an infinity or a value beyond `2**32`.
@@ -141,9 +141,13 @@ class EnergySpectrum:
                 "EnergySpectrum.of: got values that are NaN, infinite or beyond +-2**32; "
                 "remove them first."
             )
-        parts = torch.split(rows, _ROWS_AT_ONCE)
-        positions = torch.cat([_inside(part.contiguous()) for part in parts]) if inside else None
-        return cls(energy / rows.shape[1], positions)
+        energy = energy / rows.shape[1]
+        if not keep:
+            return cls(energy)
+        exponent = torch.frexp(rows.abs().amax(1, keepdim=True)).exponent.clamp(-126, 126)
+        samples = Samples.condensed(torch.ldexp(rows, -exponent), fold=False)
+        values = torch.ldexp(samples.values, exponent)
+        return cls(energy, Samples(values, samples.weights))
 
     @property
     def power(self) -> Tensor:
@@ -227,16 +231,17 @@ class EnergySpectrum:
     def mse(self, fmt: Format, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """Mean squared error predicted at `scale` and `zero_point` `(n,)`, float32 `(n,)`.
 
-        Each bin stands for evenly spread points, or where `inside` is known for points with the
-        mean and the deviation of the bin's values.
+        From the values where they are kept; else each bin stands for evenly spread points.
         """
+        if self.samples is not None:
+            zero = None if zero_point is None else zero_point.unsqueeze(1)
+            sums = self.samples.errors(fmt, scale.unsqueeze(1), zero).squeeze(1)
+            return sums / self.samples.num_values
         parts = []
         for first in range(0, len(self.energy), _ROWS_AT_ONCE // 8):
             few = slice(first, first + _ROWS_AT_ONCE // 8)
-            inside = None if self.inside is None else self.inside[few]
-            part = EnergySpectrum(self.energy[few], inside)
             zero = None if zero_point is None else zero_point[few].view(-1, 1, 1)
-            window = part._window(fmt, apart=True, every=zero is not None)
+            window = EnergySpectrum(self.energy[few])._window(fmt, apart=True, every=zero is not None)
             y = window.points * (torch.exp2(window.top) / scale[few]).view(-1, 1, 1)
             q = fmt.round(y) if zero is None else fmt.round_(y + zero).sub_(zero)
             relative = (q - y).square_().mean(1) / y.square().mean(1)
@@ -296,8 +301,8 @@ class EnergySpectrum:
 
         Args:
             fmt: The number format; values that it cannot represent are left out.
-            apart: Whether both signs are kept apart, with points from `inside`, even where the
-                grid is symmetric.
+            apart: Whether both signs are kept apart even where the grid is symmetric, and bins are
+                looked at closely.
             every: Whether the format represents both signs by its zero point.
         """
         n = len(self.energy)
@@ -317,29 +322,8 @@ class EnergySpectrum:
         window = sides.gather(2, place.expand(-1, num_sides, -1, BINS_PER_OCTAVE))
         window = torch.where((index >= 0).view(n, 1, -1, 1), window, 0.0).flatten(1)
         below = (energy.sum(1) - window.sum(1)).clamp_min(0.0)
-        points = (
-            self._placed_points(num_sides, place)
-            if apart
-            else _window_points(energy.device, num_sides)
-        )
+        points = _window_points(energy.device, num_sides, _FINE_POINTS if apart else 5)
         return _Window(window, (top + LOWEST_OCTAVE).to(torch.float32), lost + below, points)
-
-    def _placed_points(self, num_sides: int, place: Tensor) -> Tensor:
-        """Points `(1 or n, points, bins)` that stand for the values in each bin of the window."""
-        if self.inside is None:
-            return _window_points(self.energy.device, num_sides, _FINE_POINTS).unsqueeze(0)
-        n = len(self.energy)
-        inside = self.inside.view(n * 3, 2, NUM_OCTAVES, BINS_PER_OCTAVE)[:, :num_sides]
-        place = place.repeat_interleave(3, 0).expand(-1, num_sides, -1, BINS_PER_OCTAVE)
-        inside = inside.gather(2, place).view(n, 3, 1, -1)
-        count, mean, deviation = inside.unbind(1)
-        even = torch.linspace(-1, 1, _FINE_POINTS, device=inside.device)
-        even = (even / even.square().mean().sqrt()).unsqueeze(1)
-        # Two values lie at their mean plus and minus their deviation.
-        position = mean + deviation * torch.where(count > 2, even, even.sign())
-        edges = _window_points(inside.device, num_sides, 1, middle=0.0)
-        width = torch.exp2(torch.floor(torch.log2(edges.abs()))) * edges.sign() / BINS_PER_OCTAVE
-        return edges + width * position.clamp_(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -350,25 +334,13 @@ class _Window:
         energy: float32 `(n, bins)`, ascending in magnitude, if need be positive values first.
         top: Binary logarithm of the upper end, `(n,)`.
         outside: Energy that every scale loses, `(n,)`.
-        points: Values that stand for each bin if the upper end were 1, `(points, bins)` or
-            `(n, points, bins)`.
+        points: Values that stand for each bin if the upper end were 1, `(points, bins)`.
     """
 
     energy: Tensor
     top: Tensor
     outside: Tensor
     points: Tensor
-
-
-def _inside(rows: Tensor) -> Tensor:
-    """Number, mean and standard deviation of positions in each bin, float32 `(n, 3, NUM_BINS)`."""
-    fraction = (rows.view(torch.int32) & ((1 << _SHIFT) - 1)).to(torch.float32) / (1 << _SHIFT)
-    weights = (torch.ones_like(rows), fraction, fraction.square())
-    count, first, second = (resolved_bins(raw_spectra(rows, w))[0] for w in weights)
-    mean = first / count.clamp_min(1.0)
-    variance = (second / count.clamp_min(1.0) - mean.square()).clamp_min_(0.0)
-    deviation = torch.where(count > 1, variance.sqrt_(), 0.0)
-    return torch.stack([count, mean, deviation], 1)
 
 
 @lru_cache(maxsize=256)
@@ -395,9 +367,7 @@ def _candidate_clips(device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _window_points(
-    device: torch.device, num_sides: int, points: int = 5, middle: float = 0.5
-) -> Tensor:
+def _window_points(device: torch.device, num_sides: int, points: int = 5) -> Tensor:
     """Points spread evenly in each bin of the window whose upper end is 1.
 
     Never a power of two of them: levels of integers lie a power of two of a bin apart, and all
@@ -407,7 +377,7 @@ def _window_points(
         float32 `(points, bins)`, for two sides positive ones and then negative ones.
     """
     steps = BINS_PER_OCTAVE * points
-    fraction = 1 + (torch.arange(steps, dtype=torch.float32, device=device) + middle) / steps
+    fraction = 1 + (torch.arange(steps, dtype=torch.float32, device=device) + 0.5) / steps
     powers = torch.exp2(torch.arange(-_WINDOW_OCTAVES, 0, dtype=torch.float32, device=device))
     x = (powers.unsqueeze(1) * fraction).view(-1, points).T
     return (x if num_sides == 1 else torch.cat([x, -x], 1)).contiguous()
