@@ -50,7 +50,10 @@ class Samples:
         if fold:
             return cls(*_binned(rows.abs(), torch.ones_like(rows)))
         below_zero = (rows < 0).to(rows.dtype)
-        sides = [_binned(rows.clamp_min(0.0), 1 - below_zero), _binned(-rows.clamp_max(0.0), below_zero)]
+        sides = [
+            _binned(rows.clamp_min(0.0), 1 - below_zero),
+            _binned(-rows.clamp_max(0.0), below_zero),
+        ]
         (positive, above), (negative, below) = sides
         return cls(torch.cat([positive, -negative], 1), torch.cat([above, below], 1))
 
@@ -117,7 +120,7 @@ def _round(x: Tensor, fmt: Format, scale: Tensor, zero_point: Tensor | None) -> 
 def _binned(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Root mean square and weight in each bin of non-negative rows.
 
-    Values without weight must be 0. Zeros and tiny values share the lowest bin, of which so the energy is right.
+    Values without weight must be 0. Zeros and tiny values share the lowest bin; its energy is right.
     """
     index = rows.contiguous().view(torch.int32) >> _SHIFT
     index = index.sub_(_FIRST_BIN).clamp_(0, _BINS - 1)

@@ -237,7 +237,9 @@ class EnergySpectrum:
         for first in range(0, len(self.energy), _ROWS_AT_ONCE // 8):
             few = slice(first, first + _ROWS_AT_ONCE // 8)
             zero = None if zero_point is None else zero_point[few].view(-1, 1, 1)
-            window = EnergySpectrum(self.energy[few])._window(fmt, apart=True, every=zero is not None)
+            window = EnergySpectrum(self.energy[few])._window(
+                fmt, apart=True, every=zero is not None
+            )
             y = window.points * (torch.exp2(window.top) / scale[few]).view(-1, 1, 1)
             q = fmt.round(y) if zero is None else fmt.round_(y + zero).sub_(zero)
             relative = (q - y).square_().mean(1) / y.square().mean(1)

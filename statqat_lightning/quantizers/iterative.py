@@ -156,7 +156,9 @@ class Iterative(Quantizer):
             likely = least.topk(_AFFINE_SCALES, 1, largest=False, sorted=False).indices
             offsets = torch.linspace(-1 / 64, 1 / 64, _AFFINE_PARTS, device=rows.device)
             scales = curve_scales.gather(1, likely).view(len(rows), -1, 1, 1) * torch.exp2(offsets)
-            zeros = place.gather(1, likely).view(len(rows), -1, 1, 1) + fmt.min + shifts.unsqueeze(1)
+            zeros = (
+                place.gather(1, likely).view(len(rows), -1, 1, 1) + fmt.min + shifts.unsqueeze(1)
+            )
             scales, zeros = torch.broadcast_tensors(scales, zeros.clamp_(fmt.min, fmt.max))
             scales, zeros = scales.flatten(1), zeros.flatten(1)
             kept, width = _AFFINE_SHORT_KEPT, 1 / 1024
@@ -173,7 +175,9 @@ class Iterative(Quantizer):
             scales, zeros = scales.gather(1, best.indices), zeros.gather(1, best.indices)
             factors = torch.exp2(torch.linspace(-width, width, 7, device=rows.device))
             near = (scales.view(len(rows), -1, 1, 1) * factors).expand(-1, -1, 3, -1).flatten(1)
-            shifted = (zeros.view(len(rows), -1, 1, 1) + shifts.unsqueeze(1)).clamp_(fmt.min, fmt.max)
+            shifted = (zeros.view(len(rows), -1, 1, 1) + shifts.unsqueeze(1)).clamp_(
+                fmt.min, fmt.max
+            )
             shifted = shifted.expand(-1, -1, -1, 7).flatten(1)
             scales, zeros = torch.cat([scales, near], 1), torch.cat([zeros, shifted], 1)
             errors = torch.cat([best.values, samples.errors(fmt, near, shifted)], 1)
