@@ -27,18 +27,17 @@ every_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
 every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 
 
-def thinned(first: list[Any], second: list[Any], *others: list[Any]) -> list[Any]:
-    """All combinations, of which those beyond every pair of the first two are marked slow.
+def thinned(each: int, first: list[Any], second: list[Any], *others: list[Any]) -> list[Any]:
+    """All combinations; all but `each` for a pair of the first two lists are marked slow.
 
-    To each such pair belong as many of the rest as the longest list of them has, so that every
-    one of theirs occurs with it; they go round at different paces.
+    In these `each` the values of the other lists go round, at different paces from pair to pair.
     """
     found = []
-    longest = max(map(len, others))
     for number, pair in enumerate(itertools.product(first, second)):
+        start = number + number // len(second)
         quick = {
-            tuple((number // len(second) * place + i) % len(o) for place, o in enumerate(others, 1))
-            for i in range(longest)
+            tuple((start // 3**place + i) % len(values) for place, values in enumerate(others))
+            for i in range(each)
         }
         for index in itertools.product(*(range(len(values)) for values in others)):
             rest = [values[i] for values, i in zip(others, index, strict=True)]
@@ -83,7 +82,7 @@ def straight_through(rule: str, x: Tensor, params: QParams, fmt: Format) -> Arra
 
 @pytest.mark.parametrize(
     ("fmt", "dtype", "granularity", "rule", "offset"),
-    thinned(ALL_FORMATS, DTYPES, GRANULARITIES, RULES, [False, True]),
+    thinned(3, ALL_FORMATS, DTYPES, GRANULARITIES, RULES, [False, True]),
     ids=str,
 )
 def test_gradient_is_the_straight_through_one_at_any_size(
@@ -111,7 +110,7 @@ def test_gradient_is_the_straight_through_one_at_any_size(
 
 @pytest.mark.parametrize(
     ("fmt", "dtype", "granularity", "offset"),
-    thinned(ALL_FORMATS, DTYPES, GRANULARITIES, [False, True]),
+    thinned(1, ALL_FORMATS, DTYPES, GRANULARITIES, [False, True]),
     ids=str,
 )
 def test_every_value_lies_on_the_grid(
@@ -149,6 +148,7 @@ def test_learned_values_are_those_of_fake_quantize(fmt: Format, granularity: Gra
 @pytest.mark.parametrize(
     ("fmt", "dtype", "granularity", "offset"),
     thinned(
+        1,
         ALL_FORMATS,
         [torch.float32, torch.bfloat16, torch.float64],
         GRANULARITIES,

@@ -120,7 +120,7 @@ def _round(x: Tensor, fmt: Format, scale: Tensor, zero_point: Tensor | None) -> 
 def _binned(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Root mean square and weight in each bin of non-negative rows.
 
-    Values without weight must be 0. Zeros and tiny values share the lowest bin; its energy is right.
+    Values without weight must be 0. Zeros and tiny values share the lowest bin.
     """
     index = rows.contiguous().view(torch.int32) >> _SHIFT
     index = index.sub_(_FIRST_BIN).clamp_(0, _BINS - 1)

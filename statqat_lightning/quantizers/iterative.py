@@ -159,8 +159,8 @@ class Iterative(Quantizer):
             zeros = (
                 place.gather(1, likely).view(len(rows), -1, 1, 1) + fmt.min + shifts.unsqueeze(1)
             )
-            scales, zeros = torch.broadcast_tensors(scales, zeros.clamp_(fmt.min, fmt.max))
-            scales, zeros = scales.flatten(1), zeros.flatten(1)
+            zeros = zeros.clamp_(fmt.min, fmt.max).expand(-1, -1, -1, _AFFINE_PARTS).flatten(1)
+            scales = scales.expand(-1, -1, 3, -1).flatten(1)
             kept, width = _AFFINE_SHORT_KEPT, 1 / 1024
         else:
             likely = curve.flatten(1).topk(_AFFINE_STARTS, 1, largest=False, sorted=False).indices
