@@ -24,7 +24,7 @@ _ROWS_AT_ONCE = 256
 # many parts each; how many of them are kept, in how many parts the width around those is searched,
 # and how often. The error of a short row has many kinks that its curve does not show.
 _PLANS = (
-    (256, 320, 5, 8, 8, 2),
+    (256, 320, 8, 16, 8, 2),
     (4096, 64, 1, 8, 8, 2),
     (math.inf, 32, 1, 4, 8, 1),
 )
@@ -34,7 +34,7 @@ _AFFINE_ROWS_AT_ONCE = 16  # a curve over scales and zero points takes some mega
 _AFFINE_STARTS, _AFFINE_KEPT, _AFFINE_ROUNDS = 256, 8, 3
 # Short rows: how many of the curve's scales are looked at closely, at how many places and zero
 # points each, and how many pairs are kept. The zero point matters at the clip points only.
-_AFFINE_SHORT = 4096
+_AFFINE_SHORT = 8192
 _AFFINE_SCALES, _AFFINE_PARTS, _AFFINE_SHORT_KEPT = 32, 32, 16
 
 
