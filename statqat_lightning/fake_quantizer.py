@@ -321,6 +321,14 @@ class InputFakeQuantizer(FakeQuantizer):
         return super().state_dict() | running | deciding
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.observer.RUNNING:
+            saved, own = tuple(state[name].shape), tuple(getattr(self.observer, name).shape)
+            if saved != own:
+                raise ValueError(
+                    f"{self.name}: the saved {name} has shape {saved}; expected {own}. It comes "
+                    "from another version of the package or another quantizer: use those, or load "
+                    "the model's weights alone and calibrate again."
+                )
         super().load_state_dict(state)
         self.deciding = bool(state["deciding"])
         self.lowest.copy_(state["lowest"])

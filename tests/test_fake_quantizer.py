@@ -279,6 +279,22 @@ def test_input_state_round_trip_continues_identically(spec: TensorSpec) -> None:
     )
 
 
+def test_statistics_of_another_size_are_refused_and_nothing_is_loaded() -> None:
+    first, second = for_input(ADAPTIVE), for_input(ADAPTIVE)
+    first(torch.rand(100))
+    refresh_inputs([first])
+    state = first.state_dict()
+    state["running_spectrum"] = state["running_spectrum"][:4096]
+    before = copy.deepcopy(second.state_dict())
+    expected = r"fc/input: the saved running_spectrum has shape \(4096,\); expected \(5120,\)\..*"
+    with pytest.raises(ValueError, match=expected + "calibrate again"):
+        second.load_state_dict(state)
+    for name, value in second.state_dict().items():
+        other = before[name]
+        same = torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+        assert same, name
+
+
 def test_state_is_a_copy() -> None:
     weight = torch.randn(3, 4)
     quantizer = for_weight(TensorSpec("int4"), weight)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -21,9 +24,26 @@ RULES = ["clipped", "pass_through", "magnitude"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 GRANULARITIES: list[Granularity] = [PerTensor(), PerChannel(1), PerGroup(8)]
 every_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
-with_zero_point = pytest.mark.parametrize("offset", [False, True], ids=["", "zero_point"])
+
+
+def thinned(each: int, first: list[Any], second: list[Any], *others: list[Any]) -> list[Any]:
+    """All combinations; all but `each` for a pair of the first two lists are marked slow.
+
+    In these `each` the values of the other lists go round, at different paces from pair to pair.
+    """
+    found = []
+    for number, pair in enumerate(itertools.product(first, second)):
+        start = number + number // len(second)
+        quick = {
+            tuple((start // 3**place + i) % len(values) for place, values in enumerate(others))
+            for i in range(each)
+        }
+        for index in itertools.product(*(range(len(values)) for values in others)):
+            rest = [values[i] for values, i in zip(others, index, strict=True)]
+            marks = [] if index in quick else [pytest.mark.slow]
+            found.append(pytest.param(*pair, *rest, marks=marks))
+    return found
 
 
 def case(
@@ -60,11 +80,11 @@ def straight_through(rule: str, x: Tensor, params: QParams, fmt: Format) -> Arra
         return np.where(clip == wide, 1.0, np.abs(clip / wide))
 
 
-@every_format
-@every_dtype
-@every_granularity
-@pytest.mark.parametrize("rule", RULES)
-@with_zero_point
+@pytest.mark.parametrize(
+    ("fmt", "dtype", "granularity", "rule", "offset"),
+    thinned(3, ALL_FORMATS, DTYPES, GRANULARITIES, RULES, [False, True]),
+    ids=str,
+)
 def test_gradient_is_the_straight_through_one_at_any_size(
     fmt: Format, dtype: torch.dtype, granularity: Granularity, rule: str, offset: bool
 ) -> None:
@@ -88,10 +108,11 @@ def test_gradient_is_the_straight_through_one_at_any_size(
             np.testing.assert_allclose(got.double(), wanted, rtol=1e-6, atol=0)
 
 
-@every_format
-@every_dtype
-@every_granularity
-@with_zero_point
+@pytest.mark.parametrize(
+    ("fmt", "dtype", "granularity", "offset"),
+    thinned(1, ALL_FORMATS, DTYPES, GRANULARITIES, [False, True]),
+    ids=str,
+)
 def test_every_value_lies_on_the_grid(
     fmt: Format, dtype: torch.dtype, granularity: Granularity, offset: bool
 ) -> None:
@@ -124,12 +145,19 @@ def test_learned_values_are_those_of_fake_quantize(fmt: Format, granularity: Gra
         assert torch.equal(got, fake_quantize(x, plain, fmt))
 
 
-@every_format
-@every_granularity
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@with_zero_point
+@pytest.mark.parametrize(
+    ("fmt", "dtype", "granularity", "offset"),
+    thinned(
+        1,
+        ALL_FORMATS,
+        [torch.float32, torch.bfloat16, torch.float64],
+        GRANULARITIES,
+        [False, True],
+    ),
+    ids=str,
+)
 def test_learned_gradient_is_that_of_the_paper(
-    fmt: Format, granularity: Granularity, dtype: torch.dtype, offset: bool
+    fmt: Format, dtype: torch.dtype, granularity: Granularity, offset: bool
 ) -> None:
     x, params = case(fmt, dtype, granularity, offset)
     x.requires_grad_()

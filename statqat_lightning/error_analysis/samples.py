@@ -21,7 +21,7 @@ _ELEMENTS_AT_ONCE = {"cpu": 1 << 17}
 
 @dataclass(frozen=True)
 class Samples:
-    """Rows of values, or of means of close values, each with a weight.
+    """Rows of values, or of root mean squares of close values, each with a weight.
 
     Attributes:
         values: float32 `(n, k)`.
@@ -35,10 +35,11 @@ class Samples:
     def condensed(cls, rows: Tensor, fold: bool) -> Samples:
         """Rows with close values put together, where rows are long; short ones stay as they are.
 
-        A bin is a thousandth of an octave wide. A code of a bin's mean is not the nearest one to
-        all of its values, but next to a cell boundary both codes are about equally good: the error
-        grows by some :math:`w^2 s^2 / 12` for bins `w` cells wide. As `w` goes with `1 / s`, that
-        hardly depends on the scale, and the best scale stays where it is.
+        A bin is a thousandth of an octave wide. The code of the value that stands for a bin is not
+        the nearest one to all of its values, but next to a cell boundary both codes are about
+        equally good: the error grows by some :math:`w^2 s^2 / 12` for bins `w` cells wide. As `w`
+        goes with `1 / s`, that hardly depends on the scale, and the best scale stays where it is.
+        The error itself does, too: without the spread of a bin's values it is too low by as much.
 
         Args:
             rows: float32 `(n, m)`, magnitudes below 1.
@@ -47,10 +48,19 @@ class Samples:
         if rows.shape[1] < _LONG_ROW:
             return cls(rows)
         if fold:
-            return cls(*_bin_means(rows.abs()))
-        sides = [_bin_means(side.clamp_min(0.0)) for side in (rows, -rows)]
+            return cls(*_binned(rows.abs(), torch.ones_like(rows)))
+        below_zero = (rows < 0).to(rows.dtype)
+        sides = [
+            _binned(rows.clamp_min(0.0), 1 - below_zero),
+            _binned(-rows.clamp_max(0.0), below_zero),
+        ]
         (positive, above), (negative, below) = sides
         return cls(torch.cat([positive, -negative], 1), torch.cat([above, below], 1))
+
+    @property
+    def num_values(self) -> Tensor | int:
+        """Number of values in a row, or of each row `(n,)`."""
+        return self.values.shape[1] if self.weights is None else self.weights.sum(1)
 
     def errors(self, fmt: Format, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """Sums of squared errors, float32 `(n, c)`.
@@ -107,20 +117,23 @@ def _round(x: Tensor, fmt: Format, scale: Tensor, zero_point: Tensor | None) -> 
     return fmt.round_(q.add_(zero_point)).sub_(zero_point)
 
 
-def _bin_means(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and count in each bin of non-negative rows; zeros and tiny values share the lowest."""
+def _binned(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Root mean square and weight in each bin of non-negative rows.
+
+    Values without weight must be 0. Zeros and tiny values share the lowest bin.
+    """
     index = rows.contiguous().view(torch.int32) >> _SHIFT
     index = index.sub_(_FIRST_BIN).clamp_(0, _BINS - 1)
     sums = torch.zeros(2, len(rows), _BINS, device=rows.device)
-    ones = torch.ones_like(rows)
+    sources = (rows.square(), weights)
     if rows.device.type == "cpu":
         index = index.long()
-        for target, values in zip(sums, (rows, ones), strict=True):
+        for target, values in zip(sums, sources, strict=True):
             target.scatter_add_(1, index, values)
     else:  # elsewhere only this one has a deterministic form
         first = torch.arange(len(rows), dtype=torch.int32, device=rows.device).unsqueeze(1)
         index.add_(first, alpha=_BINS)
-        for target, values in zip(sums, (rows, ones), strict=True):
+        for target, values in zip(sums, sources, strict=True):
             target.view(-1).index_add_(0, index.view(-1), values.view(-1))
     total, count = sums
-    return total / count.clamp_min(1.0), count
+    return (total / count.clamp_min(1.0)).sqrt_(), count

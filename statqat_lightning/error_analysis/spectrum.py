@@ -13,6 +13,7 @@ ranks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from statqat_lightning.error_analysis.samples import Samples
 from statqat_lightning.formats import Format, IntFormat
 
 BINS_PER_OCTAVE = 32
@@ -47,7 +49,7 @@ _ROWS_AT_ONCE = 256  # a raw histogram takes 64 KiB
 _NEGLIGIBLE = 1e-10  # share of the energy that may lie above the window
 
 
-def raw_spectra(rows: Tensor, weights: Tensor | None = None) -> Tensor:
+def raw_spectra(rows: Tensor, squares: Tensor | None = None) -> Tensor:
     """Raw histogram of each of a few rows, without a host synchronisation.
 
     Every bit pattern has its bin, so NaN, infinities and squares that overflow stay in bins of
@@ -55,20 +57,20 @@ def raw_spectra(rows: Tensor, weights: Tensor | None = None) -> Tensor:
 
     Args:
         rows: float32 `(n, m)`, contiguous.
-        weights: What each value adds to its bin, float32 `(n, m)`; its square when None.
+        squares: Their squares, float32 `(n, m)`, where they are at hand.
 
     Returns:
         float32 `(n, NUM_RAW_BINS)`.
     """
     index = (rows.view(torch.int32) >> _SHIFT).bitwise_and_(NUM_RAW_BINS - 1)
-    weights = rows.square() if weights is None else weights
+    squares = rows.square() if squares is None else squares
     raw = torch.zeros(len(rows), NUM_RAW_BINS, device=rows.device, dtype=torch.float32)
     if rows.device.type == "cpu":
-        return raw.scatter_add_(1, index.long(), weights)  # rows run in parallel
+        return raw.scatter_add_(1, index.long(), squares)  # rows run in parallel
     # Elsewhere only this one has a deterministic form.
     first = torch.arange(len(rows), dtype=torch.int32, device=rows.device).unsqueeze(1)
     index.add_(first, alpha=NUM_RAW_BINS)
-    raw.view(-1).index_add_(0, index.view(-1), weights.view(-1))
+    raw.view(-1).index_add_(0, index.view(-1), squares.view(-1))
     return raw
 
 
@@ -106,22 +108,21 @@ class EnergySpectrum:
 
     Attributes:
         energy: float32 `(n, NUM_BINS)`: sums of squares in each bin over the number of values.
-        inside: Where the values lie inside their bins, float32 `(n, 3, NUM_BINS)`: their number,
-            and the mean and the standard deviation of the position, 0 at a bin's lower and 1 at its
-            upper edge. None in a running statistic, which takes them as evenly spread: with a few
-            outliers, or with few values at all, that is off by some tenths of a decibel or more.
+        samples: The values, in long rows close ones put together. None in a running statistic,
+            which takes them as evenly spread in their bins: with a few outliers, or with few values
+            at all, that is off by some tenths of a decibel or more.
     """
 
     energy: Tensor
-    inside: Tensor | None = None
+    samples: Samples | None = None
 
     @classmethod
-    def of(cls, x: Tensor, inside: bool = True) -> EnergySpectrum:
+    def of(cls, x: Tensor, keep: bool = True) -> EnergySpectrum:
         """Spectrum of each row of `x`.
 
         Args:
             x: `(n, m)`, or any other shape for one spectrum of all values; floating dtype.
-            inside: Whether to keep where the values lie inside their bins, for predictions.
+            keep: Whether to keep the values, for predictions.
 
         Raises:
             ValueError: If `x` is empty or holds a NaN, an infinity or a value beyond `2**32`.
@@ -141,9 +142,13 @@ class EnergySpectrum:
                 "EnergySpectrum.of: got values that are NaN, infinite or beyond +-2**32; "
                 "remove them first."
             )
-        parts = torch.split(rows, _ROWS_AT_ONCE)
-        positions = torch.cat([_inside(part.contiguous()) for part in parts]) if inside else None
-        return cls(energy / rows.shape[1], positions)
+        energy = energy / rows.shape[1]
+        if not keep:
+            return cls(energy)
+        exponent = torch.frexp(rows.abs().amax(1, keepdim=True)).exponent.clamp(-126, 126)
+        samples = Samples.condensed(torch.ldexp(rows, -exponent), fold=False)
+        values = torch.ldexp(samples.values, exponent)
+        return cls(energy, Samples(values, samples.weights))
 
     @property
     def power(self) -> Tensor:
@@ -196,47 +201,45 @@ class EnergySpectrum:
             float32 `(n,)`; 1 where there is no energy that the format can represent.
         """
         window = self._window(fmt)
-        top, device = window.top, window.energy.device
-        # Every second candidate: the step below closes a gap of half the distance.
-        curve = window.energy @ _responses(fmt, device)[::2].T
-        clips = _candidate_clips(device)[::2]
-        height = torch.exp2(top)
-        scale = clips[curve.argmin(1)] * height / fmt.max
+        responses, scales, highest = _search_tables(fmt, window.energy.device)
+        curve = window.energy @ responses
+        height = torch.exp2(window.top)
+        least, best = curve.min(1)
+        scale = scales[best] * height
         if warm is not None:
-            position = torch.log2(clips[0] * height / (warm * fmt.max)) * (
-                CANDIDATES_PER_OCTAVE // 2
-            )
-            position = position.nan_to_num(0.0).clamp_(0, len(clips) - 1).round().long()
+            position = (window.top + highest - torch.log2(warm)).mul_(CANDIDATES_PER_OCTAVE // 2)
+            position = position.nan_to_num_(0.0).round_().clamp_(0, len(scales) - 1).long()
             # Neighbours take part too: within them there is no jump, only the drift of one
             # minimum.
-            near = position.unsqueeze(1) + torch.arange(-_NEAR, _NEAR + 1, device=device)
-            near = near.clamp_(0, len(clips) - 1)
+            near = position.unsqueeze(1) + _range(-_NEAR, _NEAR + 1, warm.device)
+            beside = curve.gather(1, near.clamp_(0, len(scales) - 1)).amin(1)
             # What every scale loses is added here only: beside it, float32 may not tell them apart.
-            beside = curve.gather(1, near).amin(1) + window.outside
-            stay = beside <= (curve.amin(1) + window.outside) * (1 + tolerance)
+            stay = beside + window.outside <= (least + window.outside) * (1 + tolerance)
             scale = torch.where(stay, warm, scale)
         x = window.points
-        power = x.square().mean(0)
         q = fmt.round_(x * (height / scale).view(-1, 1, 1))
-        cross = (window.energy * ((x * q).mean(1) / power)).sum(1) * height
-        square = (window.energy * (q.square_().mean(1) / power)).sum(1)
-        step = cross / square
+        weighted = (window.energy * _inverse_power(x.device, x.shape[1])).unsqueeze(1) * q
+        cross = (weighted.flatten(1) @ x.flatten()) * height
+        step = cross / torch.linalg.vecdot(weighted.flatten(1), q.flatten(1))
         scale = torch.where(step.isfinite() & (step > 0), step, scale)
-        return torch.where(window.energy.sum(1) > 0, scale, 1.0)
+        return torch.where(window.power > 0, scale, 1.0)
 
     def mse(self, fmt: Format, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """Mean squared error predicted at `scale` and `zero_point` `(n,)`, float32 `(n,)`.
 
-        Each bin stands for evenly spread points, or where `inside` is known for points with the
-        mean and the deviation of the bin's values.
+        From the values where they are kept; else each bin stands for evenly spread points.
         """
+        if self.samples is not None:
+            zero = None if zero_point is None else zero_point.unsqueeze(1)
+            sums = self.samples.errors(fmt, scale.unsqueeze(1), zero).squeeze(1)
+            return sums / self.samples.num_values
         parts = []
         for first in range(0, len(self.energy), _ROWS_AT_ONCE // 8):
             few = slice(first, first + _ROWS_AT_ONCE // 8)
-            inside = None if self.inside is None else self.inside[few]
-            part = EnergySpectrum(self.energy[few], inside)
             zero = None if zero_point is None else zero_point[few].view(-1, 1, 1)
-            window = part._window(fmt, apart=True, every=zero is not None)
+            window = EnergySpectrum(self.energy[few])._window(
+                fmt, apart=True, every=zero is not None
+            )
             y = window.points * (torch.exp2(window.top) / scale[few]).view(-1, 1, 1)
             q = fmt.round(y) if zero is None else fmt.round_(y + zero).sub_(zero)
             relative = (q - y).square_().mean(1) / y.square().mean(1)
@@ -296,50 +299,38 @@ class EnergySpectrum:
 
         Args:
             fmt: The number format; values that it cannot represent are left out.
-            apart: Whether both signs are kept apart, with points from `inside`, even where the
-                grid is symmetric.
+            apart: Whether both signs are kept apart even where the grid is symmetric, and bins are
+                looked at closely.
             every: Whether the format represents both signs by its zero point.
         """
-        n = len(self.energy)
-        num_sides = 2 if fmt.is_signed or every else 1
-        sides = self.energy.view(n, 2, NUM_OCTAVES, BINS_PER_OCTAVE)
-        lost = sides[:, num_sides:].sum((1, 2, 3))
-        sides = sides[:, :num_sides]
-        if num_sides == 2 and not apart and is_symmetric(fmt):
-            sides, num_sides = sides.sum(1, keepdim=True), 1
-        energy = sides.sum((1, 3))
-        matters = energy > _NEGLIGIBLE * energy.sum(1, keepdim=True)
-        number = torch.arange(1, NUM_OCTAVES + 1, device=energy.device)
+        n, device = len(self.energy), self.energy.device
+        lost: Tensor | float = 0.0
+        if not (fmt.is_signed or every):
+            num_sides, energy = 1, self.energy[:, :BINS_PER_SIDE]
+            lost = self.energy[:, BINS_PER_SIDE:].sum(1)
+        elif not apart and is_symmetric(fmt):
+            num_sides = 1
+            energy = self.energy[:, :BINS_PER_SIDE] + self.energy[:, BINS_PER_SIDE:]
+        else:
+            num_sides, energy = 2, self.energy
+        octaves = energy.reshape(-1, BINS_PER_OCTAVE)
+        power = octaves.sum(1).view(n, num_sides, NUM_OCTAVES)
+        power = power.sum(1) if num_sides == 2 else power.squeeze(1)
+        total = power.sum(1)
+        matters = power > _NEGLIGIBLE * total.unsqueeze(1)
         # Octaves up to and with the highest that matters.
-        top = torch.where(matters, number, 0).amax(1)
-        index = top.unsqueeze(1) + torch.arange(-_WINDOW_OCTAVES, 0, device=energy.device)
-        place = index.clamp_min(0).view(n, 1, -1, 1)
-        window = sides.gather(2, place.expand(-1, num_sides, -1, BINS_PER_OCTAVE))
-        window = torch.where((index >= 0).view(n, 1, -1, 1), window, 0.0).flatten(1)
-        below = (energy.sum(1) - window.sum(1)).clamp_min(0.0)
-        points = (
-            self._placed_points(num_sides, place)
-            if apart
-            else _window_points(energy.device, num_sides)
-        )
-        return _Window(window, (top + LOWEST_OCTAVE).to(torch.float32), lost + below, points)
-
-    def _placed_points(self, num_sides: int, place: Tensor) -> Tensor:
-        """Points `(1 or n, points, bins)` that stand for the values in each bin of the window."""
-        if self.inside is None:
-            return _window_points(self.energy.device, num_sides, _FINE_POINTS).unsqueeze(0)
-        n = len(self.energy)
-        inside = self.inside.view(n * 3, 2, NUM_OCTAVES, BINS_PER_OCTAVE)[:, :num_sides]
-        place = place.repeat_interleave(3, 0).expand(-1, num_sides, -1, BINS_PER_OCTAVE)
-        inside = inside.gather(2, place).view(n, 3, 1, -1)
-        count, mean, deviation = inside.unbind(1)
-        even = torch.linspace(-1, 1, _FINE_POINTS, device=inside.device)
-        even = (even / even.square().mean().sqrt()).unsqueeze(1)
-        # Two values lie at their mean plus and minus their deviation.
-        position = mean + deviation * torch.where(count > 2, even, even.sign())
-        edges = _window_points(inside.device, num_sides, 1, middle=0.0)
-        width = torch.exp2(torch.floor(torch.log2(edges.abs()))) * edges.sign() / BINS_PER_OCTAVE
-        return edges + width * position.clamp_(0.0, 1.0)
+        top = torch.where(matters, _range(1, NUM_OCTAVES + 1, device), 0).amax(1)
+        index = top.view(n, 1, 1) + _range(-_WINDOW_OCTAVES, 0, device)
+        sides = _range(0, n * num_sides, device).view(n, num_sides, 1)
+        place = torch.add(index.clamp(min=0), sides, alpha=NUM_OCTAVES).flatten()
+        # Rows copied whole: several times faster than `gather`.
+        window = octaves.index_select(0, place).view(n, num_sides, _WINDOW_OCTAVES, -1)
+        exists = index.clamp_(-1, 0).add_(1).unsqueeze(3)
+        window = window.mul_(exists).flatten(1)
+        inside = window.sum(1)
+        outside = lost + (total - inside).clamp_min_(0.0)
+        points = _window_points(device, num_sides, _FINE_POINTS if apart else 5)
+        return _Window(window, inside, (top + LOWEST_OCTAVE).to(torch.float32), outside, points)
 
 
 @dataclass(frozen=True)
@@ -348,27 +339,17 @@ class _Window:
 
     Attributes:
         energy: float32 `(n, bins)`, ascending in magnitude, if need be positive values first.
+        power: Its sum, `(n,)`.
         top: Binary logarithm of the upper end, `(n,)`.
         outside: Energy that every scale loses, `(n,)`.
-        points: Values that stand for each bin if the upper end were 1, `(points, bins)` or
-            `(n, points, bins)`.
+        points: Values that stand for each bin if the upper end were 1, `(points, bins)`.
     """
 
     energy: Tensor
+    power: Tensor
     top: Tensor
     outside: Tensor
     points: Tensor
-
-
-def _inside(rows: Tensor) -> Tensor:
-    """Number, mean and standard deviation of positions in each bin, float32 `(n, 3, NUM_BINS)`."""
-    fraction = (rows.view(torch.int32) & ((1 << _SHIFT) - 1)).to(torch.float32) / (1 << _SHIFT)
-    weights = (torch.ones_like(rows), fraction, fraction.square())
-    count, first, second = (resolved_bins(raw_spectra(rows, w))[0] for w in weights)
-    mean = first / count.clamp_min(1.0)
-    variance = (second / count.clamp_min(1.0) - mean.square()).clamp_min_(0.0)
-    deviation = torch.where(count > 1, variance.sqrt_(), 0.0)
-    return torch.stack([count, mean, deviation], 1)
 
 
 @lru_cache(maxsize=256)
@@ -395,9 +376,7 @@ def _candidate_clips(device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _window_points(
-    device: torch.device, num_sides: int, points: int = 5, middle: float = 0.5
-) -> Tensor:
+def _window_points(device: torch.device, num_sides: int, points: int = 5) -> Tensor:
     """Points spread evenly in each bin of the window whose upper end is 1.
 
     Never a power of two of them: levels of integers lie a power of two of a bin apart, and all
@@ -407,10 +386,34 @@ def _window_points(
         float32 `(points, bins)`, for two sides positive ones and then negative ones.
     """
     steps = BINS_PER_OCTAVE * points
-    fraction = 1 + (torch.arange(steps, dtype=torch.float32, device=device) + middle) / steps
+    fraction = 1 + (torch.arange(steps, dtype=torch.float32, device=device) + 0.5) / steps
     powers = torch.exp2(torch.arange(-_WINDOW_OCTAVES, 0, dtype=torch.float32, device=device))
     x = (powers.unsqueeze(1) * fraction).view(-1, points).T
     return (x if num_sides == 1 else torch.cat([x, -x], 1)).contiguous()
+
+
+@lru_cache(maxsize=32)
+def _inverse_power(device: torch.device, bins: int) -> Tensor:
+    """One over the sum of squares of the five points in each bin, float32 `(bins,)`."""
+    x = _window_points(device, bins // (_WINDOW_OCTAVES * BINS_PER_OCTAVE))
+    return 1 / x.square().sum(0)
+
+
+@lru_cache(maxsize=64)
+def _range(first: int, end: int, device: torch.device) -> Tensor:
+    return torch.arange(first, end, device=device)
+
+
+@lru_cache(maxsize=64)
+def _search_tables(fmt: Format, device: torch.device) -> tuple[Tensor, Tensor, float]:
+    """What a search needs: it tries every second candidate, as its step closes half the distance.
+
+    Returns:
+        Responses `(bins, candidates)`; scales `(candidates,)` if the upper end of the window were
+        1; the binary logarithm of the largest of these.
+    """
+    responses = _responses(fmt, device)[::2].T.contiguous()
+    return responses, _candidate_clips(device)[::2] / fmt.max, _OCTAVES_ABOVE - math.log2(fmt.max)
 
 
 @lru_cache(maxsize=64)

@@ -24,7 +24,7 @@ _ROWS_AT_ONCE = 256
 # many parts each; how many of them are kept, in how many parts the width around those is searched,
 # and how often. The error of a short row has many kinks that its curve does not show.
 _PLANS = (
-    (256, 320, 5, 8, 8, 2),
+    (256, 320, 8, 16, 8, 2),
     (4096, 64, 1, 8, 8, 2),
     (math.inf, 32, 1, 4, 8, 1),
 )
@@ -32,6 +32,10 @@ _CONDENSED_LENGTH = 1024  # the plan for rows whose close values are put togethe
 _FINALISTS = 2
 _AFFINE_ROWS_AT_ONCE = 16  # a curve over scales and zero points takes some megabytes
 _AFFINE_STARTS, _AFFINE_KEPT, _AFFINE_ROUNDS = 256, 8, 3
+# Short rows: how many of the curve's scales are looked at closely, at how many places and zero
+# points each, and how many pairs are kept. The zero point matters at the clip points only.
+_AFFINE_SHORT = 8192
+_AFFINE_SCALES, _AFFINE_PARTS, _AFFINE_SHORT_KEPT = 32, 32, 16
 
 
 class Iterative(Quantizer):
@@ -82,7 +86,7 @@ class Iterative(Quantizer):
         return torch.where(peak > 0, scale, 1.0)
 
     def _search(self, rows: Tensor, fmt: Format, warm: Tensor | None) -> Tensor:
-        curve = EnergySpectrum.of(rows, inside=False).error_curve(fmt)
+        curve = EnergySpectrum.of(rows, keep=False).error_curve(fmt)
         samples = Samples.condensed(rows, fold=is_symmetric(fmt))
         size = _CONDENSED_LENGTH if samples.weights is not None else rows.shape[1]
         _, starts, first_parts, kept, parts, rounds = next(p for p in _PLANS if size <= p[0])
@@ -143,22 +147,37 @@ class Iterative(Quantizer):
     ) -> tuple[Tensor, Tensor]:
         samples = Samples.condensed(rows, fold=False)
         levels = int(fmt.max - fmt.min) + 1
-        curve_scales, curve = EnergySpectrum.of(rows, inside=False).affine_curve(levels)
-        likely = curve.flatten(1).topk(_AFFINE_STARTS, 1, largest=False, sorted=False).indices
-        scales = curve_scales.gather(1, likely // levels)
-        zeros = (likely % levels) + fmt.min
+        curve_scales, curve = EnergySpectrum.of(rows, keep=False).affine_curve(levels)
+        shifts = torch.arange(-1.0, 2.0, device=rows.device)
+        kept, width = _AFFINE_KEPT, 1 / 16
+        if rows.shape[1] <= _AFFINE_SHORT:
+            # The error of few values has many kinks that their curve does not show.
+            least, place = curve.min(2)
+            likely = least.topk(_AFFINE_SCALES, 1, largest=False, sorted=False).indices
+            offsets = torch.linspace(-1 / 64, 1 / 64, _AFFINE_PARTS, device=rows.device)
+            scales = curve_scales.gather(1, likely).view(len(rows), -1, 1, 1) * torch.exp2(offsets)
+            zeros = (
+                place.gather(1, likely).view(len(rows), -1, 1, 1) + fmt.min + shifts.unsqueeze(1)
+            )
+            zeros = zeros.clamp_(fmt.min, fmt.max).expand(-1, -1, -1, _AFFINE_PARTS).flatten(1)
+            scales = scales.expand(-1, -1, 3, -1).flatten(1)
+            kept, width = _AFFINE_SHORT_KEPT, 1 / 1024
+        else:
+            likely = curve.flatten(1).topk(_AFFINE_STARTS, 1, largest=False, sorted=False).indices
+            scales = curve_scales.gather(1, likely // levels)
+            zeros = (likely % levels) + fmt.min
         if warm is not None:
             scales = torch.cat([scales, warm[0].unsqueeze(1)], 1)
             zeros = torch.cat([zeros, warm[1].unsqueeze(1)], 1)
         errors = samples.errors(fmt, scales, zeros)
-        width = 1 / 16
-        shifts = torch.arange(-1.0, 2.0, device=rows.device).view(1, 1, 3, 1)
         for _ in range(_AFFINE_ROUNDS):
-            best = errors.topk(_AFFINE_KEPT, 1, largest=False, sorted=False)
+            best = errors.topk(kept, 1, largest=False, sorted=False)
             scales, zeros = scales.gather(1, best.indices), zeros.gather(1, best.indices)
             factors = torch.exp2(torch.linspace(-width, width, 7, device=rows.device))
             near = (scales.view(len(rows), -1, 1, 1) * factors).expand(-1, -1, 3, -1).flatten(1)
-            shifted = (zeros.view(len(rows), -1, 1, 1) + shifts).clamp_(fmt.min, fmt.max)
+            shifted = (zeros.view(len(rows), -1, 1, 1) + shifts.unsqueeze(1)).clamp_(
+                fmt.min, fmt.max
+            )
             shifted = shifted.expand(-1, -1, -1, 7).flatten(1)
             scales, zeros = torch.cat([scales, near], 1), torch.cat([zeros, shifted], 1)
             errors = torch.cat([best.values, samples.errors(fmt, near, shifted)], 1)

@@ -19,6 +19,7 @@ from statqat_lightning.error_analysis.spectrum import (
     NUM_BINS,
 )
 from statqat_lightning.formats import Format, get_format
+from statqat_lightning.quantizers import Analytic, Statistics
 from tests.reference import ALL_FORMATS, Array, ErrorOf
 
 RNG = np.random.default_rng(0)
@@ -164,6 +165,70 @@ def test_optimal_scale_comes_close_to_dense_search_over_the_values(fmt: Format, 
     # Where few bins hold most of the energy the neighbouring ripple of a float format may win.
     limits = {"bimodal": 0.35, "outliers": 1.1 if fmt.name[0] == "f" else 0.15}
     assert decibels(got / ERRORS[name].best(fmt)) < limits.get(name, 0.15)
+
+
+@pytest.mark.parametrize("count", [50, 2000, 70_000])  # of the last, close values are put together
+@pytest.mark.parametrize("fmt", [get_format(n) for n in ("int3", "uint8", "e4m3", "nf4")], ids=str)
+def test_predictions_from_values_at_hand(fmt: Format, count: int) -> None:
+    rng = np.random.default_rng(count)
+    pixels = (rng.integers(0, 256, count) / 255 - 0.45) / 0.225  # a comb
+    for x in (pixels, rng.uniform(-1, 1, count) * 1e5, rng.standard_t(3, count) * 1e-4):
+        rows = np.stack([x, -x / 3]).astype(np.float32)
+        spectrum = EnergySpectrum.of(torch.from_numpy(rows))
+        scale = spectrum.absmax / fmt.max
+        predicted = spectrum.predicted_snr_db(fmt, scale).tolist()
+        for row, s, got in zip(rows.astype(np.float64), scale.tolist(), predicted, strict=True):
+            expected = decibels(float(np.mean(row**2)) / ErrorOf(row)(fmt, s))
+            assert got == pytest.approx(expected, abs=0.001 if count < 70_000 else 0.1)
+
+
+def test_a_prediction_is_of_the_values_as_they_were() -> None:
+    x, fmt = torch.randn(2, 100), get_format("int4")
+    spectrum = EnergySpectrum.of(x)
+    before = spectrum.predicted_snr_db(fmt, 0.3)
+    x.mul_(2)
+    assert torch.equal(spectrum.predicted_snr_db(fmt, 0.3), before)
+
+
+SKEWED = np.where(RNG.random(COUNT) < 0.3, -2.5, 1.0) * RNG.gamma(2.0, size=COUNT)
+SKEWED = SKEWED.astype(np.float32).astype(np.float64)
+LOPSIDED = [
+    get_format(name)
+    for name in (
+        "int4_full",
+        "int2_full",
+        "nf4",
+        "sf4",
+        "levels:-4,-1,0,0.5,1",
+        "levels:-0.2,0,1,3",
+    )
+]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("fmt", LOPSIDED, ids=str)
+def test_running_statistic_and_a_grid_that_is_not_symmetric(fmt: Format, sign: int) -> None:
+    x = sign * SKEWED
+    error = ErrorOf(x)
+    running = EnergySpectrum(EnergySpectrum.of(torch.from_numpy(x)).energy)
+    curve = running.error_curve(fmt)
+    for place in range(0, 10 * 64, 48):
+        scale, got = curve.scales[0, place].item(), curve.errors[0, place]
+        expected = error(fmt, scale)
+        assert got.item() == pytest.approx(expected, rel=0.02)
+        predicted = running.mse(fmt, torch.tensor([scale])).item()
+        assert predicted == pytest.approx(expected, rel=0.02)
+    best = error.best(fmt)
+    found = running.optimal_scale(fmt)
+    assert decibels(error(fmt, float(found)) / best) < 0.1
+    warm = running.optimal_scale(fmt, found * 1.01, 0.02)
+    assert decibels(error(fmt, float(warm)) / best) < 0.1
+    # Of its three candidates the analytic rule takes the best one.
+    chosen = Analytic().from_statistics(Statistics(running), fmt)
+    covering = max(x.max() / fmt.max, x.min() / fmt.min)
+    closed = Analytic(refine=False).from_statistics(Statistics(running), fmt)
+    for other in (covering, float(closed)):
+        assert error(fmt, float(chosen)) <= error(fmt, other) * 1.02
 
 
 def test_error_curve_equals_the_error_of_the_values() -> None:

@@ -78,8 +78,15 @@ def test_closed_form_never_clips_beyond_the_data() -> None:
     assert got.flatten().tolist() == pytest.approx([1 / 127, 1 / 127])
 
 
-@pytest.mark.parametrize("data", WEIGHTS)
-@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
+@pytest.mark.parametrize(
+    ("fmt", "data"),
+    [
+        pytest.param(fmt, data, marks=[] if (row - column) % 2 == 0 else [pytest.mark.slow])
+        for row, fmt in enumerate(ALL_FORMATS)
+        for column, data in enumerate(WEIGHTS)
+    ],
+    ids=str,
+)
 def test_never_worse_than_minmax_on_any_row(fmt: Format, data: str) -> None:
     rows = WEIGHTS[data]
     analytic = errors(rows, Analytic().from_rows(rows, fmt), fmt)
@@ -115,8 +122,14 @@ def test_closed_form_of_other_priors_is_the_best_scale_of_their_samples(prior: s
         assert decibels(got, [ErrorOf(rows.numpy()).best(fmt)])[0] < 0.02
 
 
-@pytest.mark.parametrize("name", ["int2", "int3", "int4", "fp4"])
-@pytest.mark.parametrize("shape", [0.6, 1.0, 1.7, 4.0])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(name, shape, marks=[] if (row - column) % 3 == 0 else [pytest.mark.slow])
+        for row, name in enumerate(["int2", "int3", "int4", "fp4"])
+        for column, shape in enumerate([0.6, 1.0, 1.7, 4.0])
+    ],
+)
 def test_auto_fits_the_shape_of_each_row(name: str, shape: float) -> None:
     fmt = get_format(name)
     sample = stats.gennorm(shape).rvs((3, 50_000), random_state=0)

@@ -92,6 +92,7 @@ def best_affine_error(x: Array, fmt: Format) -> float:
 AFFINE = {
     "shifted": RNG.normal(2, 1, size=2000),
     "below zero": RNG.normal(-2, 1, size=2000),
+    "few below zero": RNG.normal(-2, 1, size=512),
     "silu": (lambda x: x / (1 + np.exp(-x)))(RNG.normal(size=2000)),
     "laplace": RNG.laplace(size=2000),
 }
