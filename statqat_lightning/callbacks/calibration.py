@@ -97,27 +97,36 @@ _GO_ON, _AT_END, _FAILED = range(3)
 def _calibrate(
     trainer: Trainer, pl_module: LightningModule, num_batches: int, reduce: Reduce | None
 ) -> Exception | None:
-    """Calibrate, or return what went wrong.
-
-    Ranks agree before each collective on whether all of them have run one more batch.
-    """
     twin = _twin(pl_module)
     set_enabled(twin, weights=False, inputs=False)
     steps = _steps(trainer, twin, num_batches, "StatQAT calibration", observing=True)
+
+    def choose_scales() -> None:
+        refresh(twin, weights=False, reduce=reduce)
+        set_enabled(twin, weights=True, inputs=True)
+
+    if failure := _run_all(trainer, steps, reduce, choose_scales):
+        return failure
+    load_quantizer_state(pl_module, quantizer_state(twin))
+    return None
+
+
+def _run_all(
+    trainer: Trainer, steps: Iterator[None], reduce: Reduce | None, after: Callable[[], None]
+) -> Exception | None:
+    """Run batches with `after` following each, or return what went wrong; none at all is wrong.
+
+    Ranks agree before each collective on whether all of them have run one more batch.
+    """
     num_done = 0
     while True:
         status, failure = _next_step(trainer, steps, reduce)
         if status == _FAILED:
             return failure
         if status == _AT_END:
-            break
-        refresh(twin, weights=False, reduce=reduce)
-        set_enabled(twin, weights=True, inputs=True)
+            return None if num_done else CannotCalibrate("there is no batch")
+        after()
         num_done += 1
-    if num_done == 0:
-        return CannotCalibrate("there is no batch")
-    load_quantizer_state(pl_module, quantizer_state(twin))
-    return None
 
 
 def _next_step(
@@ -155,16 +164,8 @@ def _reestimate(
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over the batches
     steps = _steps(trainer, twin, num_batches, "BatchNorm statistics", observing=False)
-    num_done = 0
-    while True:
-        status, failure = _next_step(trainer, steps, reduce)
-        if status == _FAILED:
-            return failure
-        if status == _AT_END:
-            break
-        num_done += 1
-    if num_done == 0:
-        return CannotCalibrate("there is no batch")
+    if failure := _run_all(trainer, steps, reduce, lambda: None):
+        return failure
     for norm, measured in pairs:
         for name in ("running_mean", "running_var"):
             value = getattr(measured, name)

@@ -158,7 +158,7 @@ class ExportCallback(Callback):
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StatQATCallback):
-                callback.on_fit_end(trainer, pl_module)  # it may come after this one
+                callback.averaging.finish(pl_module)  # its own turn may come later
         if reason := self._why_not(trainer, pl_module):
             rank_zero_info(f"ExportCallback: nothing written: {reason}")
             return

@@ -124,16 +124,24 @@ def _binned(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """
     index = rows.contiguous().view(torch.int32) >> _SHIFT
     index = index.sub_(_FIRST_BIN).clamp_(0, _BINS - 1)
-    sums = torch.zeros(2, len(rows), _BINS, device=rows.device)
-    sources = (rows.square(), weights)
-    if rows.device.type == "cpu":
-        index = index.long()
-        for target, values in zip(sums, sources, strict=True):
-            target.scatter_add_(1, index, values)
-    else:  # elsewhere only this one has a deterministic form
-        first = torch.arange(len(rows), dtype=torch.int32, device=rows.device).unsqueeze(1)
-        index.add_(first, alpha=_BINS)
-        for target, values in zip(sums, sources, strict=True):
-            target.view(-1).index_add_(0, index.view(-1), values.view(-1))
-    total, count = sums
+    total, count = torch.zeros(2, len(rows), _BINS, device=rows.device)
+    add_in_rows(total, index, rows.square())
+    add_in_rows(count, index, weights)
     return (total / count.clamp_min(1.0)).sqrt_(), count
+
+
+def add_in_rows(target: Tensor, index: Tensor, values: Tensor) -> None:
+    """Add each of `values` to the place in its row of `target` that `index` names, in place.
+
+    Args:
+        target: float32 `(n, bins)`, contiguous.
+        index: int32 `(n, m)`.
+        values: float32 `(n, m)`.
+    """
+    if target.device.type == "cpu":
+        target.scatter_add_(1, index.long(), values)  # rows run in parallel
+        return
+    # Elsewhere only this one has a deterministic form.
+    number = torch.arange(len(target), dtype=torch.int32, device=target.device).unsqueeze(1)
+    place = index.add(number, alpha=target.shape[1])
+    target.view(-1).index_add_(0, place.view(-1), values.reshape(-1))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statqat_lightning.error_analysis.samples import Samples
+from statqat_lightning.error_analysis.samples import Samples, add_in_rows
 from statqat_lightning.formats import Format, IntFormat
 
 BINS_PER_OCTAVE = 32
@@ -65,12 +65,7 @@ def raw_spectra(rows: Tensor, squares: Tensor | None = None) -> Tensor:
     index = (rows.view(torch.int32) >> _SHIFT).bitwise_and_(NUM_RAW_BINS - 1)
     squares = rows.square() if squares is None else squares
     raw = torch.zeros(len(rows), NUM_RAW_BINS, device=rows.device, dtype=torch.float32)
-    if rows.device.type == "cpu":
-        return raw.scatter_add_(1, index.long(), squares)  # rows run in parallel
-    # Elsewhere only this one has a deterministic form.
-    first = torch.arange(len(rows), dtype=torch.int32, device=rows.device).unsqueeze(1)
-    index.add_(first, alpha=NUM_RAW_BINS)
-    raw.view(-1).index_add_(0, index.view(-1), squares.view(-1))
+    add_in_rows(raw, index, squares)
     return raw
 
 
@@ -167,7 +162,7 @@ class EnergySpectrum:
         It exceeds the largest magnitude by at most a bin's width, 1/32 of its lower edge.
         """
         both = self.energy[:, :BINS_PER_SIDE] + self.energy[:, BINS_PER_SIDE:]
-        edges = _bin_edges(both.device)[1:]
+        edges = bin_edges(both.device)[1:]
         return torch.where(both > 0, edges, 0.0).amax(1)
 
     def error_curve(self, fmt: Format) -> ErrorCurve:
@@ -308,7 +303,7 @@ class EnergySpectrum:
         if not (fmt.is_signed or every):
             num_sides, energy = 1, self.energy[:, :BINS_PER_SIDE]
             lost = self.energy[:, BINS_PER_SIDE:].sum(1)
-        elif not apart and is_symmetric(fmt):
+        elif not apart and fmt.is_symmetric:
             num_sides = 1
             energy = self.energy[:, :BINS_PER_SIDE] + self.energy[:, BINS_PER_SIDE:]
         else:
@@ -352,13 +347,8 @@ class _Window:
     points: Tensor
 
 
-@lru_cache(maxsize=256)
-def is_symmetric(fmt: Format) -> bool:
-    """Whether the grid is the same for `x` and `-x`."""
-    return torch.equal(fmt.values, -fmt.values.flip(0))
-
-
-def _bin_edges(device: torch.device) -> Tensor:
+@lru_cache(maxsize=8)
+def bin_edges(device: torch.device) -> Tensor:
     """Magnitudes at the bin edges, evenly spaced in an octave; float32 `(BINS_PER_SIDE + 1,)`."""
     patterns = torch.arange(_FIRST_BIN, _END_BIN + 1, dtype=torch.int32, device=device)
     return (patterns << _SHIFT).view(torch.float32)
@@ -419,7 +409,7 @@ def _search_tables(fmt: Format, device: torch.device) -> tuple[Tensor, Tensor, f
 @lru_cache(maxsize=64)
 def _responses(fmt: Format, device: torch.device) -> Tensor:
     """Mean relative squared error in each bin of the window, float32 `(candidates, bins)`."""
-    num_sides = 2 if fmt.is_signed and not is_symmetric(fmt) else 1
+    num_sides = 2 if fmt.is_signed and not fmt.is_symmetric else 1
     x = _window_points(torch.device("cpu"), num_sides, _FINE_POINTS)
     power = x.square().mean(0)
     rows = []

@@ -11,12 +11,7 @@ from torch import Tensor
 
 from statqat_lightning.error_analysis import get_density, optimal_scale
 from statqat_lightning.error_analysis.densities import GeneralizedNormal
-from statqat_lightning.error_analysis.spectrum import (
-    BINS_PER_OCTAVE,
-    LOWEST_OCTAVE,
-    NUM_OCTAVES,
-    EnergySpectrum,
-)
+from statqat_lightning.error_analysis.spectrum import EnergySpectrum, bin_edges
 from statqat_lightning.formats import Format
 from statqat_lightning.quantizers.base import (
     SMALLEST,
@@ -251,7 +246,6 @@ def _table(fmt: Format, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _mean_magnitude(spectrum: EnergySpectrum) -> Tensor:
     """Mean magnitude `(n,)`: energy over magnitude, bin by bin."""
-    device = spectrum.energy.device
-    octaves = torch.exp2(torch.arange(NUM_OCTAVES, device=device) + float(LOWEST_OCTAVE))
-    within = 1 + (torch.arange(BINS_PER_OCTAVE, device=device) + 0.5) / BINS_PER_OCTAVE
-    return (spectrum.energy / (octaves.unsqueeze(1) * within).flatten().repeat(2)).sum(1)
+    edges = bin_edges(spectrum.energy.device)
+    middles = (edges[:-1] + edges[1:]) / 2
+    return (spectrum.energy / middles.repeat(2)).sum(1)

@@ -244,6 +244,20 @@ def least(scales: Tensor, errors: Tensor) -> Tensor:
     return scales.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
 
 
+def near_one(rows: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in units in which their peak lies around 1, and the units: exact powers of two.
+
+    Squares leave the range of float32 long before the values do, and a spectrum resolves a fixed
+    range of magnitudes.
+
+    Args:
+        rows: float32 `(n, m)`.
+        peak: Largest magnitude of each, `(n,)`.
+    """
+    exponent = torch.frexp(peak).exponent.clamp(-126, 126)
+    return rows * power_of_two(-exponent).unsqueeze(1), power_of_two(exponent)
+
+
 def power_of_two(exponent: Tensor) -> Tensor:
     """Exactly `2**exponent` in float32, for int32 exponents from -126 to 127."""
     return ((exponent + 127) << 23).view(torch.float32)

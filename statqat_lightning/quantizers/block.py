@@ -14,6 +14,7 @@ from statqat_lightning.quantizers.base import (
     Quantizer,
     Statistics,
     least,
+    near_one,
     power_of_two,
     squared_error,
 )
@@ -151,8 +152,6 @@ def _least_error(rows: Tensor, amax: Tensor, scales: list[Tensor], fmt: BlockFor
     # A scale whose largest value leaves float32 is none; any does for a block of zeros.
     valid = (amax > 0) & (candidates * fmt.max).isfinite()
     candidates = torch.where(valid, candidates, specified)
-    # Squares leave the range of float32 long before the values do.
-    unit = power_of_two(-torch.frexp(amax).exponent.clamp(-126, 126))
-    rows = rows * unit.unsqueeze(1)
-    errors = torch.stack([squared_error(rows, scale * unit, fmt) for scale in candidates])
+    rows, unit = near_one(rows, amax)
+    errors = torch.stack([squared_error(rows, scale / unit, fmt) for scale in candidates])
     return least(candidates, errors)

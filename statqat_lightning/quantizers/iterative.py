@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.error_analysis import EnergySpectrum, Samples
-from statqat_lightning.error_analysis.spectrum import CANDIDATES_PER_OCTAVE, is_symmetric
+from statqat_lightning.error_analysis.spectrum import CANDIDATES_PER_OCTAVE
 from statqat_lightning.formats import Format
 from statqat_lightning.quantizers.base import (
     Quantizer,
     Statistics,
     fixed_point_step,
     largest,
+    near_one,
     positive_or_one,
-    power_of_two,
 )
 
 _ROWS_AT_ONCE = 256
@@ -70,24 +70,21 @@ class Iterative(Quantizer):
         self.max_iterations = max_iterations
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
-        # The spectrum resolves a fixed range of magnitudes, and squares leave float32's: rows are
-        # brought to a magnitude around 1 first. Values that the format cannot represent are zeros.
-        rows = rows if fmt.is_signed else rows.clamp_min(0)
+        rows = rows if fmt.is_signed else rows.clamp_min(0)  # what it cannot represent is zero
         peak = largest(rows, fmt)
-        exponent = torch.frexp(peak).exponent.clamp(-126, 126)
-        rows = rows * power_of_two(-exponent).unsqueeze(1)
-        warm = None if warm is None else warm * power_of_two(-exponent)
+        rows, unit = near_one(rows, peak)
+        warm = None if warm is None else warm / unit
         found = []
         # In parts: the spectra of many short rows would take far more memory than the rows.
         for first in range(0, len(rows), _ROWS_AT_ONCE):
             few = slice(first, first + _ROWS_AT_ONCE)
             found.append(self._search(rows[few], fmt, None if warm is None else warm[few]))
-        scale = positive_or_one(torch.cat(found) * power_of_two(exponent))
+        scale = positive_or_one(torch.cat(found) * unit)
         return torch.where(peak > 0, scale, 1.0)
 
     def _search(self, rows: Tensor, fmt: Format, warm: Tensor | None) -> Tensor:
         curve = EnergySpectrum.of(rows, keep=False).error_curve(fmt)
-        samples = Samples.condensed(rows, fold=is_symmetric(fmt))
+        samples = Samples.condensed(rows, fold=fmt.is_symmetric)
         size = _CONDENSED_LENGTH if samples.weights is not None else rows.shape[1]
         _, starts, first_parts, kept, parts, rounds = next(p for p in _PLANS if size <= p[0])
         likely = curve.errors.topk(starts, 1, largest=False, sorted=False).indices
@@ -129,17 +126,16 @@ class Iterative(Quantizer):
         self, rows: Tensor, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         peak = rows.abs().amax(1)
-        exponent = torch.frexp(peak).exponent.clamp(-126, 126)
-        rows = rows * power_of_two(-exponent).unsqueeze(1)
+        rows, unit = near_one(rows, peak)
         if warm is not None:
-            warm = warm[0] * power_of_two(-exponent), warm[1]
+            warm = warm[0] / unit, warm[1]
         found = []
         for first in range(0, len(rows), _AFFINE_ROWS_AT_ONCE):
             few = slice(first, first + _AFFINE_ROWS_AT_ONCE)
             known = None if warm is None else (warm[0][few], warm[1][few])
             found.append(self._affine_search(rows[few], fmt, known))
         scale, zero = (torch.cat(column) for column in zip(*found, strict=True))
-        scale = positive_or_one(scale * power_of_two(exponent))
+        scale = positive_or_one(scale * unit)
         return torch.where(peak > 0, scale, 1.0), torch.where(peak > 0, zero, 0.0)
 
     def _affine_search(

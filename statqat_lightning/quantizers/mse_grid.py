@@ -10,8 +10,8 @@ from statqat_lightning.quantizers.base import (
     Quantizer,
     Statistics,
     largest,
+    near_one,
     positive_or_one,
-    power_of_two,
     squared_error,
 )
 
@@ -39,9 +39,7 @@ class MSEGrid(Quantizer):
         self.num_candidates = num_candidates
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
-        # Squares must neither overflow nor vanish: rows are brought to a magnitude around 1.
-        exponent = torch.frexp(largest(rows, fmt)).exponent.clamp(-126, 126)
-        rows = rows * power_of_two(-exponent).unsqueeze(1)
+        rows, unit = near_one(rows, largest(rows, fmt))
         cap = positive_or_one(largest(rows, fmt) / fmt.max)
         best, least_error = cap, squared_error(rows, cap, fmt)
         for number in range(1, self.num_candidates):
@@ -50,7 +48,7 @@ class MSEGrid(Quantizer):
             best = torch.where(error < least_error, scale, best)
             least_error = torch.minimum(error, least_error)
         known = largest(rows, fmt) > 0
-        return torch.where(known, best * power_of_two(exponent), 1.0)
+        return torch.where(known, best * unit, 1.0)
 
     def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
         return warm

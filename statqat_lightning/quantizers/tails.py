@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from statqat_lightning.error_analysis.spectrum import (
-    BINS_PER_OCTAVE,
-    BINS_PER_SIDE,
-    LOWEST_OCTAVE,
-    EnergySpectrum,
-)
+from statqat_lightning.error_analysis.spectrum import BINS_PER_SIDE, EnergySpectrum, bin_edges
 from statqat_lightning.formats import Format
 
 
@@ -72,12 +66,3 @@ def _beyond(per_bin: Tensor) -> Tensor:
     """Sums over the bins above each edge, `(n, bins + 1)`, summed from the top: the small first."""
     sums = per_bin.flip(1).cumsum(1).flip(1)
     return torch.cat([sums, torch.zeros_like(sums[:, :1])], 1)
-
-
-@lru_cache(maxsize=8)
-def bin_edges(device: torch.device) -> Tensor:
-    """Magnitudes at the edges of the bins of one side, ascending, float32 `(edges,)`."""
-    number = torch.arange(BINS_PER_SIDE + 1, device=device)
-    octave = torch.div(number, BINS_PER_OCTAVE, rounding_mode="floor")
-    fraction = 1 + (number - octave * BINS_PER_OCTAVE).to(torch.float32) / BINS_PER_OCTAVE
-    return torch.ldexp(fraction, octave + LOWEST_OCTAVE)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.error_analysis import EnergySpectrum
+from statqat_lightning.error_analysis.spectrum import bin_edges
 from statqat_lightning.formats import FloatFormat, Format, get_format
 from statqat_lightning.quantizers import MovingAverage, Statistics, get_quantizer
-from statqat_lightning.quantizers.tails import Tails, bin_edges
+from statqat_lightning.quantizers.tails import Tails
 from tests.reference import ALL_FORMATS, FLOAT_FORMATS, Array, ErrorOf, nearest
 
 INT4, UINT4, INT8 = (get_format(name) for name in ("int4", "uint4", "int8"))
@@ -269,7 +270,7 @@ def test_tails_count_and_sum_what_lies_beyond_a_limit(name: str, fmt: Format) ->
         assert first <= np.mean(magnitudes * (magnitudes > low)) * 1.01 + 1e-12
 
 
-def test_bin_edges_are_those_of_the_spectrum() -> None:
+def test_a_value_at_an_edge_of_the_spectrum_belongs_to_the_bin_above() -> None:
     edges = bin_edges(torch.device("cpu"))
     for number in (0, 1, 700, 1024, 1500, 2047):
         x = edges[number].repeat(3)  # an edge belongs to the bin above it
