@@ -7,16 +7,13 @@ keys, `isinstance`, optimizers and checkpoints stay those of the float model.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from statqat_lightning.fake_quantizer import (
     FakeQuantizer,
@@ -27,20 +24,26 @@ from statqat_lightning.fake_quantizer import (
 )
 from statqat_lightning.insertion_report import InsertionReport, LayerReport
 from statqat_lightning.observers import ObserverConfig, Reduce
+from statqat_lightning.quantized_layer import (
+    BYPASSED,
+    FUNCTIONALS,
+    LayerQuantizers,
+    attached,
+    base_class,
+    detach,
+    hides_its_weight,
+    is_quantized,
+    learned_scales,
+    quantized_class,
+    supported_class,
+    weight_of,
+)
 from statqat_lightning.recipe import QuantRecipe, QuantRule
 from statqat_lightning.tensor_spec import TensorSpec
 from statqat_lightning.weights_together import WeightsTogether
 
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-_FUNCTIONALS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Tensor]] = {
-    nn.Linear: lambda m, x, w: F.linear(x, w, m.bias),
-    nn.Conv1d: lambda m, x, w: m._conv_forward(x, w, m.bias),
-    nn.Conv2d: lambda m, x, w: m._conv_forward(x, w, m.bias),
-    nn.Conv3d: lambda m, x, w: m._conv_forward(x, w, m.bias),
-}
-# MultiheadAttention reads the weight of this child and never calls it.
-_BYPASSED = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
 _NORMALISATION = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -54,37 +57,12 @@ _NORMALISATION = (
 _CONVERTERS = ("torch.ao.", "torchao.", "bitsandbytes.", "transformer_engine.")
 
 
-class LayerQuantizers:
-    """The quantizers of one layer; either may be None."""
-
-    def __init__(
-        self, weight: WeightFakeQuantizer | None, inputs: InputFakeQuantizer | None
-    ) -> None:
-        self.weight = weight
-        self.input = inputs
-
-    def present(self) -> list[FakeQuantizer]:
-        """Those that are not None: weight, then input."""
-        return [q for q in (self.weight, self.input) if q is not None]
-
-
 class QuantizedLayer(NamedTuple):
     """A layer with quantizers, by its name in the model."""
 
     name: str
     module: nn.Module
     quantizers: LayerQuantizers
-
-
-def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class a layer had before insertion."""
-    base: type[nn.Module] = getattr(type(module), "_statqat_base", type(module))
-    return base
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer carries quantizers."""
-    return hasattr(type(module), "_statqat_base")
 
 
 def quantized_layers(model: nn.Module) -> list[QuantizedLayer]:
@@ -111,7 +89,7 @@ def _quantized_modules(model: nn.Module) -> list[tuple[nn.Module, LayerQuantizer
         if module not in seen:
             seen.add(module)
             if is_quantized(module):
-                found.append((module, _attached(module)))
+                found.append((module, attached(module)))
             stack.extend(child for child in reversed(module._modules.values()) if child is not None)
     return found
 
@@ -156,14 +134,14 @@ def prepare(
     recipe = QuantRecipe.choose(recipe, weights, activations, exclude, first_last_bits)
     _refuse_converted(model)
     layers = dict(_named_layers(model))
-    candidates = {name: module for name, module in layers.items() if _supported_class(module)}
+    candidates = {name: module for name, module in layers.items() if supported_class(module)}
     if not candidates:
         there = ", ".join(
             f"{name or '(the model itself)'} ({type(m).__name__})" for name, m in layers.items()
         )
         raise ValueError(
             f"{type(model).__name__}: no layer can be quantized. Supported are "
-            f"{', '.join(c.__name__ for c in _FUNCTIONALS)} and their subclasses. "
+            f"{', '.join(c.__name__ for c in FUNCTIONALS)} and their subclasses. "
             f"Layers with parameters here: {there or 'none'}."
         )
     assigned = recipe.assign(candidates)
@@ -181,8 +159,8 @@ def prepare(
         for name, rule in chosen.items()
         if not _follows(candidates[name], rule)
     }
-    kept = {name: _attached(candidates[name]) for name in chosen if name not in made}
-    classes = {name: _quantized_class(base_class(candidates[name])) for name in made}
+    kept = {name: attached(candidates[name]) for name in chosen if name not in made}
+    classes = {name: quantized_class(base_class(candidates[name])) for name in made}
     report = InsertionReport(
         tuple(
             _quantized_row(name, module, made.get(name) or kept[name])
@@ -198,7 +176,7 @@ def prepare(
     for name, quantizers in made.items():
         candidates[name]._statqat = quantizers  # type: ignore[assignment]
         candidates[name].__class__ = classes[name]
-        for parameter_name, scale in _learned_scales(candidates[name]).items():
+        for parameter_name, scale in learned_scales(candidates[name]).items():
             candidates[name].register_parameter(parameter_name, scale)
     if observer is not None:
         for quantizers in kept.values():
@@ -213,28 +191,13 @@ def remove(model: nn.Module) -> None:
         detach(module)
 
 
-def detach(module: nn.Module) -> None:
-    """Take the quantizers off a layer, if it has any, and with them the scales that are learned."""
-    if is_quantized(module):
-        for name in _learned_scales(module):
-            del module._parameters[name]
-        module.__class__ = base_class(module)
-        del module._statqat
-
-
 def _follows(module: nn.Module, rule: QuantRule) -> bool:
     """Whether a layer has the quantizers that a rule asks for."""
     if not is_quantized(module):
         return False
-    quantizers = _attached(module)
+    quantizers = attached(module)
     specs = [q and q.spec for q in (quantizers.weight, quantizers.input)]
     return specs == [rule.weights, rule.inputs]
-
-
-def _attached(module: nn.Module) -> LayerQuantizers:
-    """The quantizers of a layer that has some."""
-    quantizers: LayerQuantizers = module._statqat  # type: ignore[assignment]
-    return quantizers
 
 
 def set_observing(model: nn.Module, observing: bool) -> None:
@@ -368,7 +331,7 @@ def _quantizers(
     quantizers = LayerQuantizers(weight_quantizer, input_quantizer)
     for quantizer in quantizers.present():
         scale = quantizer.parameter_name
-        if scale and hasattr(module, scale) and scale not in _learned_scales(module):
+        if scale and hasattr(module, scale) and scale not in learned_scales(module):
             raise ValueError(
                 f"{quantizer.name}: the layer has an attribute {scale!r} of its own; expected "
                 "none: a learned scale is registered by that name. Use another quantizer."
@@ -381,130 +344,14 @@ def learned_scale_keys(model: nn.Module) -> frozenset[str]:
     return frozenset(
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
-        for key in _learned_scales(module)
+        for key in learned_scales(module)
     )
-
-
-def _learned_scales(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Scales of a layer that are parameters of it, by their names there."""
-    if not is_quantized(module):
-        return {}
-    return {
-        q.parameter_name: q.scale
-        for q in _attached(module).present()
-        if q.parameter_name is not None and isinstance(q.scale, nn.Parameter)
-    }
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a supported layer, as its forward sees it; to look at it changes nothing.
-
-    Parametrizations are evaluated in eval mode: in train mode some change their own state whenever
-    they are read, as `spectral_norm` does.
-    """
-    modes: list[tuple[nn.Module, bool]] = []
-    if is_parametrized(module, "weight"):
-        parametrizations = module.parametrizations.weight  # type: ignore[union-attr]
-        modes = [(part, part.training) for part in parametrizations.modules()]  # type: ignore[union-attr]
-    try:
-        for part, _ in modes:
-            part.training = False
-        weight = module.weight
-    finally:
-        for part, training in modes:
-            part.training = training
-    assert isinstance(weight, Tensor), "supported layers have a weight"
-    return weight
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _quantized_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` whose forward quantizes; made once for each class."""
-    if base in _CLASSES:
-        return _CLASSES[base]
-    supported = next(cls for cls in _FUNCTIONALS if issubclass(base, cls))
-    functional = _FUNCTIONALS[supported]
-    base_apply: Callable[..., Any] = base._apply
-
-    def explicit_forward(self: Any, input: Tensor) -> Tensor:  # named as in torch
-        weight, inputs = self._statqat.weight, self._statqat.input
-        return functional(
-            self,
-            input if inputs is None else inputs(input),
-            self.weight if weight is None else weight(self.weight),
-        )
-
-    input_name = [*inspect.signature(base.forward).parameters, "input"][1]
-
-    def shadowing_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # The user's own forward reads `self.weight`: an instance attribute hides the parameter
-        # meanwhile.
-        weight, inputs = self._statqat.weight, self._statqat.input
-        attributes = self.__dict__
-        missing = object()
-        previous = attributes.get("weight", missing)
-        if weight is not None:
-            attributes["weight"] = weight(self.weight)
-        try:
-            if inputs is not None and args:
-                args = (inputs(args[0]), *args[1:])
-            elif inputs is not None:
-                kwargs[input_name] = inputs(kwargs[input_name])
-            return base.forward(self, *args, **kwargs)
-        finally:
-            if previous is not missing:
-                attributes["weight"] = previous
-            elif weight is not None:
-                attributes.pop("weight", None)
-
-    def apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        learned = _learned_scales(self)
-
-        def keep_learned(tensor: Tensor) -> Tensor:
-            # They follow in device but not in dtype, like every other scale.
-            if all(tensor is not scale and tensor is not scale.grad for scale in learned.values()):
-                return fn(tensor)
-            device = fn(torch.empty(0, dtype=torch.float32, device=tensor.device)).device
-            return tensor.detach() if device.type == "meta" else tensor.detach().to(device)
-
-        result = base_apply(self, keep_learned if learned else fn, recurse)
-        for quantizer in self._statqat.present():
-            if quantizer.parameter_name is not None:
-                quantizer.scale = self._parameters[quantizer.parameter_name]
-            quantizer.follow(fn)
-        return result
-
-    def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (base,), self.__getstate__()
-
-    own_forward = base.forward is not supported.forward
-    _CLASSES[base] = type(
-        f"FakeQuantized{base.__name__}",
-        (base,),
-        {
-            "__module__": __name__,
-            "__doc__": f"{base.__name__} whose weight and input are fake-quantized.",
-            "_statqat_base": base,
-            "forward": shadowing_forward if own_forward else explicit_forward,
-            "_apply": apply,
-            "__reduce_ex__": reduce_ex,
-        },
-    )
-    return _CLASSES[base]
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    """An empty instance of the quantized class of `base`, for pickle and deepcopy."""
-    cls = _quantized_class(base)
-    return cls.__new__(cls)
 
 
 def _named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules with parameters of their own, and all that can be quantized, by plain name."""
     for name, module in model.named_modules():
-        if _supported_class(module) is not None or any(
+        if supported_class(module) is not None or any(
             True for _ in module.parameters(recurse=False)
         ):
             yield _plain_name(name), module
@@ -513,20 +360,6 @@ def _named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _plain_name(name: str) -> str:
     """The name without the parts that compile and sharding wrappers put in."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
-
-
-def _supported_class(module: nn.Module) -> type[nn.Module] | None:
-    """The supported class that a layer is an instance of."""
-    if isinstance(module, _BYPASSED) or _hides_its_weight(module):
-        return None
-    return next((cls for cls in _FUNCTIONALS if isinstance(module, cls)), None)
-
-
-def _hides_its_weight(module: nn.Module) -> bool:
-    """Whether a layer's own forward reads a parametrized weight: nothing can be put before it."""
-    supported = next((cls for cls in _FUNCTIONALS if isinstance(module, cls)), None)
-    own_forward = supported is not None and base_class(module).forward is not supported.forward
-    return own_forward and is_parametrized(module, "weight")
 
 
 def _refuse_uninitialised(layers: Mapping[str, nn.Module]) -> None:
@@ -561,9 +394,9 @@ def _why_float(name: str, module: nn.Module, rule: QuantRule | None, candidate: 
         return "no rule matches" if rule is None else f"left in float by rule {rule.pattern!r}"
     if isinstance(module, _NORMALISATION):
         return "normalisation stays in float"
-    if isinstance(module, _BYPASSED):
+    if isinstance(module, BYPASSED):
         return "its parent reads the weight without calling it"
-    if _hides_its_weight(module):
+    if hides_its_weight(module):
         return "its own forward reads a parametrized weight"
     return "type not supported"
 
@@ -604,7 +437,7 @@ def describe(quantizer: FakeQuantizer) -> str:
 
 def _count(module: nn.Module) -> int:
     """Number of parameters, without those that have no shape so far, and without scales."""
-    learned = _learned_scales(module)
+    learned = learned_scales(module)
     return sum(
         math.prod(p.shape)
         for name, p in module.named_parameters(recurse=False)

@@ -20,9 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from statqat_lightning.functional import QParams, fake_quantize
 from statqat_lightning.insertion import (
-    base_class,
     input_quantizers,
-    is_quantized,
     load_quantizer_state,
     prepare,
     quantized_layers,
@@ -32,10 +30,10 @@ from statqat_lightning.insertion import (
     set_enabled,
     set_frozen,
     set_observing,
-    weight_of,
 )
 from statqat_lightning.insertion_report import InsertionReport
 from statqat_lightning.observers import COUNT, ObserverConfig, add_up
+from statqat_lightning.quantized_layer import base_class, is_quantized, weight_of
 from statqat_lightning.quantizers import get_quantizer
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.report import snr_by_tensor

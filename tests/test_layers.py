@@ -22,7 +22,7 @@ ROWS: list[set[str]] = [
     {"error_analysis"},
     {"quantizers"},
     {"observers", "fake_quantizer", "tensor_spec", "weights_together"},
-    {"recipe", "schedule", "insertion", "insertion_report"},
+    {"recipe", "schedule", "quantized_layer", "insertion", "insertion_report"},
     {"report", "plots", "allocation", "export"},
     {"callbacks"},
     {"cli"},

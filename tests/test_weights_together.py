@@ -16,8 +16,8 @@ from statqat_lightning.insertion import (
     refresh,
     set_enabled,
     set_observing,
-    weight_of,
 )
+from statqat_lightning.quantized_layer import weight_of
 from statqat_lightning.recipe import QuantRecipe, QuantRule
 from statqat_lightning.tensor_spec import TensorSpec
 

@@ -16,7 +16,8 @@ from statqat_lightning.fake_quantizer import FakeQuantizer
 from statqat_lightning.formats import Format
 from statqat_lightning.functional import QParams, dequantize, quantize
 from statqat_lightning.granularity import Granularity
-from statqat_lightning.insertion import detach, quantized_layers, weight_of
+from statqat_lightning.insertion import quantized_layers
+from statqat_lightning.quantized_layer import detach, weight_of
 from statqat_lightning.recipe import TensorSpec
 
 CODES, WEIGHT_SCALE, INPUT_SCALE = "weight_codes", "weight_scale", "input_scale"

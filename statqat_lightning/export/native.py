@@ -52,8 +52,8 @@ from statqat_lightning.insertion import (
     refit_weights,
     remove,
     set_enabled,
-    weight_of,
 )
+from statqat_lightning.quantized_layer import weight_of
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 
 KEY = "statqat_lightning"

@@ -14,7 +14,8 @@ from statqat_lightning.export.files import replacing
 from statqat_lightning.export.frozen import freeze
 from statqat_lightning.export.native import load_quantized, read_header, save_native
 from statqat_lightning.export.packing import pack
-from statqat_lightning.insertion import quantized_layers, quantizer_state, weight_of
+from statqat_lightning.insertion import quantized_layers, quantizer_state
+from statqat_lightning.quantized_layer import weight_of
 from statqat_lightning.recipe import QuantRecipe
 from tests.callbacks.digits import DigitsModule, held_out, loader, make_trainer, small_cnn, statqat
 from tests.export.models import (
