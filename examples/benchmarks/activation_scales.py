@@ -1,19 +1,13 @@
 """Cost of choosing an activation's scale: ours beside two observers of torch.ao, one tensor.
 
 Ours is all that a training step pays for one input: the sample of its values, adding it up, folding
-it into the running spectrum and the search. Everything runs in one process, one variant after the
-other in an order that changes every round; ratios are medians over rounds.
+it into the running spectrum and the search. Ratios are medians over rounds, see `measuring.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import random
-import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +18,7 @@ from torch.ao.quantization import HistogramObserver, MovingAverageMinMaxObserver
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import positive
+from measuring import measure, medians, ratio, write_results
 
 from statqat_lightning import TensorSpec
 from statqat_lightning.fake_quantizer import InputFakeQuantizer, refresh_inputs
@@ -77,28 +72,11 @@ def main() -> None:
     together = f"{args.tensors} together"
     runs = {"alone": ours(x, args.format, 1), together: ours(x, args.format, args.tensors)}
     runs |= {name: peer(observer(), x.detach()) for name, observer in PEERS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        for _ in range(3):
-            run()
-    order, shuffle = list(runs), random.Random(0).shuffle
-    for _ in range(args.rounds):
-        shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            runs[name]()
-            taken = time.perf_counter() - start
-            seconds[name].append(taken / args.tensors if name == together else taken)
-
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    seconds = measure(runs, args.rounds)
+    seconds[together] = [taken / args.tensors for taken in seconds[together]]
+    middle = medians(seconds)
     ratios = {
-        own: {
-            other: statistics.median(
-                a / b for a, b in zip(seconds[own], seconds[other], strict=True)
-            )
-            for other in PEERS
-        }
-        for own in ("alone", together)
+        own: {other: ratio(seconds, own, other) for other in PEERS} for own in ("alone", together)
     }
     print(
         f"{args.values} values, {args.format}, {args.threads} threads, {args.rounds} rounds, torch "
@@ -107,22 +85,16 @@ def main() -> None:
     for name, value in middle.items():
         print(f"{name:16} {value * 1e6:10.0f} us a tensor")
     for own, row in ratios.items():
-        for other, ratio in row.items():
-            print(f"iterative, {own}: {ratio:.3f} of torch.ao's {other} (1 / {1 / ratio:.1f})")
+        for other, value in row.items():
+            print(f"iterative, {own}: {value:.3f} of torch.ao's {other} (1 / {1 / value:.1f})")
 
-    if args.output:
-        results = {
-            "values": args.values,
-            "format": args.format,
-            "threads": args.threads,
-            "rounds": args.rounds,
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "median_seconds": middle,
-            "ratio_to_peers": ratios,
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+    results = {
+        "values": args.values,
+        "format": args.format,
+        "median_seconds": middle,
+        "ratio_to_peers": ratios,
+    }
+    write_results(args, results)
 
 
 if __name__ == "__main__":

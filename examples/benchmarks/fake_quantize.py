@@ -1,20 +1,15 @@
 """Time of one fake-quantize forward and backward pass per format, beside torch's own operators.
 
-Everything runs in one process on the same values, one pass of each variant after the other in an
-order that changes every round, so that noise on a shared machine hits all alike. The ratio of a
-variant is the median over rounds of its time by that of torch's operator in the same round:
+Everything runs on the same values, see `measuring.py`. The ratio of a variant is the median over
+rounds of its time by that of torch's operator in the same round:
 `torch.fake_quantize_per_tensor_affine` or `torch.fake_quantize_per_channel_affine`, both for int8.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import random
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import positive
+from measuring import measure, medians, ratio, write_results
 
 from statqat_lightning.formats import format_names, get_format
 from statqat_lightning.functional import QParams, fake_quantize
@@ -63,30 +59,6 @@ def variants(x: Tensor, upstream: Tensor, names: list[str], per_channel: bool) -
     return {name: passes(function, x, upstream) for name, function in functions.items()}
 
 
-def measure(steps: dict[str, Pass], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; three passes warm up and are not counted."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    shuffle = random.Random(0).shuffle  # who follows whom must not stay the same: caches are warm
-    for _ in range(rounds):
-        shuffle(order)
-        for name in order:
-            wait()
-            start = time.perf_counter()
-            steps[name]()
-            wait()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -116,18 +88,13 @@ def main() -> None:
         f"torch {torch.__version__}"
     )
     ratios: dict[str, dict[str, float]] = {}
-    medians: dict[str, dict[str, float]] = {}
+    middle: dict[str, dict[str, float]] = {}
     for granularity, per_channel in (("per_tensor", False), ("per_channel", True)):
         steps = variants(x, upstream, args.formats, per_channel)
-        seconds = measure(steps, args.rounds, device)
-        medians[granularity] = {name: statistics.median(own) for name, own in seconds.items()}
-        ratios[granularity] = {
-            name: statistics.median(
-                own / other for own, other in zip(seconds[name], seconds[PEER], strict=True)
-            )
-            for name in args.formats
-        }
-        print(f"{granularity}: torch takes {medians[granularity][PEER] * 1e3:.3f} ms")
+        seconds = measure(steps, args.rounds, device=args.device)
+        middle[granularity] = medians(seconds)
+        ratios[granularity] = {name: ratio(seconds, name, PEER) for name in args.formats}
+        print(f"{granularity}: torch takes {middle[granularity][PEER] * 1e3:.3f} ms")
     print(f"{'format':10} {'per tensor':>10} {'per channel':>11}   ratio to torch")
     for name in args.formats:
         aim = AIMS["int" in name]
@@ -135,19 +102,13 @@ def main() -> None:
         verdict = "" if max(row) <= aim else f"   above {aim}"
         print(f"{name:10} {row[0]:10.3f} {row[1]:11.3f}{verdict}")
 
-    if args.output:
-        results = {
-            "values": x.numel(),
-            "device": where,
-            "threads": args.threads,
-            "rounds": args.rounds,
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "median_seconds": medians,
-            "ratio_to_torch": ratios,
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+    results = {
+        "values": x.numel(),
+        "device": where,
+        "median_seconds": middle,
+        "ratio_to_torch": ratios,
+    }
+    write_results(args, results)
 
 
 if __name__ == "__main__":

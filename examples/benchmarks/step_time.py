@@ -1,8 +1,7 @@
 """Time of a QAT training step beside the float step and torch.ao's, ResNet-20 on random images.
 
-Everything runs in one process, one step of each variant after the other in an order that changes
-every round, so that noise on a shared machine hits all alike. The ratio of a variant is the median
-over rounds of its time by the time of the float step of the same round. Every quantized step
+The variants take turns, see `measuring.py`. The ratio of a variant is the median over rounds of its
+time by the time of the float step of the same round. Every quantized step
 observes all inputs and chooses all scales anew.
 """
 
@@ -10,16 +9,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
-import random
+import itertools
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +23,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BasicBlock, ResNet20, positive
+from measuring import measure, medians, ratio, write_results
 
 from statqat_lightning import prepare
 from statqat_lightning.insertion import refresh, set_observing
@@ -42,9 +38,9 @@ FORMATS = {  # name in the table: weights, activations
 
 
 PEERS = {  # torch.ao in eager mode
-    "torch.ao": {"fuse": True, "sums": True},
+    "torch.ao, fused": {"fuse": True, "sums": True},
     "torch.ao, not fused": {"fuse": False, "sums": True},
-    "torch.ao, float sums": {"fuse": True, "sums": False},
+    "torch.ao, fused, float sums": {"fuse": True, "sums": False},
     "torch.ao, not fused, float sums": {"fuse": False, "sums": False},
 }
 
@@ -145,25 +141,6 @@ def torch_ao_step(network: ResNet20, *, fuse: bool, sums: bool) -> Step:
     return lambda images, labels: train_step(model, optimizer, images, labels)
 
 
-def measure(
-    steps: dict[str, Step], batches: list[tuple[Tensor, Tensor]], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; the first batch warms up and is not counted."""
-    for step in steps.values():
-        for _ in range(3):
-            step(*batches[0])
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    shuffle = random.Random(0).shuffle  # who follows whom must not stay the same: caches are warm
-    for index in range(rounds):
-        shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            steps[name](*batches[index % len(batches)])
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def quantiles(values: list[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -203,21 +180,16 @@ def main() -> None:
     for name, options in PEERS.items():
         steps[name] = torch_ao_step(copy.deepcopy(network), **options)
 
-    seconds = measure(steps, batches, args.rounds)
+    # A variant's own batches, in turn.
+    turns = {name: itertools.cycle(batches) for name in steps}
+    runs = {name: lambda s=step, t=turns[name]: s(*next(t)) for name, step in steps.items()}
+    seconds = measure(runs, args.rounds)
     per_round = {
         name: [own / base for own, base in zip(values, seconds["float"], strict=True)]
         for name, values in seconds.items()
     }
     ratios = {name: quantiles(values) for name, values in per_round.items()}
-    to_peers = {
-        peer: {
-            name: statistics.median(
-                own / other for own, other in zip(seconds[name], seconds[peer], strict=True)
-            )
-            for name in FORMATS
-        }
-        for peer in PEERS
-    }
+    to_peers = {peer: {name: ratio(seconds, name, peer) for name in FORMATS} for peer in PEERS}
     print(
         f"ResNet-20, batch {args.batch_size}, {args.threads} threads, {args.rounds} rounds, "
         f"torch {torch.__version__}; float step {statistics.median(seconds['float']) * 1e3:.1f} ms"
@@ -229,21 +201,15 @@ def main() -> None:
     for peer, row in to_peers.items():
         print(f"{peer:32} " + "  ".join(f"{value:13.3f}" for value in row.values()))
 
-    if args.output:
-        results: dict[str, Any] = {
-            "network": "ResNet-20",
-            "batch_size": args.batch_size,
-            "threads": args.threads,
-            "rounds": args.rounds,
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "median_seconds": {name: statistics.median(v) for name, v in seconds.items()},
-            "ratio_to_float": {name: middle for name, (_, middle, _) in ratios.items()},
-            "quartiles": {name: [low, high] for name, (low, _, high) in ratios.items()},
-            "ratio_to_peers": to_peers,
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+    results = {
+        "network": "ResNet-20",
+        "batch_size": args.batch_size,
+        "median_seconds": medians(seconds),
+        "ratio_to_float": {name: middle for name, (_, middle, _) in ratios.items()},
+        "quartiles": {name: [low, high] for name, (low, _, high) in ratios.items()},
+        "ratio_to_peers": to_peers,
+    }
+    write_results(args, results)
 
 
 if __name__ == "__main__":

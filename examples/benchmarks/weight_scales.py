@@ -2,20 +2,15 @@
 
 A refresh (`Analytic.track`, at every training step) and a search (`from_rows`, at every sixteenth)
 are timed beside the largest magnitude of each row, which min-max needs, and beside one
-fake-quantize, which the forward pass needs. Everything runs in one process, one after the other in
-an order that changes every round; ratios are medians over rounds.
+fake-quantize, which the forward pass needs. Ratios are medians over rounds, see `measuring.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import positive
+from measuring import measure, medians, ratio, write_results
 
 from statqat_lightning import fake_quantize
 from statqat_lightning.formats import Format, get_format
@@ -35,20 +31,6 @@ from statqat_lightning.quantizers import Analytic, MinMax
 FORMATS = ("int4", "int8", "fp4_e2m1", "fp8_e4m3")
 TABLE = ("int2", "int3", "int4", "int8", "fp4_e2m1", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2")
 PRIORS = ("normal", "laplace", "logistic", "student_t", "generalized_normal", "auto")
-
-
-def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in each round; a round before warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    order, shuffle = list(runs), random.Random(0).shuffle
-    for index in range(rounds + 1):
-        shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            runs[name]()
-            if index:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def costs(size: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -66,12 +48,11 @@ def costs(size: int, rounds: int) -> dict[str, dict[str, float]]:
             "search": lambda f=fmt, w=warm: quantizer.from_rows(rows, f, w),
             "first search": lambda f=fmt: quantizer.from_rows(rows, f),
         }
-        seconds = measure(runs, rounds)
-        row = {f"{run} (ms)": 1e3 * statistics.median(seconds[run]) for run in runs}
+        seconds = measure(runs, rounds, warm_up=1)
+        row = {f"{run} (ms)": 1e3 * value for run, value in medians(seconds).items()}
         for run in ("refresh", "search", "first search"):
             for base in ("amax", "fake_quantize"):
-                pairs = zip(seconds[run], seconds[base], strict=True)
-                row[f"{run} / {base}"] = statistics.median(a / b for a, b in pairs)
+                row[f"{run} / {base}"] = ratio(seconds, run, base)
         table[name] = row
     return table
 
@@ -172,13 +153,7 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    results: dict[str, object] = {
-        "size": args.size,
-        "threads": args.threads,
-        "rounds": args.rounds,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-    }
+    results: dict[str, object] = {"size": args.size}
     table = costs(args.size, args.rounds)
     results["costs"] = table
     print(f"{args.threads} threads, {args.rounds} rounds, torch {torch.__version__}")
@@ -197,9 +172,7 @@ def main() -> None:
     if args.checkpoint:
         results["snr_db"] = snr_table(args.checkpoint)
         print_table("SNR in dB, mean over layers of the mean over channels", results["snr_db"])  # type: ignore[arg-type]
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+    write_results(args, results)
 
 
 if __name__ == "__main__":
