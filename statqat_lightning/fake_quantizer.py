@@ -42,7 +42,8 @@ from statqat_lightning.quantizers import Quantizer, get_quantizer
 from statqat_lightning.tensor_spec import TensorSpec
 from statqat_lightning.weights_together import WeightsTogether
 
-WEIGHT, INPUT = "weight", "input"
+WEIGHT, INPUT, OUTPUT = "weight", "input", "output"
+"""Roles of tensors; layers with several weights or inputs call them by their names in torch."""
 
 
 class FakeQuantizer:
@@ -50,6 +51,7 @@ class FakeQuantizer:
 
     Attributes:
         name: The layer's name and the tensor's role, for messages and log keys.
+        role: What the tensor is to the layer: the name of a weight or an input, or `output`.
         fmt: The number format in use.
         scale: float32, in the shape of its granularity; a parameter of the layer if it is learned.
         ready: Whether the scale is known; until then tensors pass unchanged.
@@ -59,17 +61,17 @@ class FakeQuantizer:
             that is not learned changes when it is refreshed, and only then.
     """
 
-    role: str
-
     def __init__(
         self,
         layer: str,
+        role: str,
         spec: TensorSpec,
         granularity: Granularity,
         quantizer: Quantizer,
         shape: tuple[int, ...],
     ) -> None:
         self.layer = layer
+        self.role = role
         self.spec = spec
         self.fmt: Format = get_format(spec.format)
         self.granularity = granularity
@@ -84,7 +86,7 @@ class FakeQuantizer:
 
     @property
     def name(self) -> str:
-        """`{layer}/{weight|input}`, as in log keys."""
+        """`{layer}/{role}`, as in log keys."""
         return f"{self.layer}/{self.role}" if self.layer else self.role
 
     @property
@@ -165,16 +167,17 @@ class WeightFakeQuantizer(FakeQuantizer):
         together: During a training step, the weights that are quantized with this one.
     """
 
-    role = WEIGHT
     search_every = 16
     """Every so many refreshes is a search; in between, `Quantizer.track` follows the weight."""
 
-    def __init__(self, layer: str, spec: TensorSpec, weight: Tensor, axis: int = 0) -> None:
+    def __init__(
+        self, layer: str, spec: TensorSpec, weight: Tensor, axis: int = 0, role: str = WEIGHT
+    ) -> None:
         granularity, quantizer = spec.weight_granularity(axis), spec.weight_quantizer()
         try:
-            super().__init__(layer, spec, granularity, quantizer, tuple(weight.shape))
+            super().__init__(layer, role, spec, granularity, quantizer, tuple(weight.shape))
         except ValueError as error:
-            raise ValueError(f"{layer}/{WEIGHT}: {error}") from error
+            raise ValueError(f"{layer}/{role}: {error}") from error
         self.num_refreshes = 0
         self.together: WeightsTogether | None = None
         self.to(weight.device if weight.device.type != "meta" else torch.device("cpu"))
@@ -212,8 +215,8 @@ class WeightFakeQuantizer(FakeQuantizer):
         return wide.square().sum(), (wide - self.quantize(wide)).square().sum()
 
 
-class InputFakeQuantizer(FakeQuantizer):
-    """Fake quantization of a layer's input, with running statistics.
+class ActivationFakeQuantizer(FakeQuantizer):
+    """Fake quantization of a layer's input or output, with running statistics.
 
     Attributes:
         observing: Whether forward passes add to the observer: to the sums behind the SNR, and
@@ -221,21 +224,29 @@ class InputFakeQuantizer(FakeQuantizer):
         deciding: Whether the sign of the format may still change. It is settled by the smallest of
             all values of the first batches, not by a sample.
         lowest: Smallest value seen while deciding, or 0; float32 `()`.
+        optional: Whether it may well never run: attention whose keys are its queries quantizes them
+            once, as queries.
     """
 
-    role = INPUT
     batches_to_decide = 8
 
     def __init__(
-        self, layer: str, spec: TensorSpec, config: ObserverConfig, device: torch.device
+        self,
+        layer: str,
+        spec: TensorSpec,
+        config: ObserverConfig,
+        device: torch.device,
+        role: str = INPUT,
+        optional: bool = False,
     ) -> None:
         if isinstance(get_format(spec.format), BlockFormat):
             raise ValueError(
-                f"{layer}/{INPUT}: got format {spec.format!r}; expected a format with one scale "
+                f"{layer}/{role}: got format {spec.format!r}; expected a format with one scale "
                 "for the tensor. Block formats are for weights."
             )
         quantizer = get_quantizer(spec.quantizer or "iterative", **dict(spec.options))
-        super().__init__(layer, spec, PerTensor(), quantizer, ())
+        super().__init__(layer, role, spec, PerTensor(), quantizer, ())
+        self.optional = optional
         self.observer = InputObserver(
             config, quantizer.needs_spectrum, quantizer.needs_range, quantizer.range_momentum
         )
@@ -395,8 +406,8 @@ def refresh_weights(weights: Sequence[tuple[WeightFakeQuantizer, Tensor]]) -> No
 
 
 @torch.no_grad()
-def refresh_inputs(
-    quantizers: Sequence[InputFakeQuantizer], reduce: Reduce | None = None
+def refresh_activations(
+    quantizers: Sequence[ActivationFakeQuantizer], reduce: Reduce | None = None
 ) -> Tensor:
     """Fold what inputs have added into their statistics, and choose their scales anew.
 
@@ -426,12 +437,12 @@ def refresh_inputs(
     return overflow
 
 
-def refresh_scales(quantizers: Sequence[InputFakeQuantizer]) -> None:
+def refresh_scales(quantizers: Sequence[ActivationFakeQuantizer]) -> None:
     """Choose the scales of ready quantizers from running statistics, all of a kind at once.
 
     Learned scales are left alone.
     """
-    kinds: dict[tuple[Any, ...], list[InputFakeQuantizer]] = {}
+    kinds: dict[tuple[Any, ...], list[ActivationFakeQuantizer]] = {}
     for quantizer in quantizers:
         if quantizer.quantizer.learned:
             continue

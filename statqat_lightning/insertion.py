@@ -8,7 +8,7 @@ keys, `isinstance`, optimizers and checkpoints stay those of the float model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,27 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.fake_quantizer import (
+    OUTPUT,
+    ActivationFakeQuantizer,
     FakeQuantizer,
-    InputFakeQuantizer,
     WeightFakeQuantizer,
-    refresh_inputs,
+    refresh_activations,
     refresh_weights,
 )
 from statqat_lightning.insertion_report import InsertionReport, LayerReport
+from statqat_lightning.layer_kinds import KINDS
 from statqat_lightning.observers import ObserverConfig, Reduce
 from statqat_lightning.quantized_layer import (
-    BYPASSED,
-    FUNCTIONALS,
     LayerQuantizers,
+    attach,
     attached,
     base_class,
     detach,
-    hides_its_weight,
     is_quantized,
+    kind_of,
     learned_scales,
-    quantized_class,
-    supported_class,
     weight_of,
+    why_unsupported,
 )
 from statqat_lightning.recipe import QuantRecipe, QuantRule
 from statqat_lightning.tensor_spec import TensorSpec
@@ -74,9 +74,14 @@ def quantized_layers(model: nn.Module) -> list[QuantizedLayer]:
     ]
 
 
-def input_quantizers(model: nn.Module) -> list[InputFakeQuantizer]:
-    """The input quantizers of a model, in layer order."""
-    return [q.input for _, q in _quantized_modules(model) if q.input is not None]
+def activation_quantizers(model: nn.Module) -> list[ActivationFakeQuantizer]:
+    """The quantizers of inputs and outputs of a model, in layer order."""
+    return [q for _, layer in _quantized_modules(model) for q in layer.activations()]
+
+
+def idle_activations(model: nn.Module) -> list[str]:
+    """Names of quantizers of inputs and outputs without a scale, where one is to be expected."""
+    return [q.name for q in activation_quantizers(model) if not (q.ready or q.optional)]
 
 
 def _quantized_modules(model: nn.Module) -> list[tuple[nn.Module, LayerQuantizers]]:
@@ -133,55 +138,69 @@ def prepare(
     """
     recipe = QuantRecipe.choose(recipe, weights, activations, exclude, first_last_bits)
     _refuse_converted(model)
-    layers = dict(_named_layers(model))
-    candidates = {name: module for name, module in layers.items() if supported_class(module)}
-    if not candidates:
+    modules = {_plain_name(name): module for name, module in model.named_modules()}
+    bypassed = _bypassed(modules)
+    unsupported = {
+        name: bypassed.get(name) or why_unsupported(module) for name, module in modules.items()
+    }
+    candidates = {name: module for name, module in modules.items() if not unsupported[name]}
+    layers = {
+        name: module
+        for name, module in modules.items()
+        if name in candidates or any(True for _ in module.parameters(recurse=False))
+    }
+    others = {name: module for name, module in modules.items() if name not in candidates}
+    if all(kind_of(module).by_request for module in candidates.values()) and not any(
+        rule.only_outputs or any(rule.names(name) for name in candidates) for rule in recipe.rules
+    ):
         there = ", ".join(
             f"{name or '(the model itself)'} ({type(m).__name__})" for name, m in layers.items()
         )
         raise ValueError(
             f"{type(model).__name__}: no layer can be quantized. Supported are "
-            f"{', '.join(c.__name__ for c in FUNCTIONALS)} and their subclasses. "
+            f"{', '.join(kind.cls.__name__ for kind in KINDS)} and their subclasses; embeddings "
+            "if a rule names them or their type. "
             f"Layers with parameters here: {there or 'none'}."
         )
-    assigned = recipe.assign(candidates)
-    chosen = {
-        name: rule for name, rule in assigned.items() if rule and (rule.weights or rule.inputs)
-    }
+    assigned = recipe.assign(candidates, others)
+    chosen = {name: rule for name, rule in assigned.items() if rule and rule.quantizes}
     if not chosen:
         raise ValueError(
             f"{type(model).__name__}: the recipe leaves all layers in float: "
             f"{', '.join(candidates)}. Give at least one of them a format."
         )
-    _refuse_uninitialised({name: candidates[name] for name in chosen})
+    _refuse_uninitialised({name: modules[name] for name in chosen})
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     made = {
-        name: _quantizers(name, candidates[name], rule, observer or ObserverConfig())
+        name: _quantizers(name, modules[name], rule, observer or ObserverConfig(), device)
         for name, rule in chosen.items()
-        if not _follows(candidates[name], rule)
+        if not _follows(modules[name], rule)
     }
-    kept = {name: attached(candidates[name]) for name in chosen if name not in made}
-    classes = {name: quantized_class(base_class(candidates[name])) for name in made}
+    kept = {name: attached(modules[name]) for name in chosen if name not in made}
+    # The last projection of attention is called by a forward of ours alone.
+    for name, module in modules.items():
+        last = f"{name}.out_proj".lstrip(".")
+        if isinstance(module, nn.MultiheadAttention) and name not in chosen and last in chosen:
+            made[name] = LayerQuantizers()
     report = InsertionReport(
         tuple(
             _quantized_row(name, module, made.get(name) or kept[name])
             if name in chosen
-            else _float_row(name, module, assigned.get(name), name in candidates)
-            for name, module in layers.items()
+            else _float_row(name, module, assigned.get(name), unsupported[name])
+            for name, module in modules.items()
+            if name in chosen or name in layers
         )
     )
     # Only now that nothing can fail any more:
-    for name, module in candidates.items():
-        if name in made or name not in chosen:
+    for name, module in modules.items():
+        if name not in kept:
             detach(module)
     for name, quantizers in made.items():
-        candidates[name]._statqat = quantizers  # type: ignore[assignment]
-        candidates[name].__class__ = classes[name]
-        for parameter_name, scale in learned_scales(candidates[name]).items():
-            candidates[name].register_parameter(parameter_name, scale)
+        attach(modules[name], quantizers)
     if observer is not None:
         for quantizers in kept.values():
-            if quantizers.input is not None:
-                quantizers.input.observer.config = observer
+            for quantizer in quantizers.activations():
+                quantizer.observer.config = observer
     return report
 
 
@@ -195,13 +214,18 @@ def _follows(module: nn.Module, rule: QuantRule) -> bool:
     """Whether a layer has the quantizers that a rule asks for."""
     if not is_quantized(module):
         return False
-    quantizers = attached(module)
-    specs = [q and q.spec for q in (quantizers.weight, quantizers.input)]
-    return specs == [rule.weights, rule.inputs]
+    kind, quantizers = kind_of(module), attached(module)
+    return (
+        {name: q.spec for name, q in quantizers.weights.items()}
+        == ({} if rule.weights is None else dict.fromkeys(kind.weights(module), rule.weights))
+        and {name: q.spec for name, q in quantizers.inputs.items()}
+        == ({} if rule.inputs is None else dict.fromkeys(kind.inputs, rule.inputs))
+        and (quantizers.output and quantizers.output.spec) == rule.outputs
+    )
 
 
 def set_observing(model: nn.Module, observing: bool) -> None:
-    """Switch observation of all inputs on or off; switch it on anew for every training step.
+    """Switch observation of all activations on or off; switch it on anew for every training step.
 
     While it is on, the weights of small layers are quantized together when the first of them runs.
     One that is written to later is noticed by its version counter, which every in-place operation
@@ -209,20 +233,20 @@ def set_observing(model: nn.Module, observing: bool) -> None:
     """
     weights = []
     for module, quantizers in _quantized_modules(model):
-        if quantizers.input is not None:
-            quantizers.input.observing = observing
-        weight = module._parameters.get("weight")
-        if quantizers.weight is not None:
-            quantizers.weight.together = None
+        for activation in quantizers.activations():
+            activation.observing = observing
+        for name, quantizer in quantizers.weights.items():
+            quantizer.together = None
+            weight = module._parameters.get(name)
             if observing and weight is not None:
-                weights.append((quantizers.weight, weight))
+                weights.append((quantizer, weight))
     together = WeightsTogether(weights)
     for quantizer, _ in weights:
         quantizer.together = together
 
 
 def set_frozen(model: nn.Module, frozen: bool) -> None:
-    """Freeze or release the statistics and scales of all inputs, and all scales that are learned.
+    """Freeze or release statistics and scales of all activations, and all scales that are learned.
 
     Other scales of weights stay as they are unless `refresh` is told to choose them.
     """
@@ -232,12 +256,15 @@ def set_frozen(model: nn.Module, frozen: bool) -> None:
 
 
 def set_enabled(model: nn.Module, weights: bool | None = None, inputs: bool | None = None) -> None:
-    """Switch quantization of all weights and of all inputs on or off; None changes nothing."""
-    for _, _, quantizers in quantized_layers(model):
-        if weights is not None and quantizers.weight is not None:
-            quantizers.weight.enabled = weights
-        if inputs is not None and quantizers.input is not None:
-            quantizers.input.enabled = inputs
+    """Switch quantization of all weights, and of all inputs and outputs, on or off.
+
+    None changes nothing.
+    """
+    for _, quantizers in _quantized_modules(model):
+        for weight in quantizers.weights.values():
+            weight.enabled = weight.enabled if weights is None else weights
+        for activation in quantizers.activations():
+            activation.enabled = activation.enabled if inputs is None else inputs
 
 
 def set_narrowest(model: nn.Module, bits: int) -> None:
@@ -245,11 +272,11 @@ def set_narrowest(model: nn.Module, bits: int) -> None:
 
     Scales follow from the weights and from the statistics of the inputs at once.
     """
-    for _, module, quantizers in quantized_layers(model):
-        if quantizers.weight is not None:
-            quantizers.weight.widen(bits, weight_of(module))
-        if quantizers.input is not None:
-            quantizers.input.widen(bits)
+    for module, quantizers in _quantized_modules(model):
+        for name, weight in quantizers.weights.items():
+            weight.widen(bits, weight_of(module, name))
+        for activation in quantizers.activations():
+            activation.widen(bits)
 
 
 def refit_weights(model: nn.Module, learned: bool = True) -> None:
@@ -263,9 +290,8 @@ def refit_weights(model: nn.Module, learned: bool = True) -> None:
             weights has replaced them as well, being parameters.
     """
     for _, quantizers in _quantized_modules(model):
-        weight = quantizers.weight
-        if weight is not None and (learned or not weight.quantizer.learned):
-            weight.ready = False
+        for weight in quantizers.weights.values():
+            weight.ready = weight.ready and weight.quantizer.learned and not learned
     refresh(model, inputs=False)
 
 
@@ -273,23 +299,26 @@ def refit_weights(model: nn.Module, learned: bool = True) -> None:
 def refresh(
     model: nn.Module, weights: bool = True, inputs: bool = True, reduce: Reduce | None = None
 ) -> Tensor:
-    """Bring all scales up to date: weights from themselves, inputs from what they have added.
+    """Bring all scales up to date: weights from themselves, activations from what they have added.
 
     Args:
         model: A model with quantizers.
         weights: Whether to choose the scales of weights anew.
-        inputs: Whether to fold what inputs have added; frozen inputs keep statistics and scale.
+        inputs: Whether to fold what inputs and outputs have added; frozen ones keep statistics and
+            scale.
         reduce: Reduction over ranks, see `observers.Reduce`; None for a single process.
 
     Returns:
-        bool `(number of input quantizers,)`, in the order of `input_quantizers`: which held NaN or
-        infinite values.
+        bool `(number of activation quantizers,)`, in the order of `activation_quantizers`: which
+        held NaN or infinite values.
     """
     layers = _quantized_modules(model)
     if weights:
-        refresh_weights([(q.weight, weight_of(m)) for m, q in layers if q.weight is not None])
-    observed = [q.input for _, q in layers if q.input is not None] if inputs else []
-    return refresh_inputs(observed, reduce)
+        refresh_weights(
+            [(q, weight_of(m, name)) for m, layer in layers for name, q in layer.weights.items()]
+        )
+    observed = [q for _, layer in layers for q in layer.activations()] if inputs else []
+    return refresh_activations(observed, reduce)
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Any]:
@@ -317,18 +346,35 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def _quantizers(
-    name: str, module: nn.Module, rule: QuantRule, config: ObserverConfig
+    name: str, module: nn.Module, rule: QuantRule, config: ObserverConfig, device: torch.device
 ) -> LayerQuantizers:
-    """The quantizers that a rule gives to a layer."""
-    weight = weight_of(module)
-    weight_quantizer = input_quantizer = None
+    """The quantizers that a rule gives to a layer; `device` is that of layers without weights."""
+    kind = kind_of(module)
+    weights: dict[str, WeightFakeQuantizer] = {}
+    inputs: dict[str, ActivationFakeQuantizer] = {}
+    output: ActivationFakeQuantizer | None = None
+    tensors = {role: weight_of(module, role) for role in kind.weights(module)}
+    device = next((weight.device for weight in tensors.values()), device)
     if isinstance(rule.weights, TensorSpec):
-        weight_quantizer = WeightFakeQuantizer(name, rule.weights, weight)
-        if weight.device.type != "meta":
-            refresh_weights([(weight_quantizer, weight)])
+        for role, axis in kind.weights(module).items():
+            weights[role] = WeightFakeQuantizer(name, rule.weights, tensors[role], axis, role)
+        if device.type != "meta":
+            refresh_weights([(q, tensors[role]) for role, q in weights.items()])
     if isinstance(rule.inputs, TensorSpec):
-        input_quantizer = InputFakeQuantizer(name, rule.inputs, config, weight.device)
-    quantizers = LayerQuantizers(weight_quantizer, input_quantizer)
+        if not kind.inputs:
+            raise ValueError(
+                f"{name}: rule {rule.pattern!r} gives inputs={rule.inputs.format!r}, but the "
+                f"inputs of {base_class(module).__name__} are indices; expected a rule with "
+                "weights, and outputs if need be."
+            )
+        for role in kind.inputs:
+            optional = role in ("key", "value")
+            inputs[role] = ActivationFakeQuantizer(
+                name, rule.inputs, config, device, role, optional
+            )
+    if isinstance(rule.outputs, TensorSpec):
+        output = ActivationFakeQuantizer(name, rule.outputs, config, device, OUTPUT)
+    quantizers = LayerQuantizers(weights, inputs, output)
     for quantizer in quantizers.present():
         scale = quantizer.parameter_name
         if scale and hasattr(module, scale) and scale not in learned_scales(module):
@@ -348,13 +394,13 @@ def learned_scale_keys(model: nn.Module) -> frozenset[str]:
     )
 
 
-def _named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with parameters of their own, and all that can be quantized, by plain name."""
-    for name, module in model.named_modules():
-        if supported_class(module) is not None or any(
-            True for _ in module.parameters(recurse=False)
-        ):
-            yield _plain_name(name), module
+def _bypassed(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Last projections of attention that nobody calls, and why."""
+    return {
+        f"{name}.out_proj".lstrip("."): "its parent reads the weight without calling it"
+        for name, module in modules.items()
+        if isinstance(module, nn.MultiheadAttention) and why_unsupported(module)
+    }
 
 
 def _plain_name(name: str) -> str:
@@ -389,26 +435,26 @@ def _is_lazy(module: nn.Module) -> bool:
     return any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False))
 
 
-def _why_float(name: str, module: nn.Module, rule: QuantRule | None, candidate: bool) -> str:
-    if candidate:
-        return "no rule matches" if rule is None else f"left in float by rule {rule.pattern!r}"
+def _why_float(module: nn.Module, rule: QuantRule | None, unsupported: str | None) -> str:
     if isinstance(module, _NORMALISATION):
         return "normalisation stays in float"
-    if isinstance(module, BYPASSED):
-        return "its parent reads the weight without calling it"
-    if hides_its_weight(module):
-        return "its own forward reads a parametrized weight"
-    return "type not supported"
+    if unsupported:
+        return unsupported
+    if rule is not None:
+        return f"left in float by rule {rule.pattern!r}"
+    if kind_of(module).by_request:
+        return "no rule for its type or with its full name"
+    return "no rule matches"
 
 
 def _float_row(
-    name: str, module: nn.Module, rule: QuantRule | None, candidate: bool
+    name: str, module: nn.Module, rule: QuantRule | None, unsupported: str | None
 ) -> LayerReport:
     return LayerReport(
         name,
         base_class(module).__name__,
         _count(module),
-        reason=_why_float(name, module, rule, candidate)
+        reason=_why_float(module, rule, unsupported)
         + ("; not initialised yet" if _is_lazy(module) else ""),
     )
 
@@ -418,16 +464,22 @@ def _quantized_row(name: str, module: nn.Module, quantizers: LayerQuantizers) ->
         name,
         base_class(module).__name__,
         _count(module),
-        describe(quantizers.weight) if quantizers.weight else None,
-        describe(quantizers.input) if quantizers.input else None,
+        _describe_all(quantizers.weights.values()),
+        _describe_all(quantizers.inputs.values()),
+        _describe_all([quantizers.output] if quantizers.output else []),
     )
+
+
+def _describe_all(quantizers: Iterable[FakeQuantizer]) -> str | None:
+    """What tensors of one role have, most often all the same; None for float."""
+    return ", ".join(dict.fromkeys(describe(q) for q in quantizers)) or None
 
 
 def describe(quantizer: FakeQuantizer) -> str:
     """Format, granularity and quantizer of one tensor in a few words."""
     fmt = quantizer.fmt.name
     if (
-        isinstance(quantizer, InputFakeQuantizer)
+        isinstance(quantizer, ActivationFakeQuantizer)
         and not quantizer.ready
         and quantizer.spec.unsigned_if_nonnegative
     ):

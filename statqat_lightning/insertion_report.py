@@ -14,7 +14,8 @@ class LayerReport(NamedTuple):
         type: Its class.
         parameters: How many parameters it holds itself.
         weight: Format, granularity and quantizer of its weight; None for float.
-        input: The same of its input.
+        input: The same of its inputs.
+        output: The same of its output.
         reason: Why it was left in float; empty if it was not.
     """
 
@@ -23,6 +24,7 @@ class LayerReport(NamedTuple):
     parameters: int
     weight: str | None = None
     input: str | None = None
+    output: str | None = None
     reason: str = ""
 
 
@@ -44,17 +46,17 @@ class InsertionReport:
         return sum(not row.reason for row in self.rows)
 
     def __str__(self) -> str:
-        header = ("layer", "type", "parameters", "weight", "input")
-        cells = [
-            (row.name or "(model)", row.type, f"{row.parameters:,}")
-            + (
-                (f"float: {row.reason}", "")
-                if row.reason
-                else (row.weight or "float", row.input or "float")
-            )
-            for row in self.rows
-        ]
-        # A reason may reach into the last column.
+        header = ["layer", "type", "parameters", "weight", "input"]
+        outputs = any(row.output for row in self.rows)
+        header += ["output"] * outputs
+        cells = []
+        for row in self.rows:
+            tensors = [row.weight, row.input, *[row.output] * outputs]
+            found = [tensor or "float" for tensor in tensors]
+            if row.reason:
+                found = [f"float: {row.reason}", *[""] * (len(tensors) - 1)]
+            cells.append([row.name or "(model)", row.type, f"{row.parameters:,}", *found])
+        # A reason may reach into the columns after it.
         widths = [
             max(len(line[i]) for line in [header, *(c for c in cells if i != 3 or c[4])])
             for i in range(len(header))

@@ -6,48 +6,66 @@ Everything else of the layer stays as it was: parameters, buffers, names and `is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.rnn import PackedSequence
 
+from statqat_lightning.attention import attend, each_input
 from statqat_lightning.fake_quantizer import (
+    INPUT,
+    WEIGHT,
+    ActivationFakeQuantizer,
     FakeQuantizer,
-    InputFakeQuantizer,
     WeightFakeQuantizer,
 )
-
-FUNCTIONALS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Tensor]] = {
-    nn.Linear: lambda m, x, w: F.linear(x, w, m.bias),
-    nn.Conv1d: lambda m, x, w: m._conv_forward(x, w, m.bias),
-    nn.Conv2d: lambda m, x, w: m._conv_forward(x, w, m.bias),
-    nn.Conv3d: lambda m, x, w: m._conv_forward(x, w, m.bias),
-}
-# MultiheadAttention reads the weight of this child and never calls it.
-BYPASSED = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
+from statqat_lightning.layer_kinds import RECURRENT, LayerKind, has_weights, kind_of_class
 
 
 class LayerQuantizers:
-    """The quantizers of one layer; either may be None."""
+    """The quantizers of one layer.
+
+    Attributes:
+        weights: By name of the parameter.
+        inputs: By name of the input, see `LayerKind`.
+        output: That of the output, or None.
+        weight, input: Those of these names, or None: most layers have no others.
+    """
 
     def __init__(
-        self, weight: WeightFakeQuantizer | None, inputs: InputFakeQuantizer | None
+        self,
+        weights: Mapping[str, WeightFakeQuantizer] | None = None,
+        inputs: Mapping[str, ActivationFakeQuantizer] | None = None,
+        output: ActivationFakeQuantizer | None = None,
     ) -> None:
-        self.weight = weight
-        self.input = inputs
+        self.weights = dict(weights or {})
+        self.inputs = dict(inputs or {})
+        self.output = output
+        self.weight = self.weights.get(WEIGHT)
+        self.input = self.inputs.get(INPUT)
 
     def present(self) -> list[FakeQuantizer]:
-        """Those that are not None: weight, then input."""
-        return [q for q in (self.weight, self.input) if q is not None]
+        """All of them: weights, inputs, output."""
+        return [*self.weights.values(), *self.activations()]
+
+    def activations(self) -> list[ActivationFakeQuantizer]:
+        """Those of inputs, then that of the output."""
+        found = list(self.inputs.values())
+        return found if self.output is None else [*found, self.output]
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The class a layer had before insertion."""
     base: type[nn.Module] = getattr(type(module), "_statqat_base", type(module))
     return base
+
+
+def kind_of(module: nn.Module) -> LayerKind:
+    """What of a layer can be quantized."""
+    return kind_of_class(base_class(module))
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -59,6 +77,15 @@ def attached(module: nn.Module) -> LayerQuantizers:
     """The quantizers of a layer that has some."""
     quantizers: LayerQuantizers = module._statqat  # type: ignore[assignment]
     return quantizers
+
+
+def attach(module: nn.Module, quantizers: LayerQuantizers) -> None:
+    """Give a layer quantizers, and with them the scales that are learned."""
+    cls = quantized_class(base_class(module))
+    module._statqat = quantizers  # type: ignore[assignment]
+    module.__class__ = cls
+    for name, scale in learned_scales(module).items():
+        module.register_parameter(name, scale)
 
 
 def detach(module: nn.Module) -> None:
@@ -81,39 +108,42 @@ def learned_scales(module: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a supported layer, as its forward sees it; to look at it changes nothing.
+def weight_of(module: nn.Module, name: str = WEIGHT) -> Tensor:
+    """A weight of a layer, as its forward sees it; to look at it changes nothing.
 
     Parametrizations are evaluated in eval mode: in train mode some change their own state whenever
     they are read, as `spectral_norm` does.
     """
     modes: list[tuple[nn.Module, bool]] = []
-    if is_parametrized(module, "weight"):
-        parametrizations = module.parametrizations.weight  # type: ignore[union-attr]
+    if is_parametrized(module, name):
+        parametrizations = module.parametrizations[name]  # type: ignore[index]
         modes = [(part, part.training) for part in parametrizations.modules()]  # type: ignore[union-attr]
     try:
         for part, _ in modes:
             part.training = False
-        weight = module.weight
+        weight = getattr(module, name)
     finally:
         for part, training in modes:
             part.training = training
-    assert isinstance(weight, Tensor), "supported layers have a weight"
+    assert isinstance(weight, Tensor), "supported layers have their weights"
     return weight
 
 
-def supported_class(module: nn.Module) -> type[nn.Module] | None:
-    """The supported class that a layer is an instance of."""
-    if isinstance(module, BYPASSED) or hides_its_weight(module):
-        return None
-    return next((cls for cls in FUNCTIONALS if isinstance(module, cls)), None)
-
-
-def hides_its_weight(module: nn.Module) -> bool:
-    """Whether a layer's own forward reads a parametrized weight: nothing can be put before it."""
-    supported = next((cls for cls in FUNCTIONALS if isinstance(module, cls)), None)
-    own_forward = supported is not None and base_class(module).forward is not supported.forward
-    return own_forward and is_parametrized(module, "weight")
+def why_unsupported(module: nn.Module) -> str | None:
+    """Why nothing can be put before the weights of a layer; None if it can, or it has none."""
+    kind, base = kind_of(module), base_class(module)
+    if not has_weights(kind):
+        return "type not supported"
+    own_forward = base.forward is not kind.cls.forward
+    if own_forward and isinstance(module, (nn.MultiheadAttention, *RECURRENT)):
+        return f"its own forward takes the place of that of {kind.cls.__name__}"
+    if own_forward and any(is_parametrized(module, name) for name in kind.weights(module)):
+        return "its own forward reads a parametrized weight"
+    if getattr(module, "sparse", False) and kind.by_request:
+        return "its gradients are sparse"
+    if getattr(module, "max_norm", None) is not None and kind.by_request:
+        return "max_norm rewrites its weight in every forward"
+    return None
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -121,42 +151,139 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 def quantized_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `base` whose forward quantizes; made once for each class."""
-    if base in _CLASSES:
-        return _CLASSES[base]
-    supported = next(cls for cls in FUNCTIONALS if issubclass(base, cls))
-    functional = FUNCTIONALS[supported]
-    base_apply: Callable[..., Any] = base._apply
+    if base not in _CLASSES:
+        _CLASSES[base] = type(
+            f"FakeQuantized{base.__name__}",
+            (base,),
+            {
+                "__module__": __name__,
+                "__doc__": f"{base.__name__} whose weights, inputs or output are fake-quantized.",
+                "_statqat_base": base,
+                "forward": _quantizing_forward(base),
+                "_apply": _apply_of(base),
+                "__reduce_ex__": _reduce_of(base),
+            },
+        )
+    return _CLASSES[base]
 
-    def explicit_forward(self: Any, input: Tensor) -> Tensor:  # named as in torch
-        weight, inputs = self._statqat.weight, self._statqat.input
-        return functional(
+
+def _quantizing_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    kind = kind_of_class(base)
+    if base.forward is kind.cls.forward:
+        if kind.functional is not None:
+            return _explicit_forward(kind.functional)
+        if kind.cls is nn.MultiheadAttention:
+            return _attention_forward
+        if kind.cls in RECURRENT:
+            return _recurrent_forward(base)
+    return _shadowing_forward(base, kind)
+
+
+def _explicit_forward(functional: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    def forward(self: Any, input: Tensor) -> Tensor:  # named as in torch
+        quantizers: LayerQuantizers = self._statqat
+        weight, inputs, output = quantizers.weight, quantizers.input, quantizers.output
+        result = functional(
             self,
             input if inputs is None else inputs(input),
             self.weight if weight is None else weight(self.weight),
         )
+        return result if output is None else output(result)
 
-    input_name = [*inspect.signature(base.forward).parameters, "input"][1]
+    return forward
 
-    def shadowing_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # The user's own forward reads `self.weight`: an instance attribute hides the parameter
-        # meanwhile.
-        weight, inputs = self._statqat.weight, self._statqat.input
+
+def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., Any]:
+    """The class's own forward, which reads its weights as attributes of the layer.
+
+    An instance attribute hides the parameter meanwhile.
+    """
+    argument_names = list(inspect.signature(base.forward).parameters)[1:]
+    missing = object()
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        quantizers: LayerQuantizers = self._statqat
         attributes = self.__dict__
-        missing = object()
-        previous = attributes.get("weight", missing)
-        if weight is not None:
-            attributes["weight"] = weight(self.weight)
+        previous = {name: attributes.get(name, missing) for name in quantizers.weights}
+        values = {name: q(getattr(self, name)) for name, q in quantizers.weights.items()}
+        arguments = list(args)
+        for place, role in enumerate(kind.inputs):
+            quantizer = quantizers.inputs.get(role)
+            if quantizer is None:
+                continue
+            if place < len(arguments):
+                arguments[place] = quantizer(arguments[place])
+            else:
+                name = [*argument_names, role][place]
+                kwargs[name] = quantizer(kwargs[name])
         try:
-            if inputs is not None and args:
-                args = (inputs(args[0]), *args[1:])
-            elif inputs is not None:
-                kwargs[input_name] = inputs(kwargs[input_name])
-            return base.forward(self, *args, **kwargs)
+            attributes.update(values)
+            result = base.forward(self, *arguments, **kwargs)
         finally:
-            if previous is not missing:
-                attributes["weight"] = previous
-            elif weight is not None:
-                attributes.pop("weight", None)
+            for name, value in previous.items():
+                if value is missing:
+                    attributes.pop(name, None)
+                else:
+                    attributes[name] = value
+        return _quantize_output(quantizers, result)
+
+    return forward
+
+
+def _attention_forward(
+    self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    quantizers: LayerQuantizers = self._statqat
+
+    def weight(name: str) -> Tensor:
+        quantizer = quantizers.weights.get(name)
+        own: Tensor = getattr(self, name)
+        return own if quantizer is None else quantizer(own)
+
+    inputs = each_input(quantizers.inputs.get, query, key, value)
+    return _quantize_output(quantizers, attend(self, *inputs, weight, *args, **kwargs))
+
+
+def _recurrent_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """The class's own forward, which reads its weights from a list of its own."""
+
+    def forward(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+        quantizers: LayerQuantizers = self._statqat
+        attributes = self.__dict__
+        previous = attributes["_flat_weights"]
+        if quantizers.input is not None:
+            input = _inside(quantizers.input, input)
+        try:
+            attributes["_flat_weights"] = [
+                quantizers.weights[name](getattr(self, name)) if name in quantizers.weights else own
+                for name, own in zip(self._flat_weights_names, previous, strict=True)
+            ]
+            return _quantize_output(quantizers, base.forward(self, input, *args, **kwargs))
+        finally:
+            attributes["_flat_weights"] = previous
+
+    return forward
+
+
+def _inside(function: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """The function of a tensor, or of what a packed sequence holds."""
+    if isinstance(x, PackedSequence):
+        return x._replace(data=function(x.data))
+    return function(x)
+
+
+def _quantize_output(quantizers: LayerQuantizers, result: Any) -> Any:
+    """A layer's result with its output quantized: all of it, or the first of several."""
+    output = quantizers.output
+    if output is None:
+        return result
+    if isinstance(result, tuple) and not isinstance(result, PackedSequence):
+        return (_inside(output, result[0]), *result[1:])
+    return _inside(output, result)
+
+
+def _apply_of(base: type[nn.Module]) -> Callable[..., Any]:
+    base_apply: Callable[..., Any] = base._apply
 
     def apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         learned = learned_scales(self)
@@ -175,23 +302,14 @@ def quantized_class(base: type[nn.Module]) -> type[nn.Module]:
             quantizer.follow(fn)
         return result
 
+    return apply
+
+
+def _reduce_of(base: type[nn.Module]) -> Callable[..., Any]:
     def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (base,), self.__getstate__()
 
-    own_forward = base.forward is not supported.forward
-    _CLASSES[base] = type(
-        f"FakeQuantized{base.__name__}",
-        (base,),
-        {
-            "__module__": __name__,
-            "__doc__": f"{base.__name__} whose weight and input are fake-quantized.",
-            "_statqat_base": base,
-            "forward": shadowing_forward if own_forward else explicit_forward,
-            "_apply": apply,
-            "__reduce_ex__": reduce_ex,
-        },
-    )
-    return _CLASSES[base]
+    return reduce_ex
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:

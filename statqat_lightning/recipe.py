@@ -14,17 +14,20 @@ import yaml
 from torch import nn
 
 from statqat_lightning.formats import IntFormat, at_least_bits, get_format
+from statqat_lightning.layer_kinds import KINDS
 from statqat_lightning.tensor_spec import TensorSpec as TensorSpec
 
+ROLES = ("weights", "inputs", "outputs")
 
-def input_spec(spec: str | TensorSpec | None) -> TensorSpec | None:
-    """A specification for inputs.
+
+def activation_spec(spec: str | TensorSpec | None, role: str) -> TensorSpec | None:
+    """A specification for inputs or outputs.
 
     The plain name of a signed integer format stands for its width: unsigned where nothing is
     negative.
     """
     if not isinstance(spec, str):
-        return _checked("inputs", spec)
+        return _checked(role, spec)
     fmt = get_format(spec)
     return TensorSpec(spec, unsigned_if_nonnegative=isinstance(fmt, IntFormat) and fmt.signed)
 
@@ -47,25 +50,24 @@ class QuantRule:
     Args:
         pattern: A glob over layer names (`backbone.*`), a regular expression (`re:layer[12]\..*`),
             a layer type or one of its base classes (`type:Conv2d`), or a position among the layers
-            that can be quantized (`position:first`, `position:last`).
-        weights: Specification of the weight, a format name, or None for float.
-        inputs: Specification of the input, likewise.
-        outputs: None; outputs are not quantized yet.
+            that can be quantized (`position:first`, `position:last`). Embeddings are matched only
+            by a rule for their type or with their full name.
+        weights: Specification of the weights, a format name, or None for float.
+        inputs: Specification of the inputs, likewise. A plain integer name means that width,
+            unsigned where the data is non-negative.
+        outputs: Specification of the output, likewise. A rule with nothing else matches any module
+            that it describes, with weights or not: `QuantRule("type:BatchNorm2d", outputs="int8")`.
     """
 
     pattern: str
     weights: TensorSpec | str | None = None
     inputs: TensorSpec | str | None = None
-    outputs: None = None
+    outputs: TensorSpec | str | None = None
 
     def __post_init__(self) -> None:
-        if self.outputs is not None:
-            raise ValueError(
-                f"QuantRule {self.pattern!r}: got outputs={self.outputs!r}; outputs are not "
-                "quantized yet. Quantize the inputs of the layer that reads them instead."
-            )
         object.__setattr__(self, "weights", weight_spec(self.weights))
-        object.__setattr__(self, "inputs", input_spec(self.inputs))
+        object.__setattr__(self, "inputs", activation_spec(self.inputs, "inputs"))
+        object.__setattr__(self, "outputs", activation_spec(self.outputs, "outputs"))
         if self.pattern.startswith("position:") and self.pattern not in (
             "position:first",
             "position:last",
@@ -79,8 +81,23 @@ class QuantRule:
                 re.compile(self.pattern[3:])
             except re.error as error:
                 raise ValueError(f"QuantRule: got pattern {self.pattern!r}: {error}.") from error
-        for role, spec in (("weights", self.weights), ("inputs", self.inputs)):
-            _check_role(role, spec)
+        for role in ROLES:
+            _check_role(role, getattr(self, role))
+        if self.only_outputs and self.pattern == "*":
+            raise ValueError(
+                "QuantRule: got pattern '*' with outputs alone, which would round the output of "
+                "every module; expected a type or names."
+            )
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether there is anything that the layers get."""
+        return any(getattr(self, role) is not None for role in ROLES)
+
+    @property
+    def only_outputs(self) -> bool:
+        """Whether outputs are all that is quantized."""
+        return self.outputs is not None and self.weights is None and self.inputs is None
 
     def matches(self, name: str, module: nn.Module, position: int, num_layers: int) -> bool:
         """Whether the pattern matches a layer at `position` among `num_layers` candidates."""
@@ -94,10 +111,14 @@ class QuantRule:
             return self.pattern[5:] in (cls.__name__ for cls in _own_types(module))
         return fnmatch.fnmatchcase(name, self.pattern)
 
+    def names(self, name: str) -> bool:
+        """Whether the pattern is one of types, or the full name of a layer."""
+        return self.pattern.startswith("type:") or self.pattern == name
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         entries: dict[str, Any] = {"pattern": self.pattern}
-        for role in ("weights", "inputs"):
+        for role in ROLES:
             spec = getattr(self, role)
             if spec is not None:
                 entries[role] = spec.to_dict()
@@ -108,14 +129,15 @@ def _check_role(role: str, spec: TensorSpec | str | None) -> None:
     if spec is None:
         return
     assert isinstance(spec, TensorSpec)
-    if role == "inputs" and spec.granularity not in (None, "per_tensor"):
+    if role != "weights" and spec.granularity not in (None, "per_tensor"):
         raise ValueError(
-            f"QuantRule: got granularity {spec.granularity!r} for inputs; expected per_tensor: "
+            f"QuantRule: got granularity {spec.granularity!r} for {role}; expected per_tensor: "
             "a scale that differs along the summed dimension cannot leave an integer product."
         )
     if role == "weights" and spec.unsigned_if_nonnegative:
         raise ValueError(
-            "QuantRule: got unsigned_if_nonnegative for weights; expected it for inputs only."
+            "QuantRule: got unsigned_if_nonnegative for weights; expected it for inputs and "
+            "outputs only."
         )
 
 
@@ -154,7 +176,7 @@ class QuantRecipe:
         _check_exclude(exclude)
         if weights is None and activations is None:
             raise ValueError("got weights=None and activations=None; expected at least one format.")
-        weight, inputs = weight_spec(weights), input_spec(activations)
+        weight, inputs = weight_spec(weights), activation_spec(activations, "activations")
         rules = [QuantRule(pattern) for pattern in exclude]
         if first_last_bits is not None:
             wide = [
@@ -206,26 +228,35 @@ class QuantRecipe:
             )
         return recipe if isinstance(recipe, QuantRecipe) else cls.from_yaml(recipe)
 
-    def assign(self, layers: Mapping[str, nn.Module]) -> dict[str, QuantRule | None]:
+    def assign(
+        self, layers: Mapping[str, nn.Module], others: Mapping[str, nn.Module] | None = None
+    ) -> dict[str, QuantRule | None]:
         """The rule of each layer, None where no rule matches.
 
         Args:
-            layers: Layers that can be quantized, by name, in the order in which the model registers
-                them.
+            layers: Layers whose weights can be quantized, by name, in the order in which the model
+                registers them.
+            others: All other modules, for rules that quantize outputs alone; they are in the result
+                only if one matches.
 
         Raises:
             ValueError: If a rule matches no layer at all; the message names near misses and the
                 layers there are.
         """
-        entries = list(layers.items())
+        ordered = [name for name, module in layers.items() if not _by_request(module)]
+        positions = {name: position for position, name in enumerate(ordered)}
         matched: dict[QuantRule, bool] = dict.fromkeys(self.rules, False)
-        assigned: dict[str, QuantRule | None] = {}
-        for position, (name, module) in enumerate(entries):
-            assigned[name] = None
+        assigned: dict[str, QuantRule | None] = dict.fromkeys(layers)
+        for name, module in [*layers.items(), *(others or {}).items()]:
             for rule in self.rules:
-                if rule.matches(name, module, position, len(entries)):
+                if name in layers:
+                    means_it = not _by_request(module) or rule.names(name)
+                else:
+                    means_it = rule.only_outputs
+                position = positions.get(name, -1)
+                if means_it and rule.matches(name, module, position, len(ordered)):
                     matched[rule] = True
-                    if assigned[name] is None:
+                    if assigned.get(name) is None:
                         assigned[name] = rule
         unused = [rule.pattern for rule, used in matched.items() if not used]
         if unused:
@@ -254,13 +285,9 @@ class QuantRecipe:
             raise ValueError(f"recipe: got rules={data['rules']!r}; expected a list of rules.")
         rules = []
         for number, entry in enumerate(data["rules"]):
-            known = {"pattern", "weights", "inputs", "outputs"}
-            _expect_keys(f"rule {number}", entry, known, required={"pattern"})
-            specs = {
-                role: _spec_from(f"rule {number}, {role}", entry.get(role))
-                for role in ("weights", "inputs")
-            }
-            rules.append(QuantRule(entry["pattern"], **specs, outputs=entry.get("outputs")))
+            _expect_keys(f"rule {number}", entry, {"pattern", *ROLES}, required={"pattern"})
+            specs = {role: _spec_from(f"rule {number}, {role}", entry.get(role)) for role in ROLES}
+            rules.append(QuantRule(entry["pattern"], **specs))
         return cls(rules)
 
     def to_yaml(self, path: str | Path) -> None:
@@ -284,6 +311,11 @@ class QuantRecipe:
 def _check_exclude(exclude: Sequence[str]) -> None:
     if isinstance(exclude, str):
         raise TypeError(f"exclude: got {exclude!r}; expected a list of patterns: [{exclude!r}].")
+
+
+def _by_request(module: nn.Module) -> bool:
+    """Whether only rules that mean a layer may give it quantizers."""
+    return next((kind.by_request for kind in KINDS if isinstance(module, kind.cls)), False)
 
 
 def _own_types(module: nn.Module) -> list[type]:

@@ -17,22 +17,24 @@ from statqat_lightning.quantized_layer import weight_of
 
 @torch.no_grad()
 def snr_by_tensor(model: nn.Module) -> dict[str, float]:
-    """SNR in dB of each quantized weight and input, by `{layer}/{weight|input}`.
+    """SNR in dB of each quantized tensor, by `{layer}/{role}`: weights, inputs and outputs.
 
-    Weights are measured now, on the whole weight. Inputs are measured in training, on a sample of
-    every batch, as a running mean of signal and of noise energy. Where nothing was lost the SNR is
-    infinite; what is switched off or not quantized yet is left out. One transfer from the device
-    serves all tensors.
+    Weights are measured now, on the whole weight. Activations are measured in training, on a
+    sample of every batch, as a running mean of signal and of noise energy. Where nothing was lost
+    the SNR is infinite; what is switched off or not quantized yet is left out. One transfer from
+    the device serves all tensors.
     """
     names: list[str] = []
     energies: list[Tensor] = []
     for _, module, quantizers in quantized_layers(model):
-        if quantizers.weight is not None and quantizers.weight.enabled and quantizers.weight.ready:
-            names.append(quantizers.weight.name)
-            energies.append(torch.stack(quantizers.weight.energies(weight_of(module))))
-        if quantizers.input is not None and quantizers.input.enabled:
-            names.append(quantizers.input.name)
-            energies.append(torch.stack(quantizers.input.mean_energies()))
+        for name, weight in quantizers.weights.items():
+            if weight.enabled and weight.ready:
+                names.append(weight.name)
+                energies.append(torch.stack(weight.energies(weight_of(module, name))))
+        for activation in quantizers.activations():
+            if activation.enabled:
+                names.append(activation.name)
+                energies.append(torch.stack(activation.mean_energies()))
     if not energies:
         return {}
     decibels = {}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from statqat_lightning.granularity import Granularity, PerBlock
+from statqat_lightning.granularity import Granularity, PerBlock, PerChannel
 
 if TYPE_CHECKING:
     from statqat_lightning.fake_quantizer import WeightFakeQuantizer
@@ -110,10 +110,13 @@ class WeightsTogether:
 
 
 def _in_order(granularity: Granularity, weight: Tensor) -> bool:
-    """Whether blocks fill the rows of a matrix, without gaps."""
+    """Whether the rows that share scales are memory in order, without gaps."""
+    if isinstance(granularity, PerChannel):
+        return granularity.axis == 0
     if not isinstance(granularity, PerBlock):
         return True
-    return weight.dim() == 2 and weight.shape[1] % granularity.size == 0
+    matrix = weight.dim() == 2 and granularity.axis == 1
+    return matrix and weight.shape[1] % granularity.size == 0
 
 
 def _qualifies(quantizer: WeightFakeQuantizer, weight: Tensor) -> bool:

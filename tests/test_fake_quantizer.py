@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from statqat_lightning.fake_quantizer import (
-    InputFakeQuantizer,
+    ActivationFakeQuantizer,
     WeightFakeQuantizer,
-    refresh_inputs,
+    refresh_activations,
     refresh_weights,
 )
 from statqat_lightning.functional import QParams, fake_quantize
@@ -27,8 +27,8 @@ CPU = torch.device("cpu")
 ADAPTIVE = TensorSpec("int4", unsigned_if_nonnegative=True)
 
 
-def for_input(spec: TensorSpec, layer: str = "fc") -> InputFakeQuantizer:
-    quantizer = InputFakeQuantizer(layer, spec, ObserverConfig(), CPU)
+def for_input(spec: TensorSpec, layer: str = "fc") -> ActivationFakeQuantizer:
+    quantizer = ActivationFakeQuantizer(layer, spec, ObserverConfig(), CPU)
     quantizer.observing = True
     return quantizer
 
@@ -119,11 +119,11 @@ def test_an_input_passes_unchanged_until_calibrated() -> None:
     quantizer, x = for_input(ADAPTIVE), torch.randn(50)
     assert quantizer(x) is x
     assert math.isnan(quantizer.mean_energies()[0])
-    refresh_inputs([quantizer])
+    refresh_activations([quantizer])
     assert quantizer.ready
     x_hat = quantizer(x)
     assert torch.equal(x_hat, fake_quantize(x, QParams(quantizer.scale), quantizer.fmt))
-    refresh_inputs([quantizer])
+    refresh_activations([quantizer])
     signal, noise = quantizer.mean_energies()
     assert float(signal) == pytest.approx(float(x.double().square().mean()), rel=1e-5)
     assert float(noise) == pytest.approx(float((x - x_hat).double().square().mean()), rel=1e-5)
@@ -135,26 +135,26 @@ def test_calibration_chooses_the_sign(quantizer_name: str, low: float, expected:
     spec = TensorSpec("int4", quantizer=quantizer_name, unsigned_if_nonnegative=True)
     quantizer = for_input(spec)
     quantizer(torch.tensor([low, 0.0, 3.0]))
-    refresh_inputs([quantizer])
+    refresh_activations([quantizer])
     assert quantizer.fmt.name == expected
     # A negative value in the first batches changes it, later ones do not.
     for _ in range(quantizer.batches_to_decide - 1):
         quantizer(torch.tensor([0.0, 3.0]))
-        refresh_inputs([quantizer])
+        refresh_activations([quantizer])
     quantizer(torch.tensor([-9.0, 1.0]))
-    refresh_inputs([quantizer])
+    refresh_activations([quantizer])
     assert quantizer.fmt.name == expected
 
 
 def test_a_negative_value_in_a_later_calibration_batch_makes_the_format_signed() -> None:
     quantizer = for_input(TensorSpec("int4", unsigned_if_nonnegative=True))
     quantizer(torch.rand(1_000))
-    refresh_inputs([quantizer])
+    refresh_activations([quantizer])
     assert quantizer.fmt.name == "uint4"
     x = torch.rand(300_000)
     x[123_457] = -0.5  # no sample needs to meet it
     quantizer(x)
-    refresh_inputs([quantizer])
+    refresh_activations([quantizer])
     assert quantizer.fmt.name == "int4"
     assert float(quantizer.scale) == pytest.approx(1 / 7, rel=0.2)
 
@@ -163,7 +163,7 @@ def test_a_negative_value_in_a_later_calibration_batch_makes_the_format_signed()
 def test_calibration_keeps_the_full_range(low: float, expected: str) -> None:
     quantizer = for_input(TensorSpec("int4_full", unsigned_if_nonnegative=True))
     quantizer(torch.tensor([low, 0.0, 3.0]))
-    refresh_inputs([quantizer])
+    refresh_activations([quantizer])
     assert quantizer.fmt.name == expected
 
 
@@ -171,19 +171,19 @@ def test_negative_values_under_an_unsigned_format_are_counted() -> None:
     quantizer = for_input(TensorSpec("uint4"))
     x = torch.tensor([-1.0, 1.0, 2.0, 3.0])
     quantizer(x)
-    refresh_inputs([quantizer])
+    refresh_activations([quantizer])
     assert quantizer.negative_share == 0.25
     assert quantizer(x)[0] == 0
     signed = for_input(TensorSpec("int4"))
     signed(x)
-    refresh_inputs([signed])
+    refresh_activations([signed])
     assert signed.negative_share == 0
 
 
 def test_integer_inputs_are_left_alone() -> None:
     quantizer, tokens = for_input(ADAPTIVE), torch.arange(5)
     quantizer(torch.randn(9))
-    refresh_inputs([quantizer])
+    refresh_activations([quantizer])
     assert quantizer(tokens) is tokens
     assert not quantizer.observer.sums.any()
 
@@ -199,11 +199,11 @@ def test_without_observing_nothing_is_added() -> None:
 def test_frozen_inputs_keep_their_scale() -> None:
     quantizer = for_input(ADAPTIVE)
     quantizer(torch.rand(100))
-    refresh_inputs([quantizer])
+    refresh_activations([quantizer])
     before = quantizer.state_dict()
     quantizer.frozen = True
     quantizer(100 * torch.rand(100))
-    refresh_inputs([quantizer])
+    refresh_activations([quantizer])
     for name in ("scale", "running_spectrum", "num_batches"):
         assert torch.equal(quantizer.state_dict()[name], before[name])
     assert float(quantizer.mean_energies()[0]) > 100
@@ -219,9 +219,9 @@ def test_inputs_refreshed_together_equal_inputs_refreshed_alone() -> None:
             x = torch.randn(200) * (1 + number + step)
             for quantizer in pair:
                 quantizer(x if number else x.relu())
-        refresh_inputs(together)
+        refresh_activations(together)
         for quantizer in alone:
-            refresh_inputs([quantizer])
+            refresh_activations([quantizer])
     for one, other in zip(together, alone, strict=True):
         assert one.fmt == other.fmt
         torch.testing.assert_close(one.scale, other.scale, rtol=1e-5, atol=0)
@@ -233,13 +233,13 @@ def test_bad_values_are_reported_for_the_input_that_held_them() -> None:
     quantizers = [for_input(spec) for spec in (ADAPTIVE, ADAPTIVE, TensorSpec("fp4"))]
     for quantizer in quantizers:
         quantizer(torch.ones(8))
-    assert refresh_inputs(quantizers).tolist() == [False] * 3
+    assert refresh_activations(quantizers).tolist() == [False] * 3
     scales = [quantizer.scale.clone() for quantizer in quantizers]
     quantizers[1](torch.tensor([1.0, torch.nan]))
-    assert refresh_inputs(quantizers).tolist() == [False, True, False]
+    assert refresh_activations(quantizers).tolist() == [False, True, False]
     for quantizer, scale in zip(quantizers, scales, strict=True):
         torch.testing.assert_close(quantizer.scale, scale)
-    assert refresh_inputs([]).shape == (0,)
+    assert refresh_activations([]).shape == (0,)
 
 
 def test_scale_approaches_the_one_of_all_data() -> None:
@@ -247,7 +247,7 @@ def test_scale_approaches_the_one_of_all_data() -> None:
     x = torch.randn(40, 500)
     for batch in x:
         quantizer(batch)
-        refresh_inputs([quantizer])
+        refresh_activations([quantizer])
     error = ErrorOf(x.numpy())
     # The statistic weighs the last batches more; 5 000 of 20 000 values, so to speak. 0.2 dB.
     assert error(quantizer.fmt, float(quantizer.scale)) < 1.05 * error.best(quantizer.fmt)
@@ -261,7 +261,7 @@ def test_input_state_round_trip_continues_identically(spec: TensorSpec) -> None:
     first = for_input(spec)
     for _ in range(3):
         first(torch.rand(100))
-        refresh_inputs([first])
+        refresh_activations([first])
     first(torch.rand(5))  # what this step has added so far is no state
     state = copy.deepcopy(first.state_dict())
     second = for_input(spec)
@@ -271,7 +271,7 @@ def test_input_state_round_trip_continues_identically(spec: TensorSpec) -> None:
     x = torch.rand(100)
     for quantizer in (first, second):
         quantizer(x)
-        refresh_inputs([quantizer])
+        refresh_activations([quantizer])
     assert second.fmt == first.fmt
     assert all(
         torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
@@ -282,7 +282,7 @@ def test_input_state_round_trip_continues_identically(spec: TensorSpec) -> None:
 def test_statistics_of_another_size_are_refused_and_nothing_is_loaded() -> None:
     first, second = for_input(ADAPTIVE), for_input(ADAPTIVE)
     first(torch.rand(100))
-    refresh_inputs([first])
+    refresh_activations([first])
     state = first.state_dict()
     state["running_spectrum"] = state["running_spectrum"][:4096]
     before = copy.deepcopy(second.state_dict())
@@ -330,7 +330,7 @@ def test_torch_itself_complains_about_a_list(layer: torch.nn.Module, message: st
 def test_what_is_no_float_tensor_passes_untouched() -> None:
     quantizer = for_input(TensorSpec("int4"))
     quantizer(torch.randn(8))
-    refresh_inputs([quantizer])
+    refresh_activations([quantizer])
     assert quantizer.ready
     for given in ([torch.randn(2)], torch.arange(3), None):
         assert quantizer(given) is given  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from statqat_lightning.functional import QParams, fake_quantize
 from statqat_lightning.insertion import (
-    input_quantizers,
+    activation_quantizers,
     load_quantizer_state,
     prepare,
     quantized_layers,
@@ -385,7 +385,7 @@ def test_a_module_under_two_names_is_one_layer() -> None:
     assert [name for name, _, _ in quantized_layers(model)] == ["0"]
     set_observing(model, True)
     model(torch.randn(6, 4))
-    (quantizer,) = input_quantizers(model)
+    (quantizer,) = activation_quantizers(model)
     add_up([quantizer.observer])
     assert quantizer.observer.sums[COUNT] == 48  # both uses
     refresh(model)
@@ -408,7 +408,7 @@ def test_gradient_checkpointing_observes_once_and_changes_nothing(use_reentrant:
         assert ours.grad is not None
         assert theirs.grad is not None
         assert torch.equal(ours.grad, theirs.grad)
-    for one, other in zip(input_quantizers(model), input_quantizers(plain), strict=True):
+    for one, other in zip(activation_quantizers(model), activation_quantizers(plain), strict=True):
         add_up([one.observer, other.observer])
         assert one.observer.sums[COUNT] == 24
         assert torch.equal(one.observer.sums, other.observer.sums)
@@ -472,7 +472,7 @@ def test_to_empty_leaves_scales_intact() -> None:
 def test_scales_do_not_vanish_on_the_meta_device() -> None:
     model = calibrated(Net(), "int4", "int4")
     model.to("meta")
-    assert all(q.scale.device.type == "cpu" for q in input_quantizers(model))
+    assert all(q.scale.device.type == "cpu" for q in activation_quantizers(model))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -494,7 +494,7 @@ def test_a_compiled_model_equals_the_eager_one(backend: str) -> None:
         assert ours.grad is not None
         assert theirs.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad)
-    for one, other in zip(input_quantizers(twin), input_quantizers(model), strict=True):
+    for one, other in zip(activation_quantizers(twin), activation_quantizers(model), strict=True):
         assert one.observer.num_batches == other.observer.num_batches == 2
         torch.testing.assert_close(one.scale, other.scale)
 
@@ -609,11 +609,18 @@ def test_report_of_a_prepared_model_tells_what_is_there() -> None:
     assert isinstance(again, InsertionReport)
 
 
-def test_attention_is_named_and_its_projection_left_alone() -> None:
+class _OwnAttention(nn.MultiheadAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_attention_with_its_own_forward_is_named_and_its_projection_left_alone() -> None:
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model.self_attn = _OwnAttention(8, 2, batch_first=True)
     report = prepare(model, "int8", "int8")
     rows = {row.name: row for row in report.rows}
-    assert rows["self_attn"].reason == "type not supported"
+    own = "its own forward takes the place of that of MultiheadAttention"
+    assert rows["self_attn"].reason == own
     assert rows["self_attn.out_proj"].reason == "its parent reads the weight without calling it"
     assert rows["linear1"].weight
     set_observing(model, True)
@@ -697,7 +704,7 @@ def test_a_model_that_is_a_layer_itself() -> None:
     x = torch.randn(3, 4)
     calibrated(layer, "int4", "int4", x=x)
     assert list(quantizer_state(layer)) == ["weight", "input"]
-    (quantizer,) = input_quantizers(layer)
+    (quantizer,) = activation_quantizers(layer)
     expected = fake_quantize(x, QParams(quantizer.scale), quantizer.fmt)
     assert torch.equal(quantizer.quantize(x), expected)
 
@@ -720,10 +727,10 @@ def test_another_recipe_replaces_quantizers_and_the_same_one_keeps_them() -> Non
 def test_kept_quantizers_observe_as_asked_last() -> None:
     model = Net()
     prepare(model)
-    first = input_quantizers(model)
+    first = activation_quantizers(model)
     config = ObserverConfig(0.5, 2**20)
     prepare(model, observer=config)
-    assert [id(q) for q in input_quantizers(model)] == [id(q) for q in first]
+    assert [id(q) for q in activation_quantizers(model)] == [id(q) for q in first]
     assert all(q.observer.config == config for q in first)
     prepare(model)
     assert all(q.observer.config == config for q in first)

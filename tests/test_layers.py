@@ -21,7 +21,7 @@ ROWS: list[set[str]] = [
     {"functional"},
     {"error_analysis"},
     {"quantizers"},
-    {"observers", "fake_quantizer", "tensor_spec", "weights_together"},
+    {"observers", "fake_quantizer", "tensor_spec", "weights_together", "attention", "layer_kinds"},
     {"recipe", "schedule", "quantized_layer", "insertion", "insertion_report"},
     {"report", "plots", "allocation", "export"},
     {"callbacks"},

@@ -13,7 +13,13 @@ from torch import nn
 
 from statqat_lightning.formats import get_format
 from statqat_lightning.insertion import prepare
-from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec, input_spec, weight_spec
+from statqat_lightning.recipe import (
+    QuantRecipe,
+    QuantRule,
+    TensorSpec,
+    activation_spec,
+    weight_spec,
+)
 
 
 class MyConv(nn.Conv2d):
@@ -84,21 +90,21 @@ def test_mistakes_in_a_spec(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_plain_names() -> None:
-    assert input_spec("int4") == TensorSpec("int4", unsigned_if_nonnegative=True)
-    assert input_spec("uint4") == TensorSpec("uint4")
-    assert input_spec("fp8") == TensorSpec("fp8_e4m3")
+    assert activation_spec("int4", "inputs") == TensorSpec("int4", unsigned_if_nonnegative=True)
+    assert activation_spec("uint4", "inputs") == TensorSpec("uint4")
+    assert activation_spec("fp8", "inputs") == TensorSpec("fp8_e4m3")
     assert weight_spec("int4") == TensorSpec("int4")
-    assert input_spec(None) is None
+    assert activation_spec(None, "inputs") is None
     assert weight_spec(None) is None
     spec = TensorSpec("int4")
-    assert input_spec(spec) is spec
+    assert activation_spec(spec, "inputs") is spec
     assert weight_spec(spec) is spec
 
 
 def test_something_else_than_a_spec() -> None:
     with pytest.raises(TypeError, match="weights: got 4; expected a format name, a TensorSpec"):
         QuantRule("*", weights=4)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="inputs: got 8; expected a format name, a TensorSpec"):
+    with pytest.raises(TypeError, match="activations: got 8; expected a format name"):
         QuantRecipe.default(activations=8)  # type: ignore[arg-type]
 
 
@@ -155,8 +161,8 @@ def test_patterns(pattern: str, matched: list[str]) -> None:
             "got unsigned_if_nonnegative for weights",
         ),
         (
-            {"pattern": "fc", "outputs": "int8"},
-            "'fc': got outputs='int8'; outputs are not quantized yet. Quantize the inputs of the",
+            {"pattern": "*", "outputs": "int8"},
+            r"got pattern '\*' with outputs alone, which would round the output of every module",
         ),
     ],
 )
@@ -319,7 +325,7 @@ def test_a_hand_written_file(tmp_path: Path) -> None:
         ("rules: [", "while parsing"),
         ("rules:", "recipe: got rules=None; expected a list of rules"),
         ("rules: {pattern: a}", "recipe: got rules={'pattern': 'a'}; expected a list of rules"),
-        ("rules: [{pattern: a, outputs: int8}]", "outputs are not quantized yet"),
+        ("rules: [{pattern: a, outputs: int}]", "rule 0|got .int."),
         (
             "rules: [{pattern: a, inputs: {format: int4, granularty: per_tensor}}]",
             r"rule 0, inputs: .*unknown entries \['granularty'\]. Did you mean 'granularity'",

@@ -21,7 +21,7 @@ from common import positive
 from measuring import measure, medians, ratio, write_results
 
 from statqat_lightning import TensorSpec
-from statqat_lightning.fake_quantizer import InputFakeQuantizer, refresh_inputs
+from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, refresh_activations
 from statqat_lightning.observers import ObserverConfig
 
 PEERS = {"min-max": MovingAverageMinMaxObserver, "histogram": HistogramObserver}
@@ -30,12 +30,14 @@ PEERS = {"min-max": MovingAverageMinMaxObserver, "histogram": HistogramObserver}
 def ours(x: torch.Tensor, name: str, tensors: int) -> Callable[[], object]:
     """One refresh of `tensors` inputs that hold the same values."""
     spec, cpu = TensorSpec(name, quantizer="iterative"), torch.device("cpu")
-    quantizers = [InputFakeQuantizer("layer", spec, ObserverConfig(), cpu) for _ in range(tensors)]
+    quantizers = [
+        ActivationFakeQuantizer("layer", spec, ObserverConfig(), cpu) for _ in range(tensors)
+    ]
 
     def refresh() -> None:
         for quantizer in quantizers:
             quantizer.observer.add(x, quantizer.fmt, quantizer.scale, statistics=True)
-        refresh_inputs(quantizers)
+        refresh_activations(quantizers)
 
     return refresh
 

@@ -38,7 +38,9 @@ class Averaging:
         """Fit the scales to the averaged weights; to be called at every validation batch."""
         if not self._exchanging or self._set_aside:
             return
-        weights = [q.weight for _, _, q in quantized_layers(pl_module) if q.weight is not None]
+        weights = [
+            q for layer in quantized_layers(pl_module) for q in layer.quantizers.weights.values()
+        ]
         self._set_aside = [(q, q.scale.clone(), q.num_refreshes) for q in weights]
         refit_weights(pl_module, learned=False)
 

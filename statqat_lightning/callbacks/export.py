@@ -26,7 +26,7 @@ from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.native import load_checkpoint
 from statqat_lightning.export.onnx import require_packages
 from statqat_lightning.export.verify import ExportReport
-from statqat_lightning.insertion import input_quantizers, quantized_layers
+from statqat_lightning.insertion import activation_quantizers, quantized_layers
 from statqat_lightning.recipe import QuantRecipe
 
 # ONNX Runtime's integer kernels flip a last bit now and then; less agreement is worth a warning.
@@ -183,7 +183,7 @@ class ExportCallback(Callback):
     def _why_not(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         if reason := _why_never(trainer, pl_module):
             return reason
-        quantizers = input_quantizers(pl_module)
+        quantizers = activation_quantizers(pl_module)
         if quantizers and not any(q.ready for q in quantizers):
             return "no training step ran, so there are no statistics of the inputs."
         if not any(

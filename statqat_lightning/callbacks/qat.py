@@ -23,7 +23,8 @@ from statqat_lightning.callbacks.calibration import (
 from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.insertion import (
-    input_quantizers,
+    activation_quantizers,
+    idle_activations,
     learned_scale_keys,
     load_quantizer_state,
     prepare,
@@ -268,7 +269,7 @@ class StatQATCallback(Callback):
 
     def _start_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module)
-        idle = [q.name for q in input_quantizers(pl_module) if not q.ready]
+        idle = idle_activations(pl_module)
         if idle and trainer.state.fn != "fit":
             self._warn_once(
                 ", ".join(idle),
@@ -303,7 +304,7 @@ class StatQATCallback(Callback):
         self._last_step = trainer.global_step
         self.phases.start(trainer, pl_module, self.enabled)
         self._overflow = None
-        quantizers = input_quantizers(pl_module)
+        quantizers = activation_quantizers(pl_module)
         # A resumed run or a second fit has its statistics; layers that did not run until then are
         # quantized once they have.
         if not quantizers or any(q.ready for q in quantizers):
@@ -376,7 +377,7 @@ class StatQATCallback(Callback):
         if self._overflow is None:
             return
         for quantizer, happened in zip(
-            input_quantizers(pl_module), self._overflow.tolist(), strict=True
+            activation_quantizers(pl_module), self._overflow.tolist(), strict=True
         ):
             if happened:
                 self._warn_once(
@@ -387,7 +388,7 @@ class StatQATCallback(Callback):
         self._overflow = None
 
     def _warn_of_negatives(self, pl_module: LightningModule) -> None:
-        for quantizer in input_quantizers(pl_module):
+        for quantizer in activation_quantizers(pl_module):
             if not quantizer.fmt.is_signed and quantizer.negative_share > 0:
                 self._warn_once(
                     quantizer.name,
@@ -398,8 +399,8 @@ class StatQATCallback(Callback):
                 )
 
     def _warn_of_idle_layers(self, pl_module: LightningModule) -> None:
-        idle = [q.name for q in input_quantizers(pl_module) if not q.ready]
-        if idle and len(idle) < len(input_quantizers(pl_module)):
+        idle = idle_activations(pl_module)
+        if idle and len(idle) < len(activation_quantizers(pl_module)):
             self._warn_once(
                 ", ".join(idle), "idle", "did not run in calibration; unquantized until they do."
             )

@@ -33,7 +33,7 @@ from statqat_lightning import (
     load_quantized,
 )
 from statqat_lightning.insertion import (
-    input_quantizers,
+    activation_quantizers,
     load_quantizer_state,
     quantized_layers,
     quantizer_state,
@@ -222,7 +222,7 @@ def test_7427_a_second_fit_with_the_same_and_with_a_new_trainer() -> None:
             nn.Conv2d,
             nn.Linear,
         ]
-        counts.append(input_quantizers(module)[0].observer.num_batches.item())
+        counts.append(activation_quantizers(module)[0].observer.num_batches.item())
     assert counts == sorted(set(counts))
 
 
@@ -323,7 +323,7 @@ def test_7551_a_backbone_from_elsewhere_trainable_or_frozen(kind: type[DigitsMod
     module, _ = train(statqat(), module=kind, max_epochs=2)
     names = [name for name, _, _ in quantized_layers(module)]
     assert names == ["net.0.body.0", "net.0.body.3", "net.2"]
-    assert all(q.ready and q.observer.num_batches > 12 for q in input_quantizers(module))
+    assert all(q.ready and q.observer.num_batches > 12 for q in activation_quantizers(module))
 
 
 # lambdas in the state

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from statqat_lightning.fake_quantizer import (
-    InputFakeQuantizer,
+    ActivationFakeQuantizer,
     WeightFakeQuantizer,
     refresh_weights,
 )
@@ -374,4 +374,4 @@ def test_blocks_of_a_transposed_weight_lie_along_its_first_axis() -> None:
 
 def test_inputs_have_no_block_formats() -> None:
     with pytest.raises(ValueError, match=r"fc/input: got format 'mxfp4'; expected a format with"):
-        InputFakeQuantizer("fc", TensorSpec("mxfp4"), ObserverConfig(), torch.device("cpu"))
+        ActivationFakeQuantizer("fc", TensorSpec("mxfp4"), ObserverConfig(), torch.device("cpu"))
