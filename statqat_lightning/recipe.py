@@ -308,6 +308,14 @@ class QuantRecipe:
             raise ValueError(f"{path}: {error}") from error
 
 
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two recipes as plain data: lines in YAML, marked `-` and `+`."""
+    before, after = (
+        yaml.safe_dump(dict(recipe), sort_keys=False).splitlines() for recipe in (old, new)
+    )
+    return "\n".join(difflib.unified_diff(before, after, lineterm="", n=1))
+
+
 def _check_exclude(exclude: Sequence[str]) -> None:
     if isinstance(exclude, str):
         raise TypeError(f"exclude: got {exclude!r}; expected a list of patterns: [{exclude!r}].")

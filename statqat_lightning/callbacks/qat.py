@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from statqat_lightning.callbacks.averaging import Averaging
@@ -20,6 +18,10 @@ from statqat_lightning.callbacks.calibration import (
     calibrate,
     reestimate_batch_norm,
 )
+from statqat_lightning.callbacks.checkpoint import QuantizerEntry, read_entry
+from statqat_lightning.callbacks.hooks import WrappedHook, WrappedHooks
+from statqat_lightning.callbacks.input_warnings import InputWarnings
+from statqat_lightning.callbacks.input_warnings import StatQATWarning as StatQATWarning
 from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.insertion import (
@@ -29,7 +31,6 @@ from statqat_lightning.insertion import (
     load_quantizer_state,
     prepare,
     quantized_layers,
-    quantizer_state,
     refit_weights,
     refresh,
     remove,
@@ -41,13 +42,7 @@ from statqat_lightning.observers import ObserverConfig, Reduce
 from statqat_lightning.recipe import QuantRecipe, TensorSpec
 from statqat_lightning.schedule import QuantSchedule, When
 
-CHECKPOINT_KEY = "statqat_lightning"
-STATE_VERSION = 1
 _BATCHES_BETWEEN_CHECKS = 50  # for NaN in inputs: each check waits for the device
-
-
-class StatQATWarning(UserWarning):
-    """Something in the data or the run makes quantization worse than it could be."""
 
 
 class StatQATCallback(Callback):
@@ -143,13 +138,12 @@ class StatQATCallback(Callback):
         self.enabled = enabled
         self.verbose = verbose
         self.report: InsertionReport | None = None
-        self._patched: list[tuple[LightningModule, str]] = []
+        self._hooks = WrappedHooks()
         self._fast_path: bool | None = None
         self._weights_are_new = True
         self._last_step = -1
         self._fitting = False
-        self._overflow: Tensor | None = None
-        self._warned: set[tuple[str, str]] = set()
+        self._warnings = InputWarnings()
 
     # Insertion and checkpoints, in every stage
 
@@ -164,7 +158,7 @@ class StatQATCallback(Callback):
                 'quantized ones of its own. Use another precision, such as "bf16-mixed", or leave '
                 "StatQATCallback out."
             )
-        self._unpatch()
+        self._hooks.unwrap()
         self._fitting = stage == "fit"
         self.averaging = Averaging(trainer.callbacks if self._fitting else ())  # type: ignore[attr-defined]
         # In evaluation, TransformerEncoderLayer's fast path would bypass the layers' forward.
@@ -172,9 +166,9 @@ class StatQATCallback(Callback):
             self._fast_path = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
         last = "configure_model" if overrides(pl_module, "configure_model") else "setup"
-        self._patch(pl_module, last, after=self._insert)
-        self._patch(pl_module, "on_save_checkpoint", after=self._write_state)
-        self._patch(pl_module, "on_load_checkpoint", before=self._read_state)
+        self._hooks.wrap(pl_module, last, after=self._insert)
+        self._hooks.wrap(pl_module, "on_save_checkpoint", after=self._write_entry)
+        self._hooks.wrap(pl_module, "on_load_checkpoint", before=self._read_entry)
 
     def _insert(self, pl_module: LightningModule, *_: Any) -> None:
         before = [layer.quantizers for layer in quantized_layers(pl_module)]
@@ -194,45 +188,35 @@ class StatQATCallback(Callback):
         if self.verbose and before != after:
             rank_zero_info(f"StatQAT inserted fake quantizers:\n{self.report}")
 
-    def _write_state(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[CHECKPOINT_KEY] = {
-            "version": STATE_VERSION,
-            "recipe": self.recipe.to_dict(),
-            "quantizers": quantizer_state(pl_module),
-            "quantized": [self.phases.now.weights, self.phases.now.inputs],
-            "averaged": self.averaging.replaces_weights_of_checkpoints,
-        }
+    @property
+    def _entry(self) -> QuantizerEntry:
+        averaged = self.averaging.replaces_weights_of_checkpoints
+        return QuantizerEntry(
+            self.recipe.to_dict(), self.phases.now.weights, self.phases.now.inputs, averaged
+        )
 
-    def _read_state(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get(CHECKPOINT_KEY)
-        if state is None:
+    def _write_entry(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._entry(pl_module, checkpoint)
+
+    def _read_entry(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        entry = read_entry(checkpoint, self.recipe)
+        if entry is None:
             self._weights_are_new = True
             return
-        if state["version"] > STATE_VERSION:
-            raise ValueError(
-                f"StatQATCallback: the quantizer state in the checkpoint has version "
-                f"{state['version']}; this one reads {STATE_VERSION}. Update statqat-lightning."
-            )
-        if state["recipe"] != self.recipe.to_dict():
-            difference = _difference(state["recipe"], self.recipe.to_dict())
-            raise ValueError(
-                "StatQATCallback: the checkpoint was made with another recipe. Use that recipe, or "
-                "load only the weights (they are those of the float model). Checkpoint (-) and "
-                f"callback (+):\n{difference}"
-            )
-        load_quantizer_state(pl_module, state["quantizers"])
-        weights, inputs = state.get("quantized", (True, True))
+        load_quantizer_state(pl_module, entry["quantizers"])
+        weights, inputs = entry.get("quantized", (True, True))
+        self.phases.now = self.phases.now._replace(weights=weights, inputs=inputs)
         set_enabled(pl_module, weights and self.enabled, inputs and self.enabled)
         # The scales are those of the weights in training, which a later fit goes on with; whatever
         # else is done with the checkpoint is done with their average.
-        self._weights_are_new = state.get("averaged", False) and not self._fitting
+        self._weights_are_new = entry.get("averaged", False) and not self._fitting
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # The wrapped module hook is gone once the Trainer has finished; trainer.save_checkpoint
-        # still comes here.
-        self._write_state(pl_module, checkpoint)
+        # Lightning calls this for checkpoints that hold more than weights, also where a module's
+        # own hooks are out of reach.
+        self._write_entry(pl_module, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         # Not empty, so that Lightning tells whoever resumes without this callback what is missing.
@@ -244,13 +228,17 @@ class StatQATCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._warn_of_overflow(pl_module)  # it may be the reason
+        self._warnings.of_overflow(pl_module)  # it may be the reason
         self._let_go(pl_module)  # Lightning calls no teardown then
 
     def _let_go(self, pl_module: LightningModule) -> None:
         set_observing(pl_module, False)
         self.phases.release()
-        self._unpatch()
+        self._hooks.unwrap()
+        if quantized_layers(pl_module):
+            # The Trainer can still be told to save: with weights alone, the module's hook is the
+            # only one it calls. It also serves later fits without this callback.
+            WrappedHook(pl_module, "on_save_checkpoint", after=self._entry)
         if self._fast_path is not None:
             torch.backends.mha.set_fastpath_enabled(self._fast_path)
             self._fast_path = None
@@ -271,7 +259,7 @@ class StatQATCallback(Callback):
         self._start(pl_module)
         idle = idle_activations(pl_module)
         if idle and trainer.state.fn != "fit":
-            self._warn_once(
+            self._warnings.once(
                 ", ".join(idle),
                 "unknown",
                 "no statistics, so these inputs are evaluated in float. Load a checkpoint of a "
@@ -280,7 +268,7 @@ class StatQATCallback(Callback):
 
     def _start(self, pl_module: LightningModule) -> None:
         """Fit the scales of weights that were loaded without quantizer state since insertion."""
-        self._unpatch("setup", "configure_model")
+        self._hooks.unwrap("setup", "configure_model")
         if self._weights_are_new:
             refit_weights(pl_module)
             self._weights_are_new = False
@@ -303,7 +291,7 @@ class StatQATCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
         self.phases.start(trainer, pl_module, self.enabled)
-        self._overflow = None
+        self._warnings.start()
         quantizers = activation_quantizers(pl_module)
         # A resumed run or a second fit has its statistics; layers that did not run until then are
         # quantized once they have.
@@ -320,8 +308,8 @@ class StatQATCallback(Callback):
             rank_zero_info(notes[0])
         report = prepare(pl_module, recipe=self.recipe, observer=self.observer_config)
         self.report = dataclasses.replace(report, notes=notes)
-        self._warn_of_idle_layers(pl_module)
-        self._warn_of_negatives(pl_module)
+        self._warnings.of_idle_layers(pl_module)
+        self._warnings.of_negatives(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -343,22 +331,22 @@ class StatQATCallback(Callback):
         self._last_step = trainer.global_step
         moved = stepped and not self.phases.now.frozen
         overflow = refresh(pl_module, weights=moved, reduce=_reduction(trainer))
-        self._overflow = overflow if self._overflow is None else self._overflow | overflow
+        self._warnings.remember(overflow)
         if (batch_idx + 1) % _BATCHES_BETWEEN_CHECKS == 0:
-            self._warn_of_overflow(pl_module)
+            self._warnings.of_overflow(pl_module)
         if self.schedule.batch_norm == "reestimate" and is_last_batch(trainer):
             self._reestimate_batch_norm(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._warn_of_overflow(pl_module)
-        self._warn_of_negatives(pl_module)
+        self._warnings.of_overflow(pl_module)
+        self._warnings.of_negatives(pl_module)
 
     def _reestimate_batch_norm(self, trainer: Trainer, pl_module: LightningModule) -> None:
         num_batches = self.schedule.batch_norm_batches
         try:
             reestimate_batch_norm(trainer, pl_module, num_batches, _reduction(trainer))
         except CannotCalibrate as reason:
-            self._warn_once(
+            self._warnings.once(
                 "BatchNorm", "reestimate", f"statistics were not estimated again: {reason}."
             )
         else:
@@ -373,95 +361,6 @@ class StatQATCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.averaging.finish(pl_module)
 
-    def _warn_of_overflow(self, pl_module: LightningModule) -> None:
-        if self._overflow is None:
-            return
-        for quantizer, happened in zip(
-            activation_quantizers(pl_module), self._overflow.tolist(), strict=True
-        ):
-            if happened:
-                self._warn_once(
-                    quantizer.name,
-                    "overflow",
-                    "holds NaN, infinite or huge values. They are kept out of the statistics.",
-                )
-        self._overflow = None
-
-    def _warn_of_negatives(self, pl_module: LightningModule) -> None:
-        for quantizer in activation_quantizers(pl_module):
-            if not quantizer.fmt.is_signed and quantizer.negative_share > 0:
-                self._warn_once(
-                    quantizer.name,
-                    "negative",
-                    f"{100 * quantizer.negative_share:.3g} % of the values are negative, and "
-                    f"{quantizer.fmt.name} sets them to zero. Use a signed format for this input, "
-                    f"for example int{quantizer.fmt.bits}.",
-                )
-
-    def _warn_of_idle_layers(self, pl_module: LightningModule) -> None:
-        idle = idle_activations(pl_module)
-        if idle and len(idle) < len(activation_quantizers(pl_module)):
-            self._warn_once(
-                ", ".join(idle), "idle", "did not run in calibration; unquantized until they do."
-            )
-
-    def _warn_once(self, name: str, kind: str, message: str) -> None:
-        if (name, kind) not in self._warned:
-            self._warned.add((name, kind))
-            rank_zero_warn(f"StatQAT {name}: {message}", category=StatQATWarning)
-
-    # The module's own hooks
-
-    def _patch(
-        self,
-        pl_module: LightningModule,
-        name: str,
-        before: Callable[..., None] | None = None,
-        after: Callable[..., None] | None = None,
-    ) -> None:
-        pl_module.__dict__[name] = _WrappedHook(pl_module, name, before, after)
-        self._patched.append((pl_module, name))
-
-    def _unpatch(self, *names: str) -> None:
-        """Take off the wrappers of these hooks, of all hooks if none is named."""
-        for pl_module, name in self._patched:
-            if not names or name in names:
-                pl_module.__dict__.pop(name, None)
-        self._patched = [entry for entry in self._patched if names and entry[1] not in names]
-
-
-class _WrappedHook:
-    """A module's hook with something before or after it.
-
-    Unlike a closure it can be pickled, and its deep copy belongs to the copied module.
-    """
-
-    def __init__(
-        self,
-        pl_module: LightningModule,
-        name: str,
-        before: Callable[..., None] | None,
-        after: Callable[..., None] | None,
-    ) -> None:
-        self.pl_module = pl_module
-        self.name = name
-        self.before = before
-        self.after = after
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        # Lightning follows this name when it asks whether a hook is overridden.
-        hook: Callable[..., Any] = getattr(type(self.pl_module), self.name)
-        return hook
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.before is not None:
-            self.before(self.pl_module, *args)
-        result = self.__wrapped__(self.pl_module, *args, **kwargs)
-        if self.after is not None:
-            self.after(self.pl_module, *args)
-        return result
-
 
 def _reduction(trainer: Trainer) -> Reduce | None:
     if trainer.world_size == 1:
@@ -473,8 +372,3 @@ def _reduction(trainer: Trainer) -> Reduce | None:
         return reduced
 
     return reduce
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    before, after = (yaml.safe_dump(recipe, sort_keys=False).splitlines() for recipe in (old, new))
-    return "\n".join(difflib.unified_diff(before, after, lineterm="", n=1))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +16,9 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from statqat_lightning import prepare
-from statqat_lightning.callbacks.qat import CHECKPOINT_KEY, StatQATCallback, StatQATWarning
+from statqat_lightning import load_quantized, prepare, remove
+from statqat_lightning.callbacks.checkpoint import CHECKPOINT_KEY
+from statqat_lightning.callbacks.qat import StatQATCallback, StatQATWarning
 from statqat_lightning.insertion import quantized_layers, quantizer_state
 from tests.callbacks.digits import (
     STEPS_PER_EPOCH,
@@ -24,6 +28,7 @@ from tests.callbacks.digits import (
     held_out,
     loader,
     make_trainer,
+    quantizer_of,
     scales,
     statqat,
     train,
@@ -160,6 +165,62 @@ def test_a_checkpoint_saved_after_the_fit_carries_the_quantizers(tmp_path: Path)
     assert_same(quantizer_state(fresh), quantizer_state(module))
 
 
+@pytest.mark.parametrize("stop", [None, KeyboardInterrupt])
+def test_weights_alone_saved_after_the_fit_carry_the_quantizers(
+    stop: type[BaseException] | None, tmp_path: Path
+) -> None:
+    module = DigitsModule()
+    trainer = make_trainer(statqat(), *([] if stop is None else [StopsAt(3, stop)]))
+    with contextlib.nullcontext() if stop is None else pytest.raises((SystemExit, stop)):
+        trainer.fit(module, loader(), held_out())
+    path = tmp_path / "weights.ckpt"
+    trainer.save_checkpoint(path, weights_only=True)
+    assert "optimizer_states" not in torch.load(path, weights_only=True)
+    fresh = DigitsModule()
+    assert evaluated(fresh, path, statqat()) == evaluated(module)
+    assert_same(quantizer_state(fresh), quantizer_state(module))
+    by_hand = load_quantized(DigitsModule(), path)
+    assert_same(quantizer_state(by_hand), quantizer_state(module))
+
+
+class StopsAt(Callback):
+    def __init__(self, batch: int, stop: type[BaseException]) -> None:
+        self.batch, self.stop = batch, stop
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        if args[-1] == self.batch:
+            raise self.stop
+
+
+def test_what_stays_with_the_module_copies_and_follows_it(tmp_path: Path) -> None:
+    callback = statqat()
+    module, _ = train(callback)
+    left = vars(module)["on_save_checkpoint"]
+    assert callback.__class__.__name__.encode() not in pickle.dumps(left.after)
+    for each in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert vars(each)["on_save_checkpoint"].pl_module is each
+        with torch.no_grad():
+            quantizer_of(each, "net.3/weight").scale.mul_(2.0)
+        written: dict[str, Any] = {}
+        each.on_save_checkpoint(written)
+        assert_same(written[CHECKPOINT_KEY]["quantizers"], quantizer_state(each))
+    # A fit without the callback trains with the quantizers as they are, and says so in its files.
+    train(every_epoch(tmp_path), module=module)
+    saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert_same(saved[CHECKPOINT_KEY]["quantizers"], quantizer_state(module))
+    # The float model writes the files of a float model.
+    remove(module)
+    train(every_epoch(tmp_path / "float"), module=module)
+    assert CHECKPOINT_KEY not in torch.load(tmp_path / "float" / "epoch=0.ckpt", weights_only=True)
+    # Another fit with the callback takes its place.
+    train(statqat("int3", "int3"), every_epoch(tmp_path / "other"), module=module)
+    saved = torch.load(tmp_path / "other" / "epoch=0.ckpt", weights_only=True)
+    assert saved[CHECKPOINT_KEY]["quantizers"]["net.3/weight"]["format"] == "int3"
+    written = {}
+    module.on_save_checkpoint(written)
+    assert_same(written[CHECKPOINT_KEY], saved[CHECKPOINT_KEY])
+
+
 def test_another_recipe_is_refused_with_the_difference(tmp_path: Path) -> None:
     train(statqat("int4", "int4"), every_epoch(tmp_path))
     path = tmp_path / "epoch=0.ckpt"
@@ -169,7 +230,7 @@ def test_another_recipe_is_refused_with_the_difference(tmp_path: Path) -> None:
     lines = [line.replace(" ", "") for line in str(refused.value).splitlines()]
     assert "-format:int4" in lines
     assert "+format:int3" in lines
-    assert not {"setup", "on_load_checkpoint", "on_save_checkpoint"} & set(vars(module))
+    assert not {"setup", "on_load_checkpoint"} & set(vars(module))
 
 
 def test_another_architecture_is_refused_by_its_layers(tmp_path: Path) -> None:
