@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ENDINGS = (".onnx", ".safetensors")
+ENDINGS = (".onnx", ".safetensors", ".pt2")
 
 
 @contextmanager
@@ -37,6 +37,12 @@ def with_ending(path: str | Path, ending: str) -> Path:
     # Not `with_suffix`, which takes the end of `run_0.1` for an ending as well.
     path = Path(path)
     return path.with_name((path.stem if path.suffix in ENDINGS else path.name) + ending)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def check_writable(*targets: Path) -> None:

@@ -5,7 +5,8 @@ layer `{layer}.weight_codes` (uint8, packed by `packing.pack`), `{layer}.weight_
 `{layer}.input_scale` (float32); all others as they are. The metadata entry `statqat_lightning` is
 JSON: `file_version`, `library_version`, `recipe` (or null), `module` (the submodule that the ONNX
 file beside it holds), `layers` (by name: format, granularity, specification, shape and precision of
-weight and input) and `aliases` (names of tensors that share the memory of another).
+weight and input), `aliases` (names of tensors that share the memory of another) and `snr_db` (of
+quantized tensors at the end of the training, where it is known).
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ from statqat_lightning.insertion import (
 )
 from statqat_lightning.quantized_layer import weight_of
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.report import snr_by_tensor
 
 KEY = "statqat_lightning"
 """Name of our entry, in the file's metadata and in a Lightning checkpoint."""
@@ -70,7 +72,11 @@ def library_version() -> str:
 
 
 def save_native(
-    model: nn.Module, path: str | Path, recipe: QuantRecipe | None = None, module: str = ""
+    model: nn.Module,
+    path: str | Path,
+    recipe: QuantRecipe | None = None,
+    module: str = "",
+    snr_db: Mapping[str, float] | None = None,
 ) -> None:
     """Write a quantized model to one `.safetensors` file, from which `load_quantized` rebuilds it.
 
@@ -81,6 +87,8 @@ def save_native(
         path: The file.
         recipe: The recipe of the training, for the record; loading goes by what each layer has.
         module: Name of a submodule, for the record: the one in the ONNX file beside this one.
+        snr_db: SNR of each quantized tensor, for the record, see `snr_by_tensor`; None measures it,
+            if `model` has quantizers. A frozen model has forgotten what was quantized.
 
     Raises:
         ValueError: If the model cannot be frozen.
@@ -88,6 +96,8 @@ def save_native(
     """
     path = Path(path)
     frozen = model if frozen_layers(model) else freeze(model)
+    if snr_db is None:
+        snr_db = snr_by_tensor(model)
     tensors, aliases = _tensors(frozen)
     layers = {}
     for name, layer in frozen_layers(frozen):
@@ -102,6 +112,7 @@ def save_native(
         "module": module,
         "layers": layers,
         "aliases": aliases,
+        "snr_db": {name: round(v, 3) for name, v in (snr_db or {}).items() if math.isfinite(v)},
     }
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
