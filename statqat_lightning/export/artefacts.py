@@ -39,6 +39,7 @@ from statqat_lightning.report import snr_by_tensor
 
 _MOST_EXAMPLES = 256
 _LATENCY_BATCH = 32
+REPORT_ENDING = ".export.json"
 
 NO_EXAMPLE = (
     "not written, because no input is known to trace the model with. Set example_input_array in "
@@ -122,7 +123,11 @@ def export_model(
             "The model gives other outputs each time, in eval mode, too: nothing can be proved."
         )
     if examples and data is not None and not is_random:
-        examples += _labelled(part, examples[0], data, most_data)
+        try:
+            examples += _labelled(part, examples[0], data, most_data)
+        except Exception as error:
+            # Their data loader is asked for a figure; the files do not hang on it.
+            notes.append(f"No accuracy: the data failed with {type(error).__name__}: {error}")
     proof = _Proof(
         frozen.get_submodule(module),
         examples,
@@ -172,7 +177,7 @@ def export_model(
         notes=tuple(notes),
         accuracy=_accuracy(examples),
     )
-    report.to_json(with_ending(path, ".export.json"))
+    report.to_json(with_ending(path, REPORT_ENDING))
     if differing:
         differing[0].report = report
         raise differing[0]
@@ -272,12 +277,18 @@ class _Proof:
         Raises:
             ExportDifferenceError: If it differs, and `strict`.
         """
-        runtime = writer.load(path)
         examples = self.examples
+        try:
+            runtime = writer.load(path)
+            comparison = compare(runtime, examples)
+        except Exception as error:
+            raise ExportDifferenceError(
+                f"{target}: what was written cannot be loaded and run: {type(error).__name__}: "
+                f"{error} The file was not kept."
+            ) from error
         remarks: list[str] = []
         if runtime.batch is not None and examples:
             remarks.append(f"The forward fixes its batch size: {runtime.batch} only.")
-        comparison = compare(runtime, examples)
         divergence = None
         bound = 0.0 if writer.exact else self.bound
         # Not `max_steps > bound`: that is false for NaN.

@@ -89,7 +89,15 @@ def load_program(path: Path) -> Runtime:
         f"{_torch()}, torch.export",
         lambda call: outputs_of(call.run(module)),
         lambda call: _layers_of_program(program.module(), call),
+        _fixed_batch(program),
     )
+
+
+def _fixed_batch(program: torch.export.ExportedProgram) -> int | None:
+    inputs = set(program.graph_signature.user_inputs)
+    values = [n.meta.get("val") for n in program.graph.nodes if n.name in inputs]
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
+    return sizes[0] if sizes and isinstance(sizes[0], int) else None
 
 
 def _layers_of_program(module: Any, call: ForwardCall) -> LayerOutputs:
@@ -154,7 +162,7 @@ def _session(model: str | bytes) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -15,6 +15,7 @@ from statqat_lightning.export.inputs import ForwardCall
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _TORCH = Path(torch.__file__).resolve().parent
+_EXPORTERS = {"onnx", "onnx_ir", "onnxscript"}
 
 
 class ExportError(RuntimeError):
@@ -27,8 +28,8 @@ def trace(model: nn.Module, call: ForwardCall) -> ExportedProgram:
     Raises:
         ExportError: If the forward cannot be traced; the message names the line.
     """
-    # A dimension of size 1 would be taken for a constant.
-    call = call.with_batch(2, least=2)
+    # A dimension of size 1 would be taken for a constant; few rows, because they are computed.
+    call = call.with_batch(3, least=3)
     shapes = ShapesCollection()  # type: ignore[no-untyped-call]
     size = call.batch_size
     for tensor in call.tensors():
@@ -69,9 +70,8 @@ def where_it_stopped(error: BaseException) -> str:
         # The traceback begins where the error was caught: the callers of the export are not in it.
         for frame in reversed(traceback.extract_tb(current.__traceback__)):
             path = Path(frame.filename)
-            if path.is_file() and not any(
-                path.resolve().is_relative_to(home) for home in (_PACKAGE, _TORCH)
-            ):
+            ours = any(path.resolve().is_relative_to(home) for home in (_PACKAGE, _TORCH))
+            if path.is_file() and not ours and not _EXPORTERS & {*path.parts}:
                 return f' at "{frame.filename}", line {frame.lineno}, in {frame.name}: {frame.line}'
         current = current.__cause__ or current.__context__
     return ""
