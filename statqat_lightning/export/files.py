@@ -17,9 +17,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, which takes its place when the block ends without an error.
 
     Whatever goes wrong in the block, `path` keeps what it held.
+
+    Raises:
+        OSError: If the file cannot be written; the message names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
+        )
+    except OSError as error:
+        raise _cannot_be_written(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -28,8 +36,24 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # a temporary file is private, what replaces it is not
         temporary.replace(path)
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise _cannot_be_written(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class FileError(OSError):
+    """A file that cannot be written; the message names it."""
+
+
+def _cannot_be_written(path: Path, error: OSError) -> FileError:
+    return FileError(
+        error.errno,
+        f"{str(path)!r} cannot be written ({error.strerror or error}). What was there before stays "
+        "as it was.",
+    )
 
 
 def with_ending(path: str | Path, ending: str) -> Path:

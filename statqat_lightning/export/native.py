@@ -11,8 +11,10 @@ quantized tensors at the end of the training, where it is known).
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import pickle
 import re
 import struct
@@ -115,7 +117,17 @@ def save_native(
         "snr_db": {name: round(v, 3) for name, v in (snr_db or {}).items() if math.isfinite(v)},
     }
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
+        try:
+            save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
+        except safetensors.SafetensorError as error:
+            raise _as_os_error(error) from error
+
+
+def _as_os_error(error: safetensors.SafetensorError) -> OSError:
+    """What went wrong with the disk; safetensors tells it in its text only."""
+    number = re.search(r"os error (\d+)", str(error))
+    code = int(number[1]) if number else errno.EIO
+    return OSError(code, os.strerror(code))
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

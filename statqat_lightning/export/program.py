@@ -7,6 +7,7 @@ has torch and nothing else. Codes are stored in a byte each, and decoded in each
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -47,5 +48,8 @@ def save_program(model: nn.Module, path: str | Path, example: Any) -> None:
             "part of the model without them (module=...)."
         )
     forget_sources(program)
+    # By way of memory: on a full disk, torch's own writer of files ends the process.
+    data = io.BytesIO()
+    torch.export.save(program, data)
     with replacing(Path(path)) as temporary:
-        torch.export.save(program, temporary)
+        temporary.write_bytes(data.getbuffer())
