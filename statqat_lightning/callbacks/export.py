@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ from torch.utils.hooks import RemovableHandle
 
 from statqat_lightning.callbacks.lightning_names import is_a, overrides
 from statqat_lightning.callbacks.qat import StatQATCallback
-from statqat_lightning.export.artefacts import export_model
+from statqat_lightning.export.artefacts import REPORT_ENDING, export_model
 from statqat_lightning.export.files import ENDINGS, check_writable, with_ending
 from statqat_lightning.export.frozen import refuse_weights_from_hooks
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.native import load_checkpoint
 from statqat_lightning.export.onnx import require_packages
-from statqat_lightning.export.verify import ExportReport
+from statqat_lightning.export.verify import ExportDifferenceError, ExportReport
 from statqat_lightning.insertion import activation_quantizers, quantized_layers
 from statqat_lightning.recipe import QuantRecipe
 
@@ -38,16 +37,19 @@ class ExportWarning(UserWarning):
 
 
 class ExportCallback(Callback):
-    """Write the trained model to an `.onnx` and a `.safetensors` file, and check both.
+    """Write the trained model to files that other programs run, and prove each of them.
 
     It works at the end of the fit, on a copy, on rank zero; the module stays as it was trained.
-    Each file is read back, run (in ONNX Runtime, and by `load_quantized`) and compared with the
-    fake-quantized model before it takes its name. Before training, it checks that the files can be
-    written, and that there will be something to write.
+    Each file is read back, run by what will run it, and compared with the fake-quantized model
+    before it takes its name: largest difference, SNR, agreement of predictions, accuracy on the
+    test set (or else the validation set) if its batches are `(inputs, class labels)`, size, and
+    speed against the float model. This goes to the console, to the loggers (`export/{kind}/...`)
+    and into a file `.export.json` beside the others. Before training, it checks that the files can
+    be written, and that there will be something to write.
 
-    The native file holds the whole LightningModule. The ONNX file holds what ran in the first
-    training step: the LightningModule if `training_step` calls `self(...)`, or else the outermost
-    submodule that ran and has the most quantized layers, for example `self.net` in `self.net(x)`.
+    The native file holds the whole LightningModule. All others hold what ran in the first training
+    step: the LightningModule if `training_step` calls `self(...)`, or else the outermost submodule
+    that ran and has the most quantized layers, for example `self.net` in `self.net(x)`.
 
     With `fast_dev_run`, the files go to a folder `fast_dev_run` beside the others, so that a trial
     never replaces a trained model. Without any training step, inputs have no statistics, and
@@ -64,17 +66,26 @@ class ExportCallback(Callback):
             weights.
         example_input: Input of one forward call: a tensor, a tuple of positional or a mapping of
             keyword arguments. None takes `example_input_array`, or else the first training batch.
-        module: Name of the submodule that goes into the ONNX file; None for what ran, see above.
+        module: Name of the submodule that goes into all files but the native one; None for what
+            ran, see above.
         onnx: Whether to write the `.onnx` file. It needs the extra `statqat-lightning[onnx]`.
         native: Whether to write the `.safetensors` file.
+        program: Whether to write the `.pt2` file, which `torch.export.load` reads.
+        strict: Whether a file that differs from the trained model is refused with an error (when
+            all others have been written); False keeps it and warns. See `export_model`.
+        test_examples: Most examples of the test or validation set to predict, by each file; None
+            for all, 0 for none.
+        measure_latency: Whether to time the files against the float model, in half a second each.
 
     Attributes:
         report: Paths, sizes and differences of the last export, None before.
 
     Raises:
-        ValueError: If neither file is asked for, or the path names a folder or has another ending;
+        ValueError: If no file is asked for, or the path names a folder or has another ending;
             when training starts, if there is no such `module`, or a forward hook makes a weight.
         OSError: When training starts, if a file cannot be written.
+        ExportDifferenceError: At the end, if a file differs and `strict`; it names the first layer
+            that does.
     """
 
     def __init__(
@@ -86,8 +97,12 @@ class ExportCallback(Callback):
         module: str | None = None,
         onnx: bool = True,
         native: bool = True,
+        program: bool = False,
+        strict: bool = True,
+        test_examples: int | None = 1000,
+        measure_latency: bool = True,
     ) -> None:
-        if not (onnx or native):
+        if not (onnx or native or program):
             raise ValueError("ExportCallback: got onnx=False and native=False; expected a file.")
         self.path = _checked(path)
         self.best = best
@@ -95,6 +110,10 @@ class ExportCallback(Callback):
         self.module = module
         self.onnx = onnx
         self.native = native
+        self.program = program
+        self.strict = strict
+        self.test_examples = test_examples
+        self.measure_latency = measure_latency
         self.report: ExportReport | None = None
         self._capture: _Capture | None = None
 
@@ -103,7 +122,10 @@ class ExportCallback(Callback):
             return
         self.report = None
         self._capture = None
-        endings = [".onnx"] * self.onnx + [".safetensors"] * self.native
+        endings = [
+            *([".onnx"] * self.onnx + [".safetensors"] * self.native + [".pt2"] * self.program),
+            REPORT_ENDING,
+        ]
         check_writable(*(with_ending(self._target(trainer), ending) for ending in endings))
         if self.onnx:
             require_packages()
@@ -163,18 +185,46 @@ class ExportCallback(Callback):
             rank_zero_info(f"ExportCallback: nothing written: {reason}")
             return
         module, example = self._example(pl_module)
-        self.report = export_model(
-            self._trained(trainer, pl_module),
-            self._target(trainer),
-            example,
-            module=module,
-            recipe=_recipe(trainer),
-            onnx=self.onnx,
-            native=self.native,
-        )
-        self._capture = None  # it holds a batch
-        rank_zero_info(f"StatQAT exported:\n{self.report}")
+        try:
+            self.report = export_model(
+                self._trained(trainer, pl_module),
+                self._target(trainer),
+                example,
+                module=module,
+                recipe=_recipe(trainer),
+                onnx=self.onnx,
+                native=self.native,
+                program=self.program,
+                strict=self.strict,
+                data=_evaluation_data(trainer, pl_module) if self.test_examples != 0 else None,
+                most_data=self.test_examples,
+                measure_latency=self.measure_latency,
+            )
+        except ExportDifferenceError as error:
+            self.report = error.report
+            self._publish(trainer)
+            raise
+        finally:
+            self._capture = None  # it holds a batch
+        self._publish(trainer)
         self._warn()
+
+    def _publish(self, trainer: Trainer) -> None:
+        report = self.report
+        if report is None:
+            return
+        rank_zero_info(f"StatQAT exported:\n{report}")
+        rows, metrics = report.rows(), report.metrics()
+        for logger in trainer.loggers:
+            # Directly: `self.log` is not allowed at the end of a fit.
+            if metrics:
+                logger.log_metrics(metrics, step=trainer.global_step)
+            if rows and is_a(logger, "WandbLogger"):
+                columns = [*rows[0]]
+                table = [[row[column] for column in columns] for row in rows]
+                logger.log_table("export/files", columns=columns, data=table)  # type: ignore[attr-defined]
+            elif rows and is_a(logger, "TensorBoardLogger"):
+                logger.experiment.add_text("export/files", _markdown(rows), trainer.global_step)  # type: ignore[attr-defined]
 
     def _target(self, trainer: Trainer) -> Path:
         trial = "fast_dev_run" if _is_trial(trainer) else ""
@@ -225,10 +275,15 @@ class ExportCallback(Callback):
     def _warn(self) -> None:
         report = self.report
         assert report is not None
-        if self.onnx and report.onnx is None:
-            rank_zero_warn(
-                f"ExportCallback: no .onnx file. {' '.join(report.notes)}", category=ExportWarning
-            )
+        for wanted, artefact, ending in (
+            (self.onnx, report.onnx, ".onnx"),
+            (self.program, report.program, ".pt2"),
+        ):
+            if wanted and artefact is None:
+                rank_zero_warn(
+                    f"ExportCallback: no {ending} file. {' '.join(report.notes)}",
+                    category=ExportWarning,
+                )
         if report.native is not None and report.native.max_difference > 0:
             rank_zero_warn(
                 f"ExportCallback: {report.native.path} differs by "
@@ -236,14 +291,17 @@ class ExportCallback(Callback):
                 "random in eval mode, or does it read what is no parameter and no buffer?",
                 category=ExportWarning,
             )
-        agreement = report.onnx.agreement if report.onnx is not None else None
-        difference = report.onnx.max_difference if report.onnx is not None else 0.0
-        if math.isnan(difference) or (agreement is not None and agreement < _EXPECTED_AGREEMENT):
-            rank_zero_warn(
-                f"ExportCallback: {report.onnx_path} differs from the trained model by "
-                f"{difference:.3g}, agreement {agreement}.",
-                category=ExportWarning,
-            )
+        for artefact in report.artefacts:
+            if artefact is report.native:
+                continue
+            agreement, difference = artefact.agreement, artefact.max_difference
+            low = agreement is not None and agreement < _EXPECTED_AGREEMENT
+            if low or artefact.divergence is not None:
+                rank_zero_warn(
+                    f"ExportCallback: {artefact.path} differs from the trained model by "
+                    f"{difference:.3g}, agreement {agreement}. {' '.join(artefact.remarks)}",
+                    category=ExportWarning,
+                )
 
 
 def _checked(path: str | Path) -> Path:
@@ -256,10 +314,44 @@ def _checked(path: str | Path) -> Path:
     if path.suffix not in ENDINGS and path.suffix[1:2].isalpha():
         raise ValueError(
             f"ExportCallback: got path {given!r} with the ending {path.suffix!r}; expected "
-            f"{' or '.join(ENDINGS)}, or none: {str(path.with_suffix(''))!r}. Both files are "
-            "written, unless onnx=False or native=False says otherwise."
+            f"{' or '.join(ENDINGS)}, or none: {str(path.with_suffix(''))!r}. Which files are "
+            "written is said by onnx=..., native=... and the like."
         )
     return path
+
+
+def _markdown(rows: list[dict[str, str]]) -> str:
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _evaluation_data(trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
+    """Batches of the test set of the data module or the module, or else of the validation set.
+
+    Not where a hook changes batches on their way to the model: on this way there is no such hook.
+    """
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    sources = [source for source in (datamodule, pl_module) if source is not None]
+    hooks = ("on_before_batch_transfer", "on_after_batch_transfer", "transfer_batch_to_device")
+    if any(_has_own(source, hook) for source in sources for hook in hooks):
+        return
+    given: Any = None
+    for source in sources:
+        if given is None and _has_own(source, "test_dataloader"):
+            if source is datamodule:
+                source.setup("test")
+            given = source.test_dataloader()
+    given = trainer.val_dataloaders if given is None else given
+    loaders = given if isinstance(given, (list, tuple)) else [given]
+    for loader in loaders:
+        yield from loader if loader is not None else ()
+
+
+def _has_own(source: object, hook: str) -> bool:
+    """Whether a LightningModule or LightningDataModule overrides a hook."""
+    own = getattr(type(source), hook, None)
+    home = getattr(own, "__module__", "")
+    return own is not None and home.partition(".")[0] not in ("lightning", "pytorch_lightning")
 
 
 class _Capture:

@@ -9,5 +9,8 @@ from statqat_lightning.export.native import load_quantized as load_quantized
 from statqat_lightning.export.native import save_native as save_native
 from statqat_lightning.export.onnx import ONNXExportError as ONNXExportError
 from statqat_lightning.export.onnx import save_onnx as save_onnx
+from statqat_lightning.export.program import save_program as save_program
+from statqat_lightning.export.tracing import ExportError as ExportError
 from statqat_lightning.export.verify import ArtefactReport as ArtefactReport
+from statqat_lightning.export.verify import ExportDifferenceError as ExportDifferenceError
 from statqat_lightning.export.verify import ExportReport as ExportReport

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ENDINGS = (".onnx", ".safetensors")
+ENDINGS = (".onnx", ".safetensors", ".pt2")
 
 
 @contextmanager
@@ -17,9 +17,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, which takes its place when the block ends without an error.
 
     Whatever goes wrong in the block, `path` keeps what it held.
+
+    Raises:
+        OSError: If the file cannot be written; the message names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
+        )
+    except OSError as error:
+        raise _cannot_be_written(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -28,8 +36,24 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # a temporary file is private, what replaces it is not
         temporary.replace(path)
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise _cannot_be_written(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class FileError(OSError):
+    """A file that cannot be written; the message names it."""
+
+
+def _cannot_be_written(path: Path, error: OSError) -> FileError:
+    return FileError(
+        error.errno,
+        f"{str(path)!r} cannot be written ({error.strerror or error}). What was there before stays "
+        "as it was.",
+    )
 
 
 def with_ending(path: str | Path, ending: str) -> Path:
@@ -37,6 +61,12 @@ def with_ending(path: str | Path, ending: str) -> Path:
     # Not `with_suffix`, which takes the end of `run_0.1` for an ending as well.
     path = Path(path)
     return path.with_name((path.stem if path.suffix in ENDINGS else path.name) + ending)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def check_writable(*targets: Path) -> None:

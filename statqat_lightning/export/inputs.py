@@ -35,11 +35,11 @@ class ForwardCall:
 
     def copy(self) -> ForwardCall:
         """Tensors copied to the CPU, cut off from what they were computed by."""
-        return self._map(lambda t: t.detach().to("cpu", copy=True))
+        return self.map(lambda t: t.detach().to("cpu", copy=True))
 
     def to_float32(self) -> ForwardCall:
         """Floating tensors in float32."""
-        return self._map(lambda t: t.float() if t.is_floating_point() else t)
+        return self.map(lambda t: t.float() if t.is_floating_point() else t)
 
     def run(self, model: nn.Module) -> Any:
         """Call a model without gradients."""
@@ -61,7 +61,7 @@ class ForwardCall:
         if not size or any(t.dim() == 0 or len(t) != size for t in self.tensors()):
             return self
         wanted = max(min(size, most or size), least)
-        return self._map(lambda t: t[torch.arange(wanted, device=t.device) % size])
+        return self.map(lambda t: t[torch.arange(wanted, device=t.device) % size])
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order of the arguments."""
@@ -83,7 +83,8 @@ class ForwardCall:
             names += _names_in(name, value)
         return names
 
-    def _map(self, function: Any) -> ForwardCall:
+    def map(self, function: Any) -> ForwardCall:
+        """All tensors replaced by what a function makes of them."""
         args, kwargs = tree_map_only(Tensor, function, (self.args, self.kwargs))
         return ForwardCall(args, kwargs)
 

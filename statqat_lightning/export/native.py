@@ -5,13 +5,16 @@ layer `{layer}.weight_codes` (uint8, packed by `packing.pack`), `{layer}.weight_
 `{layer}.input_scale` (float32); all others as they are. The metadata entry `statqat_lightning` is
 JSON: `file_version`, `library_version`, `recipe` (or null), `module` (the submodule that the ONNX
 file beside it holds), `layers` (by name: format, granularity, specification, shape and precision of
-weight and input) and `aliases` (names of tensors that share the memory of another).
+weight and input), `aliases` (names of tensors that share the memory of another) and `snr_db` (of
+quantized tensors at the end of the training, where it is known).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import pickle
 import re
 import struct
@@ -55,6 +58,7 @@ from statqat_lightning.insertion import (
 )
 from statqat_lightning.quantized_layer import weight_of
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.report import snr_by_tensor
 
 KEY = "statqat_lightning"
 """Name of our entry, in the file's metadata and in a Lightning checkpoint."""
@@ -70,7 +74,11 @@ def library_version() -> str:
 
 
 def save_native(
-    model: nn.Module, path: str | Path, recipe: QuantRecipe | None = None, module: str = ""
+    model: nn.Module,
+    path: str | Path,
+    recipe: QuantRecipe | None = None,
+    module: str = "",
+    snr_db: Mapping[str, float] | None = None,
 ) -> None:
     """Write a quantized model to one `.safetensors` file, from which `load_quantized` rebuilds it.
 
@@ -81,6 +89,8 @@ def save_native(
         path: The file.
         recipe: The recipe of the training, for the record; loading goes by what each layer has.
         module: Name of a submodule, for the record: the one in the ONNX file beside this one.
+        snr_db: SNR of each quantized tensor, for the record, see `snr_by_tensor`; None measures it,
+            if `model` has quantizers. A frozen model has forgotten what was quantized.
 
     Raises:
         ValueError: If the model cannot be frozen.
@@ -88,6 +98,8 @@ def save_native(
     """
     path = Path(path)
     frozen = model if frozen_layers(model) else freeze(model)
+    if snr_db is None:
+        snr_db = snr_by_tensor(model)
     tensors, aliases = _tensors(frozen)
     layers = {}
     for name, layer in frozen_layers(frozen):
@@ -102,9 +114,20 @@ def save_native(
         "module": module,
         "layers": layers,
         "aliases": aliases,
+        "snr_db": {name: round(v, 3) for name, v in (snr_db or {}).items() if math.isfinite(v)},
     }
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
+        try:
+            save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
+        except safetensors.SafetensorError as error:
+            raise _as_os_error(error) from error
+
+
+def _as_os_error(error: safetensors.SafetensorError) -> OSError:
+    """What went wrong with the disk; safetensors tells it in its text only."""
+    number = re.search(r"os error (\d+)", str(error))
+    code = int(number[1]) if number else errno.EIO
+    return OSError(code, os.strerror(code))
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

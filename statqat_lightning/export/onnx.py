@@ -30,6 +30,7 @@ from statqat_lightning.export.operators import (
     is_table,
     use_operators,
 )
+from statqat_lightning.export.tracing import where_it_stopped
 from statqat_lightning.formats import CodebookFormat, FloatFormat, IntFormat, get_format
 from statqat_lightning.granularity import PerBlock
 
@@ -140,8 +141,8 @@ def _translate(
             graph = onnxscript.optimizer.optimize(translated.model, input_size_limit=_MOST_FOLDED)
     except Exception as error:
         raise ONNXExportError(
-            f"{type(error).__name__}: {str(error).strip()}\nThis forward cannot be exported to "
-            "ONNX as it is. If only a part of "
+            f"Stopped{where_it_stopped(error)}: {type(error).__name__}: {str(error).strip()}\n"
+            "This forward cannot be exported to ONNX as it is. If only a part of "
             "the model is needed, name it (module=...); the native file does not need tracing."
         ) from error
     _split_clips(graph)

@@ -1,19 +1,26 @@
-"""Proof that files are right: each is read back by its runtime, and run."""
+"""Proof that files are right: each is read back by its runtime, run, and compared."""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import asdict, dataclass
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from statqat_lightning.export.inputs import ForwardCall, outputs_of
-from statqat_lightning.export.native import load_quantized
-from statqat_lightning.insertion import remove
+from statqat_lightning.export.files import replacing
+from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.latency import medians_in_turns
+from statqat_lightning.export.runtimes import Run, Runtime
+from statqat_lightning.export.runtimes import onnx_session as onnx_session
+from statqat_lightning.export.tracing import ExportError
+
+STEPS = 127
+"""Steps from zero to the largest output; see `ArtefactReport.max_steps`."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +28,46 @@ class ArtefactReport:
     """One file, compared with the fake-quantized model.
 
     Attributes:
-        path: The file.
+        path: The file, or the folder.
         bytes: Its size.
         max_difference: Largest absolute difference over all outputs.
         agreement: Share of equal predictions, by the largest entry of the first output; None if it
             has no classes.
+        max_steps: Largest difference over all outputs in output quantization steps. A step is what
+            an 8-bit grid over the output would have, `max|output| / 127`, with the maximum over
+            the fake-quantized model's output in the comparison. So it is defined for outputs that
+            no layer makes (a residual sum), and says the same whatever the widths inside.
+        snr_db: SNR of the outputs in dB, the fake-quantized model's being the signal; infinite for
+            equal outputs.
+        accuracy: Share of predictions that equal the labels, None without labels.
+        examples: How many examples were compared.
+        runtime: What ran the file.
+        milliseconds: Median time of a forward; None if not measured.
+        float_milliseconds: The same of the float model in the same runtime.
+        divergence: The first layer that differs, where the difference is above the bound.
+        remarks: What a reader has to know about this file.
     """
 
     path: str
     bytes: int
     max_difference: float
     agreement: float | None
+    max_steps: float = math.nan
+    snr_db: float = math.nan
+    accuracy: float | None = None
+    examples: int = 0
+    runtime: str = ""
+    milliseconds: float | None = None
+    float_milliseconds: float | None = None
+    divergence: str | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def speedup(self) -> float | None:
+        """Time of the float model over that of this one, in the same runtime."""
+        if not self.milliseconds or self.float_milliseconds is None:
+            return None
+        return self.float_milliseconds / self.milliseconds
 
 
 @dataclass(frozen=True)
@@ -39,12 +75,17 @@ class ExportReport:
     """What was written, and how it compares with the fake-quantized model.
 
     Attributes:
-        native: The `.safetensors` file; None if it was not written.
-        onnx: The `.onnx` file; None if it was not written.
-        examples: Batch size of the comparison.
+        native: The `.safetensors` file; None if it was not written, like all others.
+        onnx: The `.onnx` file.
+        examples: Batch size of the comparison by differences; `ArtefactReport.examples` counts
+            those of an evaluation set, too.
         output_range: Largest magnitude in the outputs of the fake-quantized model.
         float_bytes: Size of the float32 model: all parameters and buffers.
         notes: What a reader has to know: tensors left in float, files not written, and why.
+        program: The `.pt2` file.
+        torchao: The `.torchao.pt` file.
+        compressed: The folder for language-model runtimes.
+        accuracy: Accuracy of the fake-quantized model on the labelled examples, None without.
     """
 
     native: ArtefactReport | None
@@ -53,11 +94,16 @@ class ExportReport:
     output_range: float
     float_bytes: int
     notes: tuple[str, ...] = ()
+    program: ArtefactReport | None = None
+    torchao: ArtefactReport | None = None
+    compressed: ArtefactReport | None = None
+    accuracy: float | None = None
 
     @property
     def artefacts(self) -> list[ArtefactReport]:
         """The files that were written."""
-        return [artefact for artefact in (self.native, self.onnx) if artefact is not None]
+        every = (self.native, self.onnx, self.program, self.torchao, self.compressed)
+        return [artefact for artefact in every if artefact is not None]
 
     @property
     def native_path(self) -> str | None:
@@ -94,6 +140,10 @@ class ExportReport:
         """Plain data, the figures over all files included."""
         data = asdict(self)
         data["notes"] = list(self.notes)
+        for name in ("native", "onnx", "program", "torchao", "compressed"):
+            if (artefact := getattr(self, name)) is not None:
+                remarks = list(artefact.remarks)
+                data[name] |= {"speedup": artefact.speedup, "remarks": remarks}
         return data | {
             name: getattr(self, name)
             for name in (
@@ -102,97 +152,231 @@ class ExportReport:
             )
         }
 
+    def to_json(self, path: str | Path) -> None:
+        """Write `to_dict` to a file; numbers that JSON has no sign for become text."""
+        text = json.dumps(_plain(self.to_dict()), indent=2, allow_nan=False)
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    def rows(self) -> list[dict[str, str]]:
+        """The table of `str`, one row a file; entries that no file has are left out."""
+        rows = [_row(artefact, self.float_bytes) for artefact in self.artefacts]
+        known = [key for key in (rows[0] if rows else ()) if any(row[key] for row in rows)]
+        return [{key: row[key] for key in known} for row in rows]
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for loggers, `export/{kind}/{figure}`; what was not measured is left out."""
+        figures = (
+            *("bytes", "max_difference", "max_steps", "snr_db", "agreement", "accuracy"),
+            *("milliseconds", "speedup"),
+        )
+        found = {
+            f"export/{kind}/{figure}": getattr(artefact, figure)
+            for kind in ("native", "onnx", "program", "torchao", "compressed")
+            if (artefact := getattr(self, kind)) is not None
+            for figure in figures
+        }
+        return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
+
     def __str__(self) -> str:
+        rows = self.rows()
         lines = []
-        for artefact in self.artefacts:
-            share = "" if artefact.agreement is None else f", agreement {artefact.agreement:.2%}"
-            compared = (
-                f"largest difference {artefact.max_difference:.2g}{share}"
-                if artefact.max_difference == artefact.max_difference
-                else "not compared"
-            )
-            lines.append(f"{artefact.path}: {artefact.bytes / 1e3:.1f} kB, {compared}")
-        if lines and self.examples:
+        if rows:
+            widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+            table = [dict(zip(widths, widths, strict=True)), *rows]
+            lines = [
+                "  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip()
+                for row in table
+            ]
+        if rows and self.examples:
+            accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.2%}"
             lines.append(
-                f"Compared with the fake-quantized model on {self.examples} examples (outputs up "
-                f"to {self.output_range:.3g}); "
+                f"Compared with the fake-quantized model{accuracy} (outputs up to "
+                f"{self.output_range:.3g}; a step is 1/{STEPS} of that); "
                 f"the float32 model takes {self.float_bytes / 1e3:.1f} kB."
             )
-        return "\n".join([*lines, *self.notes])
+        remarks = [f"{a.path}: {remark}" for a in self.artefacts for remark in a.remarks]
+        return "\n".join([*lines, *remarks, *self.notes])
 
 
-@torch.no_grad()
-def check_native(
-    path: Path, model: nn.Module, module: str, call: ForwardCall | None, expected: list[Tensor]
-) -> ArtefactReport:
-    """Load a native file into a copy of the model that has forgotten its weights, and run it.
+def _row(artefact: ArtefactReport, float_bytes: int) -> dict[str, str]:
+    compared = artefact.max_difference == artefact.max_difference
+    speedup = artefact.speedup
+    return {
+        "file": artefact.path,
+        "kB": f"{artefact.bytes / 1e3:.1f}",
+        "of float": f"{artefact.bytes / max(float_bytes, 1):.2f}",
+        "difference": f"{artefact.max_difference:.2g}" if compared else "not compared",
+        "steps": f"{artefact.max_steps:.2g}" if compared else "",
+        "SNR": f"{artefact.snr_db:.1f} dB" if compared else "",
+        "agreement": "" if artefact.agreement is None else f"{artefact.agreement:.2%}",
+        "accuracy": "" if artefact.accuracy is None else f"{artefact.accuracy:.2%}",
+        "speed": "" if speedup is None else f"{speedup:.2f} x float",
+        "runtime": artefact.runtime,
+    }
 
-    Args:
-        path: The file.
-        model: The model with quantizers that was saved.
-        module: Name of the submodule to run; empty for the model itself.
-        call: Its input; None loads without running.
-        expected: Outputs of the fake-quantized model.
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class ExportDifferenceError(ExportError):
+    """A file that does not compute what the fake-quantized model computes; it was not kept.
+
+    Attributes:
+        report: What was written beside it; None until everything else is.
     """
-    blank = copy.deepcopy(model)
-    remove(blank)
-    for tensor in blank.state_dict().values():
-        # Whatever the file does not bring shows up in the outputs.
-        tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.zero_()
-    load_quantized(blank, path)
-    given = outputs_of(call.run(blank.get_submodule(module))) if call else []
-    return _report(path, [t.float().numpy() for t in given], expected)
+
+    report: ExportReport | None = None
 
 
-def check_onnx(
-    path: Path, call: ForwardCall, expected: list[Tensor]
-) -> tuple[ArtefactReport, str | None]:
-    """Run an `.onnx` file in ONNX Runtime on the CPU, with the runtime's own optimizations.
+@dataclass(frozen=True)
+class Example:
+    """One forward call, what the fake-quantized model makes of it, and labels if there are any."""
 
-    Returns:
-        The comparison, and a remark if the file takes one batch size only.
-    """
-    session = onnx_session(path)
-    remark = None
-    size = call.batch_size
-    dimensions = session.get_inputs()[0].shape if session.get_inputs() else []
-    if dimensions and isinstance(dimensions[0], int) and dimensions[0] != size:
-        remark = f"ONNX: the forward fixes its batch size, so the file takes {dimensions[0]} only."
-        call = call.with_batch(dimensions[0], least=dimensions[0])
-        expected = [t[: dimensions[0]] if t.dim() and len(t) == size else t for t in expected]
-    # The exporter drops inputs that no output depends on.
-    known = {i.name for i in session.get_inputs()}
-    arrays = [t.numpy() for t in call.to_float32().tensors()]
-    names = session.get_modelmeta().custom_metadata_map["input_names"].split(",")
-    feed = {n: a for n, a in zip(names, arrays, strict=True) if n in known}
-    return _report(path, session.run(None, feed), expected), remark
+    call: ForwardCall
+    outputs: list[Tensor]
+    labels: Tensor | None = None
 
 
-def onnx_session(path: str | Path) -> Any:
-    """An ONNX Runtime session that computes what the file says.
+@dataclass
+class Comparison:
+    """Sums over examples, for the figures of an `ArtefactReport`."""
 
-    By default, ONNX Runtime rounds the inputs of products with narrow weights to 8 bits on the way
-    (`session.qdq_matmulnbits_accuracy_level=4`); here it does not.
-    """
-    import onnxruntime
+    steps: list[float]
+    """The step of each output."""
+    worst: list[tuple[float, float]] = field(default_factory=list)
+    """Largest difference, as it is and in steps, of each output of each example."""
+    signal: float = 0.0
+    noise: float = 0.0
+    examples: int = 0
+    same: int = 0
+    predictions: int = 0
+    right: int = 0
+    labelled: int = 0
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    def add(self, example: Example, given: Sequence[Tensor]) -> None:
+        """Take in one forward."""
+        for number, (ours, wanted) in enumerate(zip(given, example.outputs, strict=False)):
+            ours, reference = ours.double(), wanted.double()
+            if ours.shape != reference.shape:
+                self.worst.append((math.inf, math.inf))
+                continue
+            error = (ours - reference).abs()
+            worst = float(error.max()) if error.numel() else 0.0
+            step = self.steps[number]
+            self.worst.append((worst, worst / step if step else (math.inf if worst else 0.0)))
+            self.signal += float(reference.square().sum())
+            self.noise += float(error.square().sum())
+            if number == 0:
+                self._count(ours, reference, example.labels)
+        self.examples += example.call.batch_size or 0
+
+    def _count(self, ours: Tensor, reference: Tensor, labels: Tensor | None) -> None:
+        axis = class_axis(reference)
+        if axis is None:
+            return
+        predicted = ours.argmax(axis)
+        self.same += int((predicted == reference.argmax(axis)).sum())
+        self.predictions += predicted.numel()
+        if labels is not None:
+            self.right += int((predicted == labels).sum())
+            self.labelled += predicted.numel()
+
+    @property
+    def max_difference(self) -> float:
+        """Largest absolute difference; NaN if there is one anywhere, or nothing to compare."""
+        return _largest([difference for difference, _ in self.worst])
+
+    @property
+    def max_steps(self) -> float:
+        """The same in steps."""
+        return _largest([steps for _, steps in self.worst])
+
+    @property
+    def snr_db(self) -> float:
+        """SNR over all outputs in dB."""
+        if self.noise == 0:
+            return math.inf if self.signal else math.nan
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of equal predictions."""
+        return self.same / self.predictions if self.predictions else None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right predictions."""
+        return self.right / self.labelled if self.labelled else None
 
 
-def _report(path: Path, given: list[Any], expected: list[Tensor]) -> ArtefactReport:
-    differences, agreement = [], None
-    for number, (ours, reference) in enumerate(zip(given, expected, strict=False)):
-        wanted = reference.float().numpy()
-        differences.append(float(np.abs(ours.astype(np.float32) - wanted).max(initial=0)))
-        if number == 0 and wanted.ndim >= 2:
-            # (N, C), (N, T, C), but images (N, C, H, W).
-            axis = 1 if wanted.ndim >= 4 else -1
-            if wanted.shape[axis] > 1 and wanted.size:
-                agreement = float((ours.argmax(axis) == wanted.argmax(axis)).mean())
-    # `max` would pass over a NaN that does not come first.
-    worst = float(np.max(differences)) if differences else float("nan")
-    return ArtefactReport(str(path), path.stat().st_size, worst, agreement)
+def _largest(values: list[float]) -> float:
+    # Not `max`, which passes over a NaN that does not come first.
+    return float(torch.tensor(values, dtype=torch.float64).max()) if values else math.nan
+
+
+def class_axis(outputs: Tensor) -> int | None:
+    """The axis of the classes: (N, C), (N, T, C), but images (N, C, H, W); None without any."""
+    if outputs.dim() < 2 or not outputs.numel():
+        return None
+    axis = 1 if outputs.dim() >= 4 else outputs.dim() - 1
+    return axis if outputs.shape[axis] > 1 else None
+
+
+def output_steps(examples: Iterable[Example]) -> list[float]:
+    """The quantization step of each output, see `ArtefactReport.max_steps`."""
+    largest: list[float] = []
+    for example in examples:
+        values = [float(t.double().abs().max()) if t.numel() else 0.0 for t in example.outputs]
+        largest = [max(pair) for pair in zip(largest, values, strict=False)] if largest else values
+    return [value / STEPS for value in largest]
+
+
+def compare(runtime: Runtime, examples: Sequence[Example]) -> Comparison:
+    """Run a file on examples, and compare."""
+    comparison = Comparison(output_steps(examples))
+    for example in examples:
+        for part in _of_batch_size(example, runtime.batch):
+            comparison.add(part, runtime.run(part.call))
+    return comparison
+
+
+def _of_batch_size(example: Example, batch: int | None) -> Iterable[Example]:
+    """The example itself, or pieces of the one batch size that a file takes."""
+    size = example.call.batch_size
+    if batch is None or size is None or size == batch:
+        yield example
+        return
+    if size < batch:
+        repeated = torch.arange(batch) % size
+        yield _rows(example, repeated, size)
+        return
+    for start in range(0, size - batch + 1, batch):
+        yield _rows(example, torch.arange(start, start + batch), size)
+
+
+def _rows(example: Example, rows: Tensor, size: int) -> Example:
+    def pick(tensor: Tensor) -> Tensor:
+        return tensor[rows] if tensor.dim() and len(tensor) == size else tensor
+
+    labels = None if example.labels is None else pick(example.labels)
+    return Example(example.call.map(pick), [pick(t) for t in example.outputs], labels)
+
+
+def latency(runtime: Run, float_run: Run, call: ForwardCall) -> tuple[float, float] | None:
+    """Median milliseconds of a forward of a file and of the float model; None if either fails."""
+
+    def forward(run: Run) -> Callable[[], object]:
+        return lambda: run(call)
+
+    try:
+        ours, plain = medians_in_turns(forward(runtime), forward(float_run))
+    except Exception:
+        # A figure beside the point is no reason to lose a file.
+        return None
+    return 1e3 * ours, 1e3 * plain

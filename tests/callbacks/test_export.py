@@ -80,13 +80,15 @@ def test_both_files_are_written_checked_and_reported(tmp_path: Path, messages: M
     assert (report.onnx_path, report.native_path) == (str(onnx_path), str(native_path))
     assert report.onnx_bytes == onnx_path.stat().st_size
     assert report.native_bytes == native_path.stat().st_size
-    assert {f.name for f in Path("exported").iterdir()} == {onnx_path.name, native_path.name}
+    json_path = Path("exported/model.export.json")
+    assert {*Path("exported").iterdir()} == {onnx_path, native_path, json_path}
+    assert json.loads(json_path.read_text())["onnx"]["max_steps"] == report.onnx.max_steps
     assert report.native.max_difference == 0
     assert report.native.agreement == 1
     assert report.examples == 32
     assert report.notes == ()
     assert json.loads(json.dumps(report.to_dict()))["agreement"] == report.agreement
-    assert messages.about("StatQAT exported:\nexported/model.safetensors: ")
+    assert messages.about("\nexported/model.safetensors  ")
 
     # The figures hold on data the export has not seen.
     expected = predictions(module)
@@ -253,7 +255,7 @@ def test_a_folder_in_place_of_a_file_that_is_not_asked_for_does_no_harm() -> Non
 
 @pytest.mark.parametrize("path", ["err/m.pt", "m.ckpt", Path("model.ONNX")])
 def test_another_ending_is_refused(path: str | Path) -> None:
-    expected = rf"got path '{path}'.*expected .onnx or .safetensors, or none: '.*m(odel)?'"
+    expected = rf"got path '{path}'.*expected .onnx or .safetensors or .pt2, or none: '.*m(odel)?'"
     with pytest.raises(ValueError, match=expected):
         ExportCallback(path)
 
@@ -267,7 +269,10 @@ def test_a_folder_for_a_path_is_refused(path: str) -> None:
 @pytest.mark.parametrize("path", ["run_0.1", "run_0.1.onnx", Path("run_0.1.safetensors")])
 def test_a_number_in_a_name_is_no_ending(path: str | Path) -> None:
     train(statqat(), ExportCallback(path, onnx=False), limit_train_batches=1)
-    assert [file.name for file in Path().glob("run*")] == ["run_0.1.safetensors"]
+    assert {file.name for file in Path().glob("run*")} == {
+        "run_0.1.safetensors",
+        "run_0.1.export.json",
+    }
 
 
 @pytest.mark.parametrize(("given", "hint"), [("nett", " Did you mean 'net'"), ("decoder", "")])

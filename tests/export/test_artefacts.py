@@ -31,4 +31,5 @@ def test_only_the_endings_of_the_files_are_replaced(given: str, stem: str) -> No
     assert {path.name for path in Path("exported").iterdir()} == {
         f"{stem}.onnx",
         f"{stem}.safetensors",
+        f"{stem}.export.json",
     }

@@ -1,0 +1,55 @@
+"""The `.pt2` file: the frozen model as a graph of PyTorch's own operators.
+
+`torch.export.load(path).module()` gives a module that is called as the model was, in a process that
+has torch and nothing else. Codes are stored in a byte each, and decoded in each forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from statqat_lightning.export.files import replacing
+from statqat_lightning.export.frozen import freeze, frozen_layers
+from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.tracing import ExportError, forget_sources, operators_of, trace
+
+_NAMESPACES = ("aten.", "prim.", "prims.", "_operator.", "<built-in function", "torch._ops.higher")
+
+
+def save_program(model: nn.Module, path: str | Path, example: Any) -> None:
+    """Write a quantized model to a `.pt2` file with a dynamic batch dimension.
+
+    The file appears under its name when it is complete.
+
+    Args:
+        model: A frozen model, or a model with quantizers, which is frozen first.
+        path: The file.
+        example: Input of one forward call: a tensor, a tuple of positional or a mapping of keyword
+            arguments, or a `ForwardCall`. The first dimension of tensors is the batch, if all
+            agree. Flags, numbers and None among them become constants of the graph.
+
+    Raises:
+        ExportError: If the forward cannot be traced, or calls operators that torch alone does not
+            have.
+        OSError: If the file cannot be written.
+    """
+    frozen = copy.deepcopy(model) if frozen_layers(model) else freeze(model)
+    program = trace(frozen.cpu().eval(), ForwardCall.of(example).copy())
+    foreign = sorted(o for o in operators_of(program) if not o.startswith(_NAMESPACES))
+    if foreign:
+        raise ExportError(
+            f"the forward calls {', '.join(foreign)}, which torch alone does not have. Export the "
+            "part of the model without them (module=...)."
+        )
+    forget_sources(program)
+    # By way of memory: on a full disk, torch's own writer of files ends the process.
+    data = io.BytesIO()
+    torch.export.save(program, data)
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(data.getbuffer())

@@ -1,0 +1,277 @@
+"""Artefacts as the programs that run them load them."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from statqat_lightning.export.divergence import LayerOutputs, record_layers
+from statqat_lightning.export.frozen import CODES
+from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, outputs_of
+from statqat_lightning.export.native import load_quantized
+from statqat_lightning.export.tracing import ExportError, trace
+from statqat_lightning.insertion import quantized_layers, remove
+
+Run = Callable[[ForwardCall], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A file, loaded by what runs it.
+
+    Attributes:
+        name: The program and its version.
+        run: Outputs of a forward.
+        layer_outputs: Outputs of layers in a forward, as far as the runtime can tell them.
+        batch: The one batch size that the file takes, None if it takes any.
+    """
+
+    name: str
+    run: Run
+    layer_outputs: Callable[[ForwardCall], LayerOutputs]
+    batch: int | None = None
+
+
+def _in_torch(name: str, model: nn.Module, layers: Sequence[str]) -> Runtime:
+    return Runtime(
+        name,
+        lambda call: outputs_of(call.run(model)),
+        lambda call: record_layers(model, layers, call),
+    )
+
+
+def _torch() -> str:
+    return f"torch {torch.__version__}"
+
+
+@torch.no_grad()
+def load_native(path: Path, model: nn.Module, module: str = "") -> Runtime:
+    """A native file in a copy of the model that has forgotten its weights.
+
+    Args:
+        path: The file.
+        model: The model with quantizers that was saved.
+        module: Name of the submodule to run; empty for the model itself.
+    """
+    blank = copy.deepcopy(model)
+    remove(blank)
+    forget_weights(blank)
+    load_quantized(blank, path)
+    part = blank.get_submodule(module)
+    return _in_torch(f"{_torch()}, load_quantized", part, names_of_quantized(part))
+
+
+def forget_weights(model: nn.Module) -> None:
+    """Fill a model with NaN: whatever a file does not bring shows up in the outputs."""
+    for tensor in model.state_dict().values():
+        tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.zero_()
+
+
+def names_of_quantized(model: nn.Module) -> list[str]:
+    """Names of the layers of a model that have quantizers."""
+    return [layer.name for layer in quantized_layers(model)]
+
+
+def load_program(path: Path) -> Runtime:
+    """A `.pt2` file, by `torch.export.load`."""
+    program = torch.export.load(path)
+    module = program.module()
+    return Runtime(
+        f"{_torch()}, torch.export",
+        lambda call: outputs_of(call.run(module)),
+        lambda call: _layers_of_program(program.module(), call),
+        _fixed_batch(program),
+    )
+
+
+def _fixed_batch(program: torch.export.ExportedProgram) -> int | None:
+    inputs = set(program.graph_signature.user_inputs)
+    values = [n.meta.get("val") for n in program.graph.nodes if n.name in inputs]
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
+    return sizes[0] if sizes and isinstance(sizes[0], int) else None
+
+
+def _layers_of_program(module: Any, call: ForwardCall) -> LayerOutputs:
+    """Values of the last nodes of each run of nodes that belong to one layer."""
+    outputs: dict[str, list[Tensor]] = {}
+    owners: dict[Any, str] = {}
+    for node in module.graph.nodes:
+        stack = [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]
+        if node.op == "call_function" and stack:
+            owners[node] = stack[-1].split("@")[0]
+
+    class Record(torch.fx.Interpreter):
+        def run_node(self, n: Any) -> Any:
+            value = super().run_node(n)
+            # A layer's last node is read by nodes that are not the layer's.
+            if (
+                n in owners
+                and isinstance(value, Tensor)
+                and any(owners.get(user) != owners[n] for user in n.users)
+            ):
+                outputs.setdefault(owners[n], []).append(value.detach().clone())
+            return value
+
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    with torch.no_grad():
+        leaves = [leaf for leaf in call.leaves() if leaf is not None]
+        tensors = leaves if len(leaves) == len(placeholders) else call.leaves()
+        if len(tensors) == len(placeholders):
+            Record(module).run(*tensors)
+    return outputs
+
+
+def load_onnx(path: Path) -> Runtime:
+    """An `.onnx` file in ONNX Runtime on the CPU, with the runtime's own optimizations."""
+    session = onnx_session(path)
+    dimensions = session.get_inputs()[0].shape if session.get_inputs() else []
+    fixed = dimensions[0] if dimensions and isinstance(dimensions[0], int) else None
+
+    def layer_outputs(call: ForwardCall) -> LayerOutputs:
+        names, extended = _with_layer_outputs(path)
+        values = _fed(_session(extended), call, [n for layer in names.values() for n in layer])
+        given = iter(values)
+        return {layer: [next(given) for _ in layer_names] for layer, layer_names in names.items()}
+
+    return Runtime(_onnxruntime(), lambda call: _fed(session, call), layer_outputs, fixed)
+
+
+def _onnxruntime() -> str:
+    return f"ONNX Runtime {importlib.metadata.version('onnxruntime')}"
+
+
+def onnx_session(path: str | Path) -> Any:
+    """An ONNX Runtime session that computes what the file says.
+
+    By default, ONNX Runtime rounds the inputs of products with narrow weights to 8 bits on the way
+    (`session.qdq_matmulnbits_accuracy_level=4`); here it does not.
+    """
+    return _session(str(path))
+
+
+def _session(model: str | bytes) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _fed(session: Any, call: ForwardCall, outputs: list[str] | None = None) -> list[Tensor]:
+    # The exporter drops inputs that no output depends on.
+    known = {i.name for i in session.get_inputs()}
+    arrays = [t.numpy() for t in call.to_float32().tensors()]
+    entry = session.get_modelmeta().custom_metadata_map.get("input_names")
+    names = entry.split(",") if entry else [i.name for i in session.get_inputs()]
+    feed = {n: a for n, a in zip(names, arrays, strict=True) if n in known}
+    return [torch.from_numpy(np.array(value)) for value in session.run(outputs, feed)]
+
+
+_ON_THE_WAY = {
+    *("DequantizeLinear", "Gather", "Cast", "Mul", "Reshape", "Transpose", "Unsqueeze", "Squeeze"),
+    *("Identity", "Flatten"),
+}
+_PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
+
+def _with_layer_outputs(path: Path) -> tuple[dict[str, list[str]], bytes]:
+    """The graph with the outputs of its layers added to its own, and what they are called.
+
+    A layer is known by the names of its tensors: `model.{layer}.weight_codes` leads, through what
+    dequantizes it, to the product that the layer is, and `model.{layer}.bias` to its end.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    consumers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+    found: dict[str, list[str]] = {}
+    for initializer in model.graph.initializer:
+        layer, _, tensor = initializer.name.rpartition(".")
+        if tensor != CODES:
+            continue
+        products = list(_products(initializer.name, consumers))
+        layer_name = layer.removeprefix("model").removeprefix(".")
+        for node in products:
+            output = node.output[0]
+            following = consumers.get(output, [])
+            if len(following) == 1 and f"{layer}.bias" in following[0].input:
+                output = following[0].output[0]
+            found.setdefault(layer_name, []).append(output)
+    known = {value.name for value in model.graph.output}
+    for names in found.values():
+        for name in names:
+            if name not in known:
+                known.add(name)
+                model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    return found, model.SerializeToString()
+
+
+def _products(name: str, consumers: dict[str, list[Any]]) -> Iterator[Any]:
+    for node in consumers.get(name, []):
+        if node.op_type in _PRODUCTS:
+            yield node
+        elif node.op_type in _ON_THE_WAY:
+            yield from _products(node.output[0], consumers)
+
+
+# The float model in the same runtimes, to compare speed with.
+
+
+def float_model(model: nn.Module, module: str = "") -> nn.Module:
+    """A part of a copy of a model, without its quantizers."""
+    plain = copy.deepcopy(model)
+    remove(plain)
+    return plain.get_submodule(module).cpu().eval()
+
+
+def float_in_torch(part: nn.Module) -> Run:
+    """A float model as it is."""
+    return lambda call: outputs_of(call.run(part))
+
+
+def float_program(part: nn.Module, call: ForwardCall) -> Run | None:
+    """A float model by way of `torch.export`; None if it cannot be traced."""
+    try:
+        program = trace(part, call)
+    except ExportError:
+        return None
+    module = program.module()
+    return lambda call: outputs_of(call.run(module))
+
+
+def float_onnx(part: nn.Module, call: ForwardCall) -> Run | None:
+    """A float model in ONNX Runtime; None if it cannot be written."""
+    part = copy.deepcopy(part).float()
+    call = call.to_float32()
+    traced = TensorsOnly(part, call).eval()
+    try:
+        program = trace(traced, ForwardCall(tuple(call.tensors()), {}))
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            translated = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert translated is not None
+        session = _session(translated.model_proto.SerializeToString())
+    except Exception:
+        return None
+    names = [i.name for i in session.get_inputs()]
+
+    def run(call: ForwardCall) -> list[Tensor]:
+        arrays = [t.numpy() for t in call.to_float32().tensors()]
+        feed = dict(zip(names, arrays, strict=False))
+        return [torch.from_numpy(np.array(value)) for value in session.run(None, feed)]
+
+    return run

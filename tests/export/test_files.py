@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from statqat_lightning.export import export_model
+from statqat_lightning.export.files import FileError, replacing, size_of
+from tests.export.models import calibrated, images, recipe_of, small_net
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from tests.export.models import calibrated, images, recipe_of, small_net
+from statqat_lightning.export import save_native, save_onnx, save_program
+
+model, x = calibrated(small_net(), recipe_of("int4", "int4"), images()), images()
+writers = {
+    "m.safetensors": lambda path: save_native(model, path),
+    "m.onnx": lambda path: save_onnx(model, path, x),
+    "m.pt2": lambda path: save_program(model, path, x),
+}
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for path, write in writers.items():
+    try:
+        write(path)
+    except OSError as error:
+        assert f"{path!r} cannot be written (File too large). What was there" in str(error), error
+    else:
+        sys.exit(f"{path} was written")
+    assert Path(path).read_bytes() == b"old", path
+"""
+
+
+def run(script: str, repository: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], check=True, env=environment, timeout=300
+    )
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_files(repository: Path) -> None:
+    for name in ("m.safetensors", "m.onnx", "m.pt2"):
+        Path(name).write_bytes(b"old")
+    run(FULL, repository)
+    assert {file.name for file in Path().iterdir()} == {"m.safetensors", "m.onnx", "m.pt2"}
+
+
+KILLED = """
+import json, os, signal, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.export.models import calibrated, outputs, recipe_of
+from statqat_lightning.export import export_model, load_quantized
+from statqat_lightning.export.runtimes import load_onnx, load_program
+from statqat_lightning.export.inputs import ForwardCall
+
+torch.manual_seed(0)
+x = torch.randn(4, 16)
+
+
+def network():
+    return torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+
+
+models = [calibrated(network(), recipe_of(fmt), x) for fmt in ("int4", "int8")]
+expected = [outputs(model, x) for model in models]
+call = ForwardCall.of(x)
+
+
+def write(number):
+    export_model(models[number], "m", x, program=True, measure_latency=False)
+
+
+def which():
+    found = []
+    for given in (
+        load_quantized(network(), "m.safetensors")(x),
+        load_onnx(Path("m.onnx")).run(call)[0],
+        load_program(Path("m.pt2")).run(call)[0],
+    ):
+        near = [(given - wanted).abs().max() < 1e-5 for wanted in expected]
+        assert sum(near) == 1, "neither the old model nor the new one"
+        found.append(near.index(True))
+    json.loads(Path("m.export.json").read_text())
+    return found
+
+
+write(0)
+start = time.perf_counter()
+write(0)
+duration = time.perf_counter() - start
+assert which() == [0, 0, 0]
+seen = set()
+for share in (0.02, 0.4, 0.7, 0.9):
+    write(0)
+    child = os.fork()
+    if child == 0:
+        write(1)
+        os._exit(0)
+    time.sleep(share * duration)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    seen.add(tuple(which()))
+assert (0, 0, 0) in seen  # the first kill comes before anything can be written
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork of a process")
+def test_a_killed_export_leaves_old_or_new_files(repository: Path) -> None:
+    run(KILLED, repository)
+    unfinished = {f.name for f in Path().iterdir()} - {
+        *("m.safetensors", "m.onnx", "m.pt2", "m.export.json")
+    }
+    assert all(name.startswith(".m") for name in unfinished)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    model = calibrated(small_net(), recipe_of("int4"), images())
+    with pytest.raises(FileError, match=r"'file/below/m.safetensors' cannot be written"):
+        export_model(model, "file/below/m", onnx=False)
+    assert [*Path().iterdir()] == [Path("file")]
+
+
+def test_other_errors_pass_and_leave_the_old_file() -> None:
+    Path("m").write_bytes(b"old")
+
+    def fail() -> None:
+        with replacing(Path("m")) as temporary:
+            temporary.write_bytes(b"new")
+            raise KeyError("other")
+
+    with pytest.raises(KeyError, match="other"):
+        fail()
+    assert Path("m").read_bytes() == b"old"
+    assert [*Path().iterdir()] == [Path("m")]
+
+
+def test_size_of_a_file_and_of_a_folder() -> None:
+    Path("folder/below").mkdir(parents=True)
+    Path("folder/a").write_bytes(bytes(3))
+    Path("folder/below/b").write_bytes(bytes(4))
+    assert (size_of(Path("folder/a")), size_of(Path("folder"))) == (3, 7)
