@@ -22,7 +22,7 @@ from statqat_lightning.export.artefacts import REPORT_ENDING, export_model
 from statqat_lightning.export.files import ENDINGS, check_writable, with_ending
 from statqat_lightning.export.frozen import refuse_weights_from_hooks
 from statqat_lightning.export.inputs import ForwardCall
-from statqat_lightning.export.native import load_checkpoint
+from statqat_lightning.export.loading import load_checkpoint
 from statqat_lightning.export.onnx import require_packages
 from statqat_lightning.export.verify import ExportDifferenceError, ExportReport
 from statqat_lightning.insertion import activation_quantizers, quantized_layers

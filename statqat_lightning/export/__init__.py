@@ -4,8 +4,8 @@ from statqat_lightning.export.artefacts import export_model as export_model
 from statqat_lightning.export.frozen import FrozenLayer as FrozenLayer
 from statqat_lightning.export.frozen import LeftInFloatWarning as LeftInFloatWarning
 from statqat_lightning.export.frozen import freeze as freeze
-from statqat_lightning.export.native import load_checkpoint as load_checkpoint
-from statqat_lightning.export.native import load_quantized as load_quantized
+from statqat_lightning.export.loading import load_checkpoint as load_checkpoint
+from statqat_lightning.export.loading import load_quantized as load_quantized
 from statqat_lightning.export.native import save_native as save_native
 from statqat_lightning.export.onnx import ONNXExportError as ONNXExportError
 from statqat_lightning.export.onnx import save_onnx as save_onnx

@@ -2,11 +2,12 @@
 
 Layout, file version 1. Tensors carry the names of the frozen model's `state_dict`: for a quantized
 layer `{layer}.weight_codes` (uint8, packed by `packing.pack`), `{layer}.weight_scale` and
-`{layer}.input_scale` (float32); all others as they are. The metadata entry `statqat_lightning` is
-JSON: `file_version`, `library_version`, `recipe` (or null), `module` (the submodule that the ONNX
-file beside it holds), `layers` (by name: format, granularity, specification, shape and precision of
-weight and input), `aliases` (names of tensors that share the memory of another) and `snr_db` (of
-quantized tensors at the end of the training, where it is known).
+`{layer}.input_scale` (float32; scales of MX blocks are uint8, the exponent plus 127); all others as
+they are. The metadata entry `statqat_lightning` is JSON: `file_version`, `library_version`,
+`recipe` (or null), `module` (the submodule that the ONNX file beside it holds), `layers` (by name:
+format, granularity, specification, shape and precision of weight and input), `aliases` (names of
+tensors that share the memory of another) and `snr_db` (of quantized tensors at the end of the
+training, where it is known).
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ import errno
 import json
 import math
 import os
-import pickle
 import re
-import struct
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +26,6 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from statqat_lightning.export.files import replacing
 from statqat_lightning.export.frozen import (
@@ -36,28 +34,12 @@ from statqat_lightning.export.frozen import (
     WEIGHT_SCALE,
     FrozenLayer,
     FrozenTensor,
-    drop_parametrization,
     freeze,
     frozen_layers,
 )
-from statqat_lightning.export.packing import pack, packed_size, unpack
-from statqat_lightning.fake_quantizer import FakeQuantizer
-from statqat_lightning.formats import get_format
-from statqat_lightning.functional import QParams, dequantize
-from statqat_lightning.granularity import get_granularity
-from statqat_lightning.insertion import (
-    QuantizedLayer,
-    learned_scale_keys,
-    load_quantizer_state,
-    prepare,
-    quantized_layers,
-    quantizer_state,
-    refit_weights,
-    remove,
-    set_enabled,
-)
-from statqat_lightning.quantized_layer import weight_of
-from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.export.packing import pack
+from statqat_lightning.formats import BlockFormat, Format
+from statqat_lightning.recipe import QuantRecipe
 from statqat_lightning.report import snr_by_tensor
 
 KEY = "statqat_lightning"
@@ -107,6 +89,8 @@ def save_native(
         if layer.frozen_weight is not None:
             key = f"{name}.{CODES}" if name else CODES
             tensors[key] = pack(tensors[key], layer.frozen_weight.fmt.bits)
+            key = f"{name}.{WEIGHT_SCALE}" if name else WEIGHT_SCALE
+            tensors[key] = _short_scale(tensors[key], layer.frozen_weight.fmt)
     header = {
         "file_version": FILE_VERSION,
         "library_version": library_version(),
@@ -160,190 +144,6 @@ def read_header(path: str | Path) -> dict[str, Any]:
     return header
 
 
-def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
-    """Turn a float model into the quantized one that a file holds, ready for evaluation.
-
-    Args:
-        model: The user's model, as it is before training: the LightningModule, or the part of it
-            that the file holds; the other parts of the file are then left out. Its weights are
-            replaced.
-        path: A `.safetensors` file by `ExportCallback` or `save_native`, or a Lightning checkpoint
-            of a training with `StatQATCallback`.
-
-    Returns:
-        `model` itself, with quantizers, in eval mode. Its outputs equal those of the saved model
-        bit for bit.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is foreign, truncated, or does not fit the model; the model may hold
-            parts of it then.
-    """
-    path = Path(path)
-    kind = _kind_of(path)
-    if kind == "native":
-        return _load_native(model, path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: the checkpoint holds objects that are not loaded from a file one may not "
-            f"trust ({error}). If you trust it: "
-            "load_checkpoint(model, torch.load(path, weights_only=False))."
-        ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(
-            f"{path}: not a whole checkpoint ({error}). It may have been cut off; copy it again."
-        ) from error
-    return load_checkpoint(model, checkpoint, str(path))
-
-
-def load_checkpoint(
-    model: nn.Module, checkpoint: Mapping[str, Any], where: str = "checkpoint"
-) -> nn.Module:
-    """Like `load_quantized`, from a Lightning checkpoint that is loaded already.
-
-    Args:
-        model: The user's model.
-        checkpoint: What Lightning saved.
-        where: Its name in messages.
-    """
-    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
-        raise ValueError(f"{where}: no 'state_dict' in it; expected a Lightning checkpoint.")
-    if KEY not in checkpoint:
-        raise ValueError(
-            f"{where}: a checkpoint without the entry {KEY!r}: it was trained without "
-            "StatQATCallback and holds a float model. "
-            "Load it with load_from_checkpoint."
-        )
-    entry = checkpoint[KEY]
-    if entry["version"] > 1:
-        raise ValueError(
-            f"{where}: got version {entry['version']} of {KEY!r}; this one reads 1. Update "
-            "statqat-lightning."
-        )
-    remove(model)
-    prefix = _prefix(model, set(checkpoint["state_dict"]), where)
-    holder = _nested(model, prefix)
-    _prepare(holder, QuantRecipe.from_dict(entry["recipe"]), where)
-    _load_tensors(holder, _below(checkpoint["state_dict"], prefix), where)
-    state = {name: q for name, q in entry["quantizers"].items() if name.startswith(prefix)}
-    _check_quantizers(holder, state, where)
-    load_quantizer_state(holder, state)
-    if entry.get("averaged", False):
-        refit_weights(holder)  # the scales are those of the weights in training
-    weights, inputs = entry.get("quantized", (True, True))
-    set_enabled(holder, weights, inputs)
-    return _finished(model)
-
-
-def _load_native(model: nn.Module, path: Path) -> nn.Module:
-    header = read_header(path)
-    with safetensors.safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for alias, name in header["aliases"].items():
-        tensors[alias] = tensors[name]
-    layers = {name: _Entry(path, name, entry) for name, entry in header["layers"].items()}
-    weights = {
-        entry.key("weight"): entry.dequantized(tensors)
-        for entry in layers.values()
-        if entry.weight is not None
-    }
-    remove(model)
-    for name, part in list(model.named_modules()):
-        if any(key.endswith(f".{name}.weight") for key in (f".{key}" for key in weights)):
-            _make_plain(part)
-    own = {key for entry in layers.values() for key in entry.keys_in_file()}
-    state = {name: t for name, t in tensors.items() if name not in own}
-    prefix = _prefix(model, state.keys() | weights.keys(), str(path))
-    holder = _nested(model, prefix)
-    layers = {name: entry for name, entry in layers.items() if f"{name}.".startswith(prefix)}
-    _prepare(holder, QuantRecipe([entry.rule() for entry in layers.values()]), str(path))
-    # Last, so that a weight shared with a layer in float keeps its float values: quantized again,
-    # they give the same codes.
-    shared = _shared_keys(holder, state.keys())
-    weights = {key: value for key, value in weights.items() if key not in shared}
-    elsewhere = shared | learned_scale_keys(holder)  # scales follow below
-    _load_tensors(holder, _below(state | weights, prefix), str(path), optional=elsewhere)
-    for layer in quantized_layers(holder):
-        layers[layer.name].restore(layer, tensors)
-    return _finished(model)
-
-
-class _Entry:
-    """One layer of a native file."""
-
-    def __init__(self, path: Path, name: str, entry: Mapping[str, Any]) -> None:
-        self.where = f"{path}: layer {name!r}"
-        self.name = name
-        self.weight: Mapping[str, Any] | None = entry["weight"]
-        self.input: Mapping[str, Any] | None = entry["input"]
-
-    def key(self, tensor: str) -> str:
-        return f"{self.name}.{tensor}" if self.name else tensor
-
-    def keys_in_file(self) -> list[str]:
-        return [self.key(tensor) for tensor in (CODES, WEIGHT_SCALE, INPUT_SCALE)]
-
-    def rule(self) -> QuantRule:
-        weight, inputs = (
-            TensorSpec(**part["spec"]) if part is not None else None
-            for part in (self.weight, self.input)
-        )
-        return QuantRule(f"re:{re.escape(self.name)}", weight, inputs)
-
-    def dequantized(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        assert self.weight is not None
-        fmt, shape = get_format(self.weight["format"]), tuple(self.weight["shape"])
-        granularity = get_granularity(self.weight["granularity"])
-        packed, scale = self._tensor(tensors, CODES), self._tensor(tensors, WEIGHT_SCALE)
-        count = math.prod(shape)
-        if packed.numel() != packed_size(count, fmt.bits):
-            raise ValueError(
-                f"{self.where}: got {packed.numel()} bytes of codes; expected "
-                f"{packed_size(count, fmt.bits)} for shape {shape} "
-                f"in {fmt.name}. The file is damaged; export it again."
-            )
-        if tuple(scale.shape) != granularity.scale_shape(shape):
-            raise ValueError(
-                f"{self.where}: got a scale of shape {tuple(scale.shape)}; expected "
-                f"{granularity.scale_shape(shape)} for a weight "
-                f"of shape {shape}, {granularity}. The file is damaged; export it again."
-            )
-        dtype: torch.dtype = getattr(torch, self.weight["dtype"])
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        values = fmt.decode(unpack(packed, fmt.bits, count).view(shape)).to(wide)
-        return dequantize(values, QParams(scale, None, granularity)).to(dtype)
-
-    def restore(self, layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> None:
-        """Give a layer's quantizers format and scale, and check that they reproduce the codes."""
-        weight, inputs = layer.quantizers.weight, layer.quantizers.input
-        if self.weight is not None and weight is not None:
-            _restore(weight, self.weight["format"], self._tensor(tensors, WEIGHT_SCALE))
-            expected = self.dequantized(tensors).to(weight_of(layer.module))
-            if not torch.equal(weight(weight_of(layer.module)), expected):
-                raise ValueError(
-                    f"{self.where}: the model's weight does not quantize to the codes of the file. "
-                    "Expected a weight of its own in "
-                    f"{self.weight['dtype']}; it may be shared with a layer of another format, or "
-                    "the model's precision too low."
-                )
-        if self.input is not None and inputs is not None:
-            _restore(inputs, self.input["format"], self._tensor(tensors, INPUT_SCALE))
-
-    def _tensor(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-        if self.key(name) not in tensors:
-            raise ValueError(f"{self.where}: {name} is missing. The file is damaged; export again.")
-        return tensors[self.key(name)]
-
-
-def _restore(quantizer: FakeQuantizer, fmt: str, scale: Tensor) -> None:
-    quantizer.fmt = get_format(fmt)
-    with torch.no_grad():
-        quantizer.scale.copy_(scale)
-    quantizer.ready = True
-
-
 def _tensors(frozen: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """State of a model on the CPU, each piece of memory once, and the other names it goes by."""
     tensors: dict[str, Tensor] = {}
@@ -385,136 +185,22 @@ def _describe_tensor(tensor: FrozenTensor | None) -> dict[str, Any] | None:
     }
 
 
-def _kind_of(path: Path) -> str:
-    if path.is_dir():
-        raise ValueError(
-            f"{path}: got a folder; expected a file. A sharded checkpoint is turned into one by "
-            "`python -m lightning.pytorch.utilities.consolidate_checkpoint`."
-        )
-    with path.open("rb") as file:
-        start = file.read(9)
-    if start[:4] == b"PK\x03\x04":
-        return "checkpoint"
-    if len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < 1e8:
-        return "native"
-    raise ValueError(
-        f"{path}: neither a .safetensors file nor a checkpoint (it begins with {start!r}). "
-        "Expected a file by ExportCallback, "
-        "or a checkpoint of a training with StatQATCallback."
-    )
+_E8M0_BIAS = 127
 
 
-def _prefix(model: nn.Module, keys: set[str], where: str) -> str:
-    """What stands before the model's names in a file that holds a larger model."""
-    own = {k for k in model.state_dict() if not k.endswith("_extra_state")}
-    if not own or own & keys:
-        return ""
-    probe = min(own, key=len)
-    prefixes = {key.removesuffix(probe) for key in keys if key.endswith(f".{probe}")}
-    fitting = sorted(p for p in prefixes if all(p + key in keys for key in own))
-    if len(fitting) == 1:
-        return fitting[0]
-    outer = sorted(k for k in own if any(k.endswith(f".{key}") for key in keys))
-    hint = ""
-    if fitting:
-        parts = ", ".join(part[:-1] for part in fitting)
-        hint = f" Several parts of it fit: {parts}; load the whole model instead."
-    elif outer:
-        hint = f" It seems to hold a part of this model, with {outer[0]!r}; pass that part alone."
-    raise ValueError(
-        f"{where}: none of the names in it is a name of {type(model).__name__}.{hint} In the file: "
-        f"{_some(keys)}. "
-        f"In the model: {_some(own)}."
-    )
+def _short_scale(scale: Tensor, fmt: Format) -> Tensor:
+    """Scales of MX blocks in their 8 bits: the exponent plus 127; all others as they are."""
+    if not (isinstance(fmt, BlockFormat) and fmt.scale_format == "e8m0"):
+        return scale
+    mantissa, exponent = torch.frexp(scale)
+    if not bool((mantissa == 0.5).all()):
+        return scale
+    return (exponent - 1 + _E8M0_BIAS).to(torch.uint8)
 
 
-def _nested(model: nn.Module, prefix: str) -> nn.Module:
-    """The model inside empty modules, so that its names begin with `prefix`."""
-    for part in reversed(prefix.split(".")[:-1]):
-        holder = nn.Module()
-        holder.add_module(part, model)
-        model = holder
-    return model
-
-
-def _finished(model: nn.Module) -> nn.Module:
-    """The model in eval mode, its quantizers named as in this model rather than as in the file."""
-    for name, _, quantizers in quantized_layers(model):
-        for quantizer in quantizers.present():
-            quantizer.layer = name
-    return model.eval()
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _prepare(model: nn.Module, recipe: QuantRecipe, where: str) -> None:
-    try:
-        prepare(model, recipe=recipe)
-    except ValueError as error:
-        raise ValueError(f"{where}: its recipe does not fit the model. {error}") from error
-
-
-def _load_tensors(
-    model: nn.Module, tensors: dict[str, Tensor], where: str, optional: frozenset[str] = frozenset()
-) -> None:
-    own = {k: v for k, v in model.state_dict().items() if not k.endswith("_extra_state")}
-    given = {k: v for k, v in tensors.items() if not k.endswith("_extra_state")}
-    problems = []
-    if missing := own.keys() - given.keys() - optional:
-        problems.append(f"only in the model: {_some(missing)}")
-    if unexpected := given.keys() - own.keys():
-        problems.append(f"only in the file: {_some(unexpected)}")
-    problems += [
-        f"{name}: shape {tuple(given[name].shape)} in the file, {tuple(own[name].shape)} in the "
-        "model"
-        for name in own
-        if name in given and given[name].shape != own[name].shape
-    ]
-    if problems:
-        raise ValueError(
-            f"{where}: does not fit the model. {'; '.join(problems)}. Build the model as it was "
-            "built for training."
-        )
-    model.load_state_dict(given, strict=False)
-
-
-def _check_quantizers(model: nn.Module, state: Mapping[str, Any], where: str) -> None:
-    """A checkpoint's quantizers must have the shapes and kinds of formats of the model's."""
-    own = quantizer_state(model)
-    for name in sorted(own.keys() & state.keys()):
-        shapes = [tuple(s["scale"].shape) for s in (state[name], own[name])]
-        formats = [s["format"].removeprefix("u") for s in (state[name], own[name])]
-        if shapes[0] != shapes[1] or formats[0] != formats[1]:
-            raise ValueError(
-                f"{where}: quantizer {name!r} is {state[name]['format']} with scales of shape "
-                f"{shapes[0]} in the checkpoint, "
-                f"{own[name]['format']} with {shapes[1]} in the model. Load the whole model that "
-                "was trained: the recipe goes by "
-                "the position of layers."
-            )
-
-
-def _make_plain(module: nn.Module) -> None:
-    """Give a parametrized layer a weight of its own: the file has the weight, not its making."""
-    if parametrize.is_parametrized(module, "weight"):
-        weight = weight_of(module).detach().clone()
-        drop_parametrization(module)
-        module.weight = nn.Parameter(weight)
-
-
-def _shared_keys(model: nn.Module, in_file: Any) -> frozenset[str]:
-    """Names of parameters that go by another name, too, under which the file has them."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
-    groups = [group for group in names.values() if any(name in in_file for name in group)]
-    return frozenset(name for group in groups for name in group if name not in in_file)
-
-
-def _some(names: Any, most: int = 5) -> str:
-    """A few of many names."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more
+def read_scale(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a native file; scales in 8 bits as the float32 that they stand for."""
+    if tensor.dtype != torch.uint8 or not f".{name}".endswith(f".{WEIGHT_SCALE}"):
+        return tensor
+    ones = torch.ones(tensor.shape, dtype=torch.float64)
+    return torch.ldexp(ones, tensor.to(torch.int32) - _E8M0_BIAS).to(torch.float32)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from statqat_lightning.export.divergence import LayerOutputs, record_layers
 from statqat_lightning.export.frozen import CODES
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, outputs_of
-from statqat_lightning.export.native import load_quantized
+from statqat_lightning.export.loading import load_quantized
 from statqat_lightning.export.tracing import ExportError, trace
 from statqat_lightning.insertion import quantized_layers, remove
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import statqat_lightning.callbacks.export as export_callback
 import statqat_lightning.export.artefacts as artefacts
 from statqat_lightning.callbacks.export import ExportCallback, ExportWarning
-from statqat_lightning.export.native import load_quantized, read_header
+from statqat_lightning.export.loading import load_quantized
+from statqat_lightning.export.native import read_header
 from statqat_lightning.export.onnx import ONNXExportError
 from statqat_lightning.export.verify import onnx_session
 from statqat_lightning.insertion import prepare

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 import statqat_lightning.export.native as native
 from statqat_lightning.export.files import replacing
 from statqat_lightning.export.frozen import freeze
-from statqat_lightning.export.native import load_quantized, read_header, save_native
+from statqat_lightning.export.loading import load_quantized
+from statqat_lightning.export.native import read_header, save_native
 from statqat_lightning.export.packing import pack
+from statqat_lightning.formats import block_format_names, format_names
 from statqat_lightning.insertion import quantized_layers, quantizer_state
 from statqat_lightning.quantized_layer import weight_of
 from statqat_lightning.recipe import QuantRecipe
@@ -98,12 +102,71 @@ def test_the_layout_is_the_documented_one(model: nn.Module, path: Path) -> None:
         assert torch.equal(tensors[name], frozen[name])
 
 
-def test_four_bits_take_less_than_a_seventh(path: Path) -> None:
-    model = calibrated(nn.Linear(256, 256), recipe_of("int4"), torch.randn(4, 256))
+@pytest.mark.parametrize(
+    ("fmt", "granularity"),
+    [
+        *((fmt, None) for fmt in ("int4", "int4_full", "uint4", "fp4", "fp4_e3m0", "nf4", "sf4")),
+        ("int4", "per_tensor"),
+        ("int4", "per_group:128"),
+        ("mxfp4", None),
+    ],
+)
+def test_four_bits_take_at_most_014_of_float32(
+    fmt: str, granularity: str | None, path: Path
+) -> None:
+    model = calibrated(nn.Linear(256, 256), recipe_of(fmt, None, granularity), torch.randn(4, 256))
     save_native(model, path)
     tensors = safetensors.torch.load_file(path)
     size = sum(t.numel() * t.itemsize for n, t in tensors.items() if n.startswith("weight"))
     assert size <= 0.14 * 4 * 256 * 256
+
+
+FRESH = """
+import sys
+import torch
+from torch import nn
+from statqat_lightning.export import load_quantized
+
+x = torch.load("x.pt")
+for number, expected in enumerate(torch.load("outputs.pt")):
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    outputs = load_quantized(model, f"{number}.safetensors")(x)
+    assert torch.equal(outputs, expected), number
+"""
+
+
+def test_a_fresh_process_gets_the_same_bits_for_every_format_and_granularity() -> None:
+    weights = [name for name in format_names() if not name.startswith("levels")]
+    kinds = [(fmt, g) for fmt in weights for g in ("per_channel", "per_tensor", "per_group:16")]
+    kinds += [("levels:-1,-0.25,0,0.5", g) for g in ("per_channel", "per_tensor", "per_group:32")]
+    kinds += [("fp5_e2m2", "per_channel"), *((fmt, None) for fmt in block_format_names())]
+    x = torch.randn(6, 64)
+    expected = []
+    for number, (fmt, granularity) in enumerate(kinds):
+        net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+        inputs = None if granularity is None else fmt
+        model = calibrated(net, recipe_of(fmt, inputs, granularity), x)
+        save_native(model, f"{number}.safetensors")
+        expected.append(outputs(model, x))
+    torch.save(x, "x.pt")
+    torch.save(expected, "outputs.pt")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH], check=True)
+
+
+def test_scales_of_microscaling_blocks_take_a_byte(path: Path) -> None:
+    model = calibrated(nn.Linear(64, 4), recipe_of("mxfp4"), torch.randn(4, 64))
+    with torch.no_grad():  # the ends of what a byte of exponent can hold
+        (layer,) = quantized_layers(model)
+        quantizer: Any = layer.quantizers.weight
+        quantizer.scale.view(-1)[:2] = torch.tensor([2.0**-127, 2.0**127])
+        weight_of(layer.module)[0] = 0  # type: ignore[index]
+    save_native(model, path)
+    stored = safetensors.torch.load_file(path)["weight_scale"]
+    assert stored.dtype == torch.uint8
+    assert stored.flatten()[:2].tolist() == [0, 254]
+    again = quantized_layers(load_quantized(nn.Linear(64, 4), path))[0].quantizers.weight
+    assert again is not None
+    assert torch.equal(again.scale, quantizer.scale)
 
 
 def test_a_frozen_model_writes_the_same_file(model: nn.Module, path: Path, tmp_path: Path) -> None:
