@@ -197,6 +197,7 @@ def prepare(
             detach(module)
     for name, quantizers in made.items():
         attach(modules[name], quantizers)
+    _pad_or_nest(model)
     if observer is not None:
         for quantizers in kept.values():
             for quantizer in quantizers.activations():
@@ -208,6 +209,22 @@ def remove(model: nn.Module) -> None:
     """Take all fake quantizers out of a model, in place; it is then the float model it was."""
     for _, module, _ in quantized_layers(model):
         detach(module)
+    _pad_or_nest(model)
+
+
+def _pad_or_nest(model: nn.Module) -> None:
+    """Let encoders pad short sequences where attention is quantized: only kernels take them nested.
+
+    They choose in evaluation, by an attribute that keeps the choice made when they were built.
+    """
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and encoder.enable_nested_tensor:
+            parts: list[nn.Module] = list(encoder.layers.modules())
+            padded = any(isinstance(p, nn.MultiheadAttention) and is_quantized(p) for p in parts)
+            chosen = encoder.__dict__.pop("_statqat_nested", encoder.use_nested_tensor)
+            if padded:
+                encoder.__dict__["_statqat_nested"] = chosen
+            encoder.use_nested_tensor = chosen and not padded
 
 
 def _follows(module: nn.Module, rule: QuantRule) -> bool:

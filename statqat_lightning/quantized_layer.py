@@ -5,7 +5,6 @@ Everything else of the layer stays as it was: parameters, buffers, names and `is
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from statqat_lightning.attention import attend, each_input
+from statqat_lightning.attention import allow_fast_path, attend, each_input, refuse_fast_path
 from statqat_lightning.fake_quantizer import (
     INPUT,
     WEIGHT,
@@ -86,6 +85,8 @@ def attach(module: nn.Module, quantizers: LayerQuantizers) -> None:
     module.__class__ = cls
     for name, scale in learned_scales(module).items():
         module.register_parameter(name, scale)
+    if isinstance(module, nn.MultiheadAttention):
+        refuse_fast_path(module)
 
 
 def detach(module: nn.Module) -> None:
@@ -95,6 +96,8 @@ def detach(module: nn.Module) -> None:
             del module._parameters[name]
         module.__class__ = base_class(module)
         del module._statqat
+        if isinstance(module, nn.MultiheadAttention):
+            allow_fast_path(module)
 
 
 def learned_scales(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -198,7 +201,6 @@ def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., 
 
     An instance attribute hides the parameter meanwhile.
     """
-    argument_names = list(inspect.signature(base.forward).parameters)[1:]
     missing = object()
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -206,26 +208,17 @@ def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., 
         attributes = self.__dict__
         previous = {name: attributes.get(name, missing) for name in quantizers.weights}
         values = {name: q(getattr(self, name)) for name, q in quantizers.weights.items()}
-        arguments = list(args)
-        for place, role in enumerate(kind.inputs):
-            quantizer = quantizers.inputs.get(role)
-            if quantizer is None:
-                continue
-            if place < len(arguments):
-                arguments[place] = quantizer(arguments[place])
-            else:
-                name = [*argument_names, role][place]
-                kwargs[name] = quantizer(kwargs[name])
+        args, kwargs = with_each_input(kind, quantizers.inputs.get, args, kwargs)
         try:
             attributes.update(values)
-            result = base.forward(self, *arguments, **kwargs)
+            result = base.forward(self, *args, **kwargs)
         finally:
             for name, value in previous.items():
                 if value is missing:
                     attributes.pop(name, None)
                 else:
                     attributes[name] = value
-        return _quantize_output(quantizers, result)
+        return with_output(quantizers.output, result)
 
     return forward
 
@@ -241,24 +234,24 @@ def _attention_forward(
         return own if quantizer is None else quantizer(own)
 
     inputs = each_input(quantizers.inputs.get, query, key, value)
-    return _quantize_output(quantizers, attend(self, *inputs, weight, *args, **kwargs))
+    return with_output(quantizers.output, attend(self, *inputs, weight, *args, **kwargs))
 
 
 def _recurrent_forward(base: type[nn.Module]) -> Callable[..., Any]:
     """The class's own forward, which reads its weights from a list of its own."""
+    kind = kind_of_class(base)
 
-    def forward(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         quantizers: LayerQuantizers = self._statqat
         attributes = self.__dict__
         previous = attributes["_flat_weights"]
-        if quantizers.input is not None:
-            input = _inside(quantizers.input, input)
+        args, kwargs = with_each_input(kind, quantizers.inputs.get, args, kwargs)
         try:
             attributes["_flat_weights"] = [
                 quantizers.weights[name](getattr(self, name)) if name in quantizers.weights else own
                 for name, own in zip(self._flat_weights_names, previous, strict=True)
             ]
-            return _quantize_output(quantizers, base.forward(self, input, *args, **kwargs))
+            return with_output(quantizers.output, base.forward(self, *args, **kwargs))
         finally:
             attributes["_flat_weights"] = previous
 
@@ -272,14 +265,46 @@ def _inside(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     return function(x)
 
 
-def _quantize_output(quantizers: LayerQuantizers, result: Any) -> Any:
-    """A layer's result with its output quantized: all of it, or the first of several."""
-    output = quantizers.output
-    if output is None:
+def with_each_input(
+    kind: LayerKind,
+    quantizers: Callable[[str], Callable[[Tensor], Tensor] | None],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a layer's forward with its inputs quantized.
+
+    An input given by keyword is known by its name in torch, or else by being the first.
+
+    Args:
+        kind: The kind of the layer.
+        quantizers: What quantizes the input of a name, or None.
+        args: Arguments by position.
+        kwargs: Arguments by keyword.
+    """
+    arguments, keywords = list(args), dict(kwargs)
+    for place, role in enumerate(kind.inputs):
+        if (quantizer := quantizers(role)) is None:
+            continue
+        if place < len(arguments):
+            arguments[place] = _inside(quantizer, arguments[place])
+        elif role in keywords or keywords:
+            name = role if role in keywords else next(iter(keywords))
+            keywords[name] = _inside(quantizer, keywords[name])
+    return tuple(arguments), keywords
+
+
+def with_output(quantizer: Callable[[Tensor], Tensor] | None, result: Any) -> Any:
+    """A layer's result with its output quantized: all of it, or the first of several.
+
+    Args:
+        quantizer: What quantizes it, or None.
+        result: What the layer's forward returned.
+    """
+    if quantizer is None:
         return result
     if isinstance(result, tuple) and not isinstance(result, PackedSequence):
-        return (_inside(output, result[0]), *result[1:])
-    return _inside(output, result)
+        return (_inside(quantizer, result[0]), *result[1:])
+    return _inside(quantizer, result)
 
 
 def _apply_of(base: type[nn.Module]) -> Callable[..., Any]:

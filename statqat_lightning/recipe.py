@@ -113,7 +113,8 @@ class QuantRule:
 
     def names(self, name: str) -> bool:
         """Whether the pattern is one of types, or the full name of a layer."""
-        return self.pattern.startswith("type:") or self.pattern == name
+        full = (name, f"re:{re.escape(name)}")
+        return self.pattern.startswith("type:") or self.pattern in full
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -352,3 +352,25 @@ def test_outputs_of_any_module() -> None:
         assert torch.equal(rounded(quantizer, results[index]), results[index])
     report = str(prepare(model, recipe=QuantRecipe(rules)))
     assert report.splitlines()[0].split()[-1] == "output"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("padded", [False, True])
+def test_encoders_run_their_quantizers_in_evaluation(padded: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 2)
+    x = torch.randn(3, 5, 8)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 5]) if padded else None
+    reference = copy.deepcopy(encoder).eval()
+    quantized(encoder, x).eval()
+    with torch.enable_grad():
+        expected = encoder(x, src_key_padding_mask=mask)
+    with torch.inference_mode():
+        given = encoder(x, src_key_padding_mask=mask)
+        fast = reference(x, src_key_padding_mask=mask)
+    assert torch.equal(given, expected)
+    remove(encoder)
+    assert encoder.use_nested_tensor
+    with torch.inference_mode():
+        again = encoder.eval()(x, src_key_padding_mask=mask)
+    assert torch.equal(again, fast)

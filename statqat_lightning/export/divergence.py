@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.export.frozen import INPUT_SCALE, FrozenLayer, frozen_layers
+from statqat_lightning.export.frozen import FrozenLayer, frozen_layers, scale_name
 from statqat_lightning.export.inputs import ForwardCall, outputs_of
 
 LayerOutputs = Mapping[str, Sequence[Tensor]]
@@ -116,7 +116,7 @@ def _divergence(
 
 def _one_code(layer: FrozenLayer) -> Tensor | None:
     """What an output changes by at most when one code of the input changes by one."""
-    scale, weight = layer._buffers.get(INPUT_SCALE), getattr(layer, "weight", None)
+    scale, weight = layer._buffers.get(scale_name("input")), getattr(layer, "weight", None)
     if scale is None or not isinstance(weight, Tensor) or scale.numel() != 1:
         return None
     return scale.float() * weight.detach().float().abs().max()

@@ -12,15 +12,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from statqat_lightning.fake_quantizer import FakeQuantizer
+from statqat_lightning.attention import attend, each_input, refuse_fast_path
+from statqat_lightning.fake_quantizer import OUTPUT, FakeQuantizer
 from statqat_lightning.formats import Format
 from statqat_lightning.functional import QParams, dequantize, quantize
 from statqat_lightning.granularity import Granularity
 from statqat_lightning.insertion import quantized_layers
-from statqat_lightning.quantized_layer import detach, weight_of
+from statqat_lightning.layer_kinds import RECURRENT, LayerKind, kind_of_class
+from statqat_lightning.quantized_layer import (
+    LayerQuantizers,
+    detach,
+    kind_of,
+    weight_of,
+    with_each_input,
+    with_output,
+)
 from statqat_lightning.recipe import TensorSpec
 
-CODES, WEIGHT_SCALE, INPUT_SCALE = "weight_codes", "weight_scale", "input_scale"
+
+def codes_name(role: str) -> str:
+    """Name of the buffer that holds the codes of a weight."""
+    return f"{role}_codes"
+
+
+def scale_name(role: str) -> str:
+    """Name of the buffer that holds the scale of a weight, an input or the output."""
+    return f"{role}_scale"
 
 
 class LeftInFloatWarning(UserWarning):
@@ -48,65 +65,94 @@ class FrozenTensor:
 
 
 class FrozenLayer(nn.Module):
-    """A layer whose weight consists of codes, and whose input is rounded with a constant scale.
+    """A layer whose weights consist of codes; inputs and output are rounded with constant scales.
 
-    It stands before the layer's own class in a class made by `freeze`. Reading `weight` dequantizes
-    the codes, so the layer's own forward, whatever it does, needs no change.
+    It stands before the layer's own class in a class made by `freeze`. Reading a weight dequantizes
+    its codes, so the layer's own forward, whatever it does, needs no change.
+
+    In its buffers, for each role (`weight`, `input`, `output`, or the name in torch of one of
+    several weights or inputs): `{role}_codes`, uint8, in the shape of the weight, see
+    `Format.encode`; `{role}_scale`, float32, in the shape of its granularity.
 
     Attributes:
-        weight_codes: uint8, in the shape of the weight; see `Format.encode`. Absent for a weight
-            in float.
-        weight_scale: float32, in the shape of its granularity. Absent likewise.
-        input_scale: float32 `()`. Absent for an input in float.
+        frozen_weights: Weights that consist of codes, by role.
+        frozen_activations: Inputs that are rounded, and the output, by role.
+        weight_dtype: The model's own precision, in which weights are read.
     """
 
-    frozen_weight: FrozenTensor | None
-    frozen_input: FrozenTensor | None
+    kind: LayerKind
+    frozen_weights: dict[str, FrozenTensor]
+    frozen_activations: dict[str, FrozenTensor]
     weight_dtype: torch.dtype
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight in the model's own precision."""
-        if self.frozen_weight is None:
-            parameter = self._parameters["weight"]
-            assert parameter is not None, "supported layers have a weight"
-            return parameter
-        return self.dequantized_weight(self.frozen_weight)
+    def read_weight(self, role: str) -> Tensor:
+        """A weight in the model's own precision."""
+        if role in self.frozen_weights:
+            return self.dequantized_weight(role)
+        parameter = self._parameters.get(role)
+        assert parameter is not None, "supported layers have their weights"
+        return parameter
 
-    def dequantized_weight(self, tensor: FrozenTensor) -> Tensor:
+    def dequantized_weight(self, role: str) -> Tensor:
         """Codes times scale, as fake quantization computes it."""
+        tensor = self.frozen_weights[role]
         wide = torch.float64 if self.weight_dtype == torch.float64 else torch.float32
-        values = tensor.fmt.decode(self.get_buffer(CODES)).to(wide)
-        qparams = QParams(self.get_buffer(WEIGHT_SCALE), None, tensor.granularity)
+        values = tensor.fmt.decode(self.get_buffer(codes_name(role))).to(wide)
+        qparams = QParams(self.get_buffer(scale_name(role)), None, tensor.granularity)
         return dequantize(values, qparams).to(self.weight_dtype)
 
-    def rounded_input(self, x: Tensor, tensor: FrozenTensor) -> Tensor:
-        """`x` on the grid of the input, as fake quantization computes it."""
-        qparams = QParams(self.get_buffer(INPUT_SCALE), None, tensor.granularity)
+    def rounded(self, role: str, x: Tensor) -> Tensor:
+        """`x` on the grid of an input or the output, as fake quantization computes it."""
+        tensor = self.frozen_activations[role]
+        qparams = QParams(self.get_buffer(scale_name(role)), None, tensor.granularity)
         return dequantize(quantize(x, qparams, tensor.fmt), qparams).to(x.dtype)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own forward on the rounded input."""
-        if self.frozen_input is not None and x.is_floating_point():
-            x = self.rounded_input(x, self.frozen_input)
-        return super().forward(x, *args, **kwargs)
+    def _rounding(self, role: str) -> Callable[[Tensor], Tensor] | None:
+        if role not in self.frozen_activations:
+            return None
+        return lambda x: self.rounded(role, x) if x.is_floating_point() else x
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward on the rounded inputs."""
+        if self.kind.cls is nn.MultiheadAttention:
+            result = self._attend(*args, **kwargs)
+        else:
+            args, kwargs = with_each_input(self.kind, self._rounding, args, kwargs)
+            if self.kind.cls in RECURRENT:
+                names: Any = self._flat_weights_names
+                self.__dict__["_flat_weights"] = [getattr(self, name) for name in names]
+            try:
+                result = super().forward(*args, **kwargs)
+            finally:
+                self._forget_flat_weights()
+        return with_output(self._rounding(OUTPUT), result)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        inputs = each_input(self._rounding, query, key, value)
+        return attend(self, *inputs, lambda name: getattr(self, name), *args, **kwargs)
+
+    def _forget_flat_weights(self) -> None:
+        """Drop the list of weights that recurrent layers keep: it holds them in float."""
+        if "_flat_weights" in self.__dict__:
+            self.__dict__["_flat_weights"] = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        scales = {
-            name: buffer
-            for name in (WEIGHT_SCALE, INPUT_SCALE)
-            if (buffer := self._buffers.get(name)) is not None
-        }
+        roles = [*self.frozen_weights, *self.frozen_activations]
+        scales = {scale_name(role): self.get_buffer(scale_name(role)) for role in roles}
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Scales stay float32 in any precision; the weight's precision is what the codes turn into.
         for name, buffer in scales.items():
             self._buffers[name] = buffer.to(self.get_buffer(name).device)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        self._forget_flat_weights()
         return result
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time: pickle and deepcopy find it by the class it was made from.
-        return _rebuild, (type(self).__bases__[1],), super().__reduce_ex__(protocol)[2]
+        made_from = type(self).__bases__[1], tuple(self.kind.weights(self))
+        return _rebuild, made_from, super().__reduce_ex__(protocol)[2]
 
 
 class Frozen(NamedTuple):
@@ -127,7 +173,7 @@ def left_in_float(model: nn.Module) -> dict[str, str]:
         quantizer.name: "switched off" if quantizer.ready else "no statistics"
         for _, _, quantizers in quantized_layers(model)
         for quantizer in quantizers.present()
-        if not (quantizer.enabled and quantizer.ready)
+        if not ((quantizer.enabled and quantizer.ready) or getattr(quantizer, "optional", False))
     }
 
 
@@ -142,7 +188,8 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Returns:
         A model of the same structure. In its `state_dict`, `weight_codes` (uint8) and
-        `weight_scale` stand for the `weight` of each quantized layer, and `input_scale` is added.
+        `weight_scale` stand for the `weight` of each quantized layer, and `input_scale` is added;
+        see `FrozenLayer`.
 
     Raises:
         ValueError: If the model has no quantizers, or all are switched off or without a scale; if a
@@ -168,7 +215,9 @@ def freeze_quietly(model: nn.Module) -> nn.Module:
     refuse_weights_from_hooks(model)
     frozen = copy.deepcopy(model).eval()
     for name, module, quantizers in quantized_layers(frozen):
-        _freeze_layer(name, module, _in_use(quantizers.weight), _in_use(quantizers.input))
+        _freeze_layer(name, module, quantizers)
+    for encoder in frozen.modules():
+        encoder.__dict__.pop("_statqat_nested", None)
     if not frozen_layers(frozen):
         raise ValueError(
             f"freeze: got a {kind} whose quantizers are all switched off or without statistics: "
@@ -177,34 +226,39 @@ def freeze_quietly(model: nn.Module) -> nn.Module:
     return frozen.requires_grad_(False)
 
 
-def _in_use(quantizer: FakeQuantizer | None) -> FakeQuantizer | None:
-    return quantizer if quantizer and quantizer.enabled and quantizer.ready else None
+def _in_use(quantizer: FakeQuantizer) -> bool:
+    return quantizer.enabled and quantizer.ready
 
 
-def _freeze_layer(
-    name: str, module: Any, weight: FakeQuantizer | None, inputs: FakeQuantizer | None
-) -> None:
-    codes: Tensor | None = None
-    dtype = weight_of(module).dtype
-    if weight is not None:
+def _freeze_layer(name: str, module: Any, quantizers: LayerQuantizers) -> None:
+    weights = {role: q for role, q in quantizers.weights.items() if _in_use(q)}
+    activations = {q.role: q for q in quantizers.activations() if _in_use(q)}
+    names = tuple(kind_of(module).weights(module))
+    dtype = next((weight_of(module, role).dtype for role in names), torch.float32)
+    codes = {}
+    for role, q in weights.items():
         try:
-            codes = weight.fmt.encode(quantize(weight_of(module), weight.qparams, weight.fmt))
+            codes[role] = q.fmt.encode(quantize(weight_of(module, role), q.qparams, q.fmt))
         except ValueError as error:
-            raise ValueError(f"freeze: {weight.name}: {error}") from error
+            raise ValueError(f"freeze: {q.name}: {error}") from error
     detach(module)
-    if weight is None and inputs is None:
+    # Attention's own forward would not call its last projection, which may be frozen.
+    if not weights and not activations and not isinstance(module, nn.MultiheadAttention):
         return
-    if codes is not None:
-        _drop_weight(module)
-    module.__class__ = _frozen_class(type(module))
+    for role in weights:
+        _drop_weight(module, role)
+    module.__class__ = _frozen_class(type(module), names)
     module.weight_dtype = dtype
-    module.frozen_weight = weight and FrozenTensor.of(weight)
-    module.frozen_input = inputs and FrozenTensor.of(inputs)
-    if weight is not None:
-        module.register_buffer(CODES, codes)
-        module.register_buffer(WEIGHT_SCALE, weight.qparams.scale.detach().clone())
-    if inputs is not None:
-        module.register_buffer(INPUT_SCALE, inputs.qparams.scale.detach().clone())
+    module.frozen_weights = {role: FrozenTensor.of(q) for role, q in weights.items()}
+    module.frozen_activations = {role: FrozenTensor.of(q) for role, q in activations.items()}
+    for role, q in weights.items():
+        module.register_buffer(codes_name(role), codes[role])
+        module.register_buffer(scale_name(role), q.qparams.scale.detach().clone())
+    for role, activation in activations.items():
+        module.register_buffer(scale_name(role), activation.qparams.scale.detach().clone())
+    module._forget_flat_weights()
+    if isinstance(module, nn.MultiheadAttention):
+        refuse_fast_path(module)
 
 
 def refuse_weights_from_hooks(model: nn.Module) -> None:
@@ -214,56 +268,63 @@ def refuse_weights_from_hooks(model: nn.Module) -> None:
         ValueError: If a forward hook makes one; the message names the layer.
     """
     for name, module, quantizers in quantized_layers(model):
-        replaced = quantizers.weight is not None and quantizers.weight.enabled
-        if (
-            replaced
-            and "weight" not in module._parameters
-            and not parametrize.is_parametrized(module, "weight")
-        ):
-            raise ValueError(
-                f"freeze: the weight of layer {name!r} is not a parameter: a forward hook makes it "
-                "(torch.nn.utils.weight_norm or spectral_norm). Use their successors in "
-                "torch.nn.utils.parametrizations."
-            )
+        for role, quantizer in quantizers.weights.items():
+            plain = role in module._parameters or parametrize.is_parametrized(module, role)
+            if quantizer.enabled and not plain:
+                raise ValueError(
+                    f"freeze: the weight of layer {name!r} is not a parameter: a forward hook "
+                    "makes it (torch.nn.utils.weight_norm or spectral_norm). Use their successors "
+                    "in torch.nn.utils.parametrizations."
+                )
 
 
-def _drop_weight(module: nn.Module) -> None:
-    if parametrize.is_parametrized(module, "weight"):
-        drop_parametrization(module)
+def _drop_weight(module: nn.Module, role: str) -> None:
+    if parametrize.is_parametrized(module, role):
+        drop_parametrization(module, role)
     else:
-        del module._parameters["weight"]
+        del module._parameters[role]
 
 
-def drop_parametrization(module: nn.Module) -> None:
-    """Leave a parametrized layer without a weight.
+def drop_parametrization(module: nn.Module, role: str) -> None:
+    """Leave a parametrized layer without this weight.
 
-    `remove_parametrizations` would do more than that: it takes the property `weight` off a class
-    that copies of the module share.
+    `remove_parametrizations` would do more than that: it takes the property off a class that copies
+    of the module share.
     """
     original = parametrize.type_before_parametrizations(module)
     parametrizations = module.get_submodule("parametrizations")
     assert isinstance(parametrizations, nn.ModuleDict)
-    del parametrizations["weight"]
+    del parametrizations[role]
     if not parametrizations:
         del module._modules["parametrizations"]
         module.__class__ = original
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
-def _frozen_class(base: type[nn.Module]) -> type[nn.Module]:
-    """`base` with frozen behaviour in front; made once for each class."""
-    if base not in _CLASSES:
-        _CLASSES[base] = type(
+def _frozen_class(base: type[nn.Module], weights: tuple[str, ...]) -> type[nn.Module]:
+    """`base` with frozen behaviour in front; made once for each class and its names of weights."""
+    key = base, weights
+    if key not in _CLASSES:
+        _CLASSES[key] = type(
             f"Frozen{base.__name__}",
             (FrozenLayer, base),
-            {"__module__": __name__, "__doc__": f"Frozen `{base.__name__}`."},
+            {
+                "__module__": __name__,
+                "__doc__": f"Frozen `{base.__name__}`.",
+                "kind": kind_of_class(base),
+                **{role: property(_reader(role)) for role in weights},
+            },
         )
-    return _CLASSES[base]
+    return _CLASSES[key]
 
 
-def _rebuild(base: type[nn.Module]) -> nn.Module:
+def _reader(role: str) -> Callable[[FrozenLayer], Tensor]:
+    return lambda layer: layer.read_weight(role)
+
+
+def _rebuild(base: type[nn.Module], weights: tuple[str, ...]) -> nn.Module:
     """An empty instance of the frozen class of `base`, for pickle and deepcopy."""
-    cls = _frozen_class(base)
+    cls = _frozen_class(base, weights)
     return cls.__new__(cls)

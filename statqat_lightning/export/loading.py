@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from statqat_lightning.export.frozen import (
-    CODES,
-    INPUT_SCALE,
-    WEIGHT_SCALE,
+    codes_name,
     drop_parametrization,
+    scale_name,
 )
 from statqat_lightning.export.native import KEY, read_header, read_scale
 from statqat_lightning.export.packing import packed_size, unpack
-from statqat_lightning.fake_quantizer import FakeQuantizer
+from statqat_lightning.fake_quantizer import OUTPUT, FakeQuantizer
 from statqat_lightning.formats import get_format
 from statqat_lightning.functional import QParams, dequantize
 from statqat_lightning.granularity import get_granularity
@@ -38,7 +37,7 @@ from statqat_lightning.insertion import (
     remove,
     set_enabled,
 )
-from statqat_lightning.quantized_layer import weight_of
+from statqat_lightning.quantized_layer import kind_of, weight_of
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 
 
@@ -130,14 +129,15 @@ def _load_native(model: nn.Module, path: Path) -> nn.Module:
         tensors[alias] = tensors[name]
     layers = {name: _Entry(path, name, entry) for name, entry in header["layers"].items()}
     weights = {
-        entry.key("weight"): entry.dequantized(tensors)
+        entry.key(role): entry.dequantized(role, tensors)
         for entry in layers.values()
-        if entry.weight is not None
+        for role in entry.weights
     }
     remove(model)
     for name, part in list(model.named_modules()):
-        if any(key.endswith(f".{name}.weight") for key in (f".{key}" for key in weights)):
-            _make_plain(part)
+        for role in kind_of(part).weights(part):
+            if any(f".{key}".endswith(f".{name}.{role}") for key in weights):
+                _make_plain(part, role)
     own = {key for entry in layers.values() for key in entry.keys_in_file()}
     state = {name: t for name, t in tensors.items() if name not in own}
     prefix = _prefix(model, state.keys() | weights.keys(), str(path))
@@ -161,27 +161,35 @@ class _Entry:
     def __init__(self, path: Path, name: str, entry: Mapping[str, Any]) -> None:
         self.where = f"{path}: layer {name!r}"
         self.name = name
-        self.weight: Mapping[str, Any] | None = entry["weight"]
-        self.input: Mapping[str, Any] | None = entry["input"]
+        self.weights = {role: part for role, part in entry.items() if "shape" in part}
+        self.activations = {role: part for role, part in entry.items() if "shape" not in part}
 
     def key(self, tensor: str) -> str:
         return f"{self.name}.{tensor}" if self.name else tensor
 
     def keys_in_file(self) -> list[str]:
-        return [self.key(tensor) for tensor in (CODES, WEIGHT_SCALE, INPUT_SCALE)]
+        names = [codes_name(role) for role in self.weights]
+        names += [scale_name(role) for role in (*self.weights, *self.activations)]
+        return [self.key(name) for name in names]
 
     def rule(self) -> QuantRule:
-        weight, inputs = (
-            TensorSpec(**part["spec"]) if part is not None else None
-            for part in (self.weight, self.input)
-        )
-        return QuantRule(f"re:{re.escape(self.name)}", weight, inputs)
+        inputs = [part for role, part in self.activations.items() if role != OUTPUT]
+        specs = [
+            TensorSpec(**parts[0]["spec"]) if parts else None
+            for parts in (
+                list(self.weights.values()),
+                inputs,
+                [part for role, part in self.activations.items() if role == OUTPUT],
+            )
+        ]
+        return QuantRule(f"re:{re.escape(self.name)}", *specs)
 
-    def dequantized(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        assert self.weight is not None
-        fmt, shape = get_format(self.weight["format"]), tuple(self.weight["shape"])
-        granularity = get_granularity(self.weight["granularity"])
-        packed, scale = self._tensor(tensors, CODES), self._tensor(tensors, WEIGHT_SCALE)
+    def dequantized(self, role: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        part = self.weights[role]
+        fmt, shape = get_format(part["format"]), tuple(part["shape"])
+        granularity = get_granularity(part["granularity"], part["axis"])
+        packed = self._tensor(tensors, codes_name(role))
+        scale = self._tensor(tensors, scale_name(role))
         count = math.prod(shape)
         if packed.numel() != packed_size(count, fmt.bits):
             raise ValueError(
@@ -195,26 +203,29 @@ class _Entry:
                 f"{granularity.scale_shape(shape)} for a weight "
                 f"of shape {shape}, {granularity}. The file is damaged; export it again."
             )
-        dtype: torch.dtype = getattr(torch, self.weight["dtype"])
+        dtype: torch.dtype = getattr(torch, part["dtype"])
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         values = fmt.decode(unpack(packed, fmt.bits, count).view(shape)).to(wide)
         return dequantize(values, QParams(scale, None, granularity)).to(dtype)
 
     def restore(self, layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> None:
         """Give a layer's quantizers format and scale, and check that they reproduce the codes."""
-        weight, inputs = layer.quantizers.weight, layer.quantizers.input
-        if self.weight is not None and weight is not None:
-            _restore(weight, self.weight["format"], self._tensor(tensors, WEIGHT_SCALE))
-            expected = self.dequantized(tensors).to(weight_of(layer.module))
-            if not torch.equal(weight(weight_of(layer.module)), expected):
+        for role, weight in layer.quantizers.weights.items():
+            if role not in self.weights:
+                continue
+            part = self.weights[role]
+            _restore(weight, part["format"], self._tensor(tensors, scale_name(role)))
+            own = weight_of(layer.module, role)
+            if not torch.equal(weight(own), self.dequantized(role, tensors).to(own)):
                 raise ValueError(
-                    f"{self.where}: the model's weight does not quantize to the codes of the file. "
-                    "Expected a weight of its own in "
-                    f"{self.weight['dtype']}; it may be shared with a layer of another format, or "
-                    "the model's precision too low."
+                    f"{self.where}: the model's {role} does not quantize to the codes of the file. "
+                    f"Expected a weight of its own in {part['dtype']}; it may be shared with a "
+                    "layer of another format, or the model's precision too low."
                 )
-        if self.input is not None and inputs is not None:
-            _restore(inputs, self.input["format"], self._tensor(tensors, INPUT_SCALE))
+        for activation in layer.quantizers.activations():
+            if (entry := self.activations.get(activation.role)) is not None:
+                scale = self._tensor(tensors, scale_name(activation.role))
+                _restore(activation, entry["format"], scale)
 
     def _tensor(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
         if self.key(name) not in tensors:
@@ -340,12 +351,12 @@ def _check_quantizers(model: nn.Module, state: Mapping[str, Any], where: str) ->
             )
 
 
-def _make_plain(module: nn.Module) -> None:
+def _make_plain(module: nn.Module, role: str) -> None:
     """Give a parametrized layer a weight of its own: the file has the weight, not its making."""
-    if parametrize.is_parametrized(module, "weight"):
-        weight = weight_of(module).detach().clone()
-        drop_parametrization(module)
-        module.weight = nn.Parameter(weight)
+    if parametrize.is_parametrized(module, role):
+        weight = weight_of(module, role).detach().clone()
+        drop_parametrization(module, role)
+        module.register_parameter(role, nn.Parameter(weight))
 
 
 def _shared_keys(model: nn.Module, in_file: Any) -> frozenset[str]:

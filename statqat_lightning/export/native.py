@@ -2,12 +2,13 @@
 
 Layout, file version 1. Tensors carry the names of the frozen model's `state_dict`: for a quantized
 layer `{layer}.weight_codes` (uint8, packed by `packing.pack`), `{layer}.weight_scale` and
-`{layer}.input_scale` (float32; scales of MX blocks are uint8, the exponent plus 127); all others as
-they are. The metadata entry `statqat_lightning` is JSON: `file_version`, `library_version`,
-`recipe` (or null), `module` (the submodule that the ONNX file beside it holds), `layers` (by name:
-format, granularity, specification, shape and precision of weight and input), `aliases` (names of
-tensors that share the memory of another) and `snr_db` (of quantized tensors at the end of the
-training, where it is known).
+`{layer}.input_scale` (float32; scales of MX blocks are uint8, the exponent plus 127), and the same
+with the roles of its other tensors, see `FrozenLayer`; all others as they are. The metadata entry
+`statqat_lightning` is JSON: `file_version`, `library_version`, `recipe` (or null), `module` (the
+submodule that the ONNX file beside it holds), `layers` (by name and role: format, granularity, kept
+axis, specification, and for weights shape and precision), `aliases` (names of tensors that share
+the memory of another) and `snr_db` (of quantized tensors at the end of the training, where it is
+known).
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from torch import Tensor, nn
 
 from statqat_lightning.export.files import replacing
 from statqat_lightning.export.frozen import (
-    CODES,
-    INPUT_SCALE,
-    WEIGHT_SCALE,
     FrozenLayer,
     FrozenTensor,
+    codes_name,
     freeze,
     frozen_layers,
+    scale_name,
 )
 from statqat_lightning.export.packing import pack
 from statqat_lightning.formats import BlockFormat, Format
+from statqat_lightning.granularity import PerBlock
 from statqat_lightning.recipe import QuantRecipe
 from statqat_lightning.report import snr_by_tensor
 
@@ -86,11 +87,11 @@ def save_native(
     layers = {}
     for name, layer in frozen_layers(frozen):
         layers[name] = _describe(layer)
-        if layer.frozen_weight is not None:
-            key = f"{name}.{CODES}" if name else CODES
-            tensors[key] = pack(tensors[key], layer.frozen_weight.fmt.bits)
-            key = f"{name}.{WEIGHT_SCALE}" if name else WEIGHT_SCALE
-            tensors[key] = _short_scale(tensors[key], layer.frozen_weight.fmt)
+        before = f"{name}." if name else ""
+        for role, tensor in layer.frozen_weights.items():
+            codes, scale = before + codes_name(role), before + scale_name(role)
+            tensors[codes] = pack(tensors[codes], tensor.fmt.bits)
+            tensors[scale] = _short_scale(tensors[scale], tensor.fmt)
     header = {
         "file_version": FILE_VERSION,
         "library_version": library_version(),
@@ -162,25 +163,27 @@ def _tensors(frozen: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _describe(layer: FrozenLayer) -> dict[str, Any]:
-    """A layer as plain data."""
-    entry: dict[str, Any] = {
-        "weight": _describe_tensor(layer.frozen_weight),
-        "input": _describe_tensor(layer.frozen_input),
-    }
-    if entry["weight"] is not None:
-        entry["weight"]["shape"] = list(layer.get_buffer(CODES).shape)
-        entry["weight"]["dtype"] = str(layer.weight_dtype).removeprefix("torch.")
-    if entry["input"] is not None:
-        entry["input"]["scale"] = layer.get_buffer(INPUT_SCALE).item()
+    """The tensors of a layer as plain data, by role."""
+    entry = {}
+    for role, tensor in layer.frozen_weights.items():
+        entry[role] = _describe_tensor(tensor) | {
+            "shape": list(layer.get_buffer(codes_name(role)).shape),
+            "dtype": str(layer.weight_dtype).removeprefix("torch."),
+        }
+    for role, tensor in layer.frozen_activations.items():
+        scale = layer.get_buffer(scale_name(role)).item()
+        entry[role] = _describe_tensor(tensor) | {"scale": scale}
     return entry
 
 
-def _describe_tensor(tensor: FrozenTensor | None) -> dict[str, Any] | None:
-    if tensor is None:
-        return None
+def _describe_tensor(tensor: FrozenTensor) -> dict[str, Any]:
+    kept = getattr(tensor.granularity, "axis", 0)
+    if isinstance(tensor.granularity, PerBlock):
+        kept = 1 - kept
     return {
         "format": tensor.fmt.name,
         "granularity": str(tensor.granularity),
+        "axis": kept,
         "spec": tensor.spec.to_dict(),
     }
 
@@ -200,7 +203,7 @@ def _short_scale(scale: Tensor, fmt: Format) -> Tensor:
 
 def read_scale(name: str, tensor: Tensor) -> Tensor:
     """A tensor of a native file; scales in 8 bits as the float32 that they stand for."""
-    if tensor.dtype != torch.uint8 or not f".{name}".endswith(f".{WEIGHT_SCALE}"):
+    if tensor.dtype != torch.uint8 or not name.endswith("weight_scale"):
         return tensor
     ones = torch.ones(tensor.shape, dtype=torch.float64)
     return torch.ldexp(ones, tensor.to(torch.int32) - _E8M0_BIAS).to(torch.float32)

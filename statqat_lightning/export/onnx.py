@@ -1,7 +1,8 @@
 """The ONNX file: QuantizeLinear and DequantizeLinear around integer or float8 codes.
 
 - Inputs: Clip to the grid where the container type is wider than the format, QuantizeLinear and
-  DequantizeLinear with zero point 0; FP6 and FP4 by arithmetic that rounds as the format does.
+  DequantizeLinear with zero point 0, or 128 for signed integers; FP6 and FP4 by arithmetic that
+  rounds as the format does.
 - Weights: DequantizeLinear over int8, uint8 or float8 initializers; FP6 and FP4 as indices of a
   table of values (FP4 in 4 bits), which ONNX Runtime turns into weights once, when it loads.
 
@@ -95,18 +96,19 @@ def save_onnx(model: nn.Module, path: str | Path, example: Any) -> None:
 
 def _refuse_what_has_no_operators(frozen: nn.Module) -> None:
     for name, layer in frozen_layers(frozen):
-        weight, inputs = layer.frozen_weight, layer.frozen_input
-        if weight is not None and isinstance(weight.granularity, PerBlock):
-            raise ONNXExportError(
-                f"{name}/weight: got format {weight.fmt.name!r}, {weight.granularity}; blocks are "
-                "not written to ONNX yet. The native file holds them."
-            )
-        if inputs is not None and isinstance(inputs.fmt, CodebookFormat):
-            raise ONNXExportError(
-                f"{name}/input: got format {inputs.fmt.name!r}; expected integers or floats for an "
-                "input, because ONNX has no operator that rounds to levels. The native file holds "
-                "them."
-            )
+        for role, weight in layer.frozen_weights.items():
+            if isinstance(weight.granularity, PerBlock):
+                raise ONNXExportError(
+                    f"{name}/{role}: got format {weight.fmt.name!r}, {weight.granularity}; blocks "
+                    "are not written to ONNX yet. The native file holds them."
+                )
+        for role, activation in layer.frozen_activations.items():
+            if isinstance(activation.fmt, CodebookFormat):
+                raise ONNXExportError(
+                    f"{name}/{role}: got format {activation.fmt.name!r}; expected integers or "
+                    "floats, because ONNX has no operator that rounds to levels. The native file "
+                    "holds them."
+                )
 
 
 def _translate(
@@ -165,19 +167,21 @@ def _translate_input(x: Any, scale: Any, low: float, high: float, format: str) -
     op, fmt = _operators(), get_format(format)
     if isinstance(fmt, IntFormat):
         lowest, highest = (-128.0, 127.0) if fmt.is_signed else (0.0, 255.0)
-        kind = onnx.TensorProto.INT8 if fmt.is_signed else onnx.TensorProto.UINT8
+        # Signed codes are shifted: ONNX Runtime turns int8 inputs into uint8 on x86, and 1.32 makes
+        # graphs of them that it refuses itself where a Transpose follows.
+        kind, middle = onnx.TensorProto.UINT8, 128 if fmt.is_signed else 0
     elif format in FLOAT8:
         # The type saturates by itself. But ONNX Runtime 1.32 takes its zero point of 0 for the
         # lower end of the range and removes a ReLU in front, so something must stand between.
         lowest, highest = -math.inf, fmt.max
-        kind = getattr(onnx.TensorProto, FLOAT8_ONNX[format])
+        kind, middle = getattr(onnx.TensorProto, FLOAT8_ONNX[format]), 0
     else:
         assert isinstance(fmt, FloatFormat)
         return op.Mul(_round_to_float(op, op.Div(x, scale), fmt), scale)
     bounds = low if fmt.min > lowest else None, high if fmt.max < highest else None
     if bounds != (None, None):
         x = op.Clip(x, *(None if bound is None else _constant(op, bound) for bound in bounds))
-    zero = op.Constant(value=onnx.helper.make_tensor("zero_point", kind, [], [0]))
+    zero = op.Constant(value=onnx.helper.make_tensor("zero_point", kind, [], [middle]))
     return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
 
 
@@ -292,9 +296,10 @@ def _ends_of(quantize: Any) -> tuple[float, float]:
     import onnx_ir
 
     scale, kind = float(quantize.inputs[1].const_value.numpy()), quantize.inputs[2].dtype
-    integers = {onnx_ir.DataType.INT8: (-128, 127), onnx_ir.DataType.UINT8: (0, 255)}
-    low, high = integers.get(kind, (-math.inf, math.inf))
-    return low * scale, high * scale
+    if kind != onnx_ir.DataType.UINT8:
+        return -math.inf, math.inf
+    middle = int(quantize.inputs[2].const_value.numpy())
+    return -middle * scale, (255 - middle) * scale
 
 
 def _pack_tables(graph: Any) -> None:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.export.frozen import (
-    CODES,
-    INPUT_SCALE,
-    WEIGHT_SCALE,
     FrozenLayer,
     FrozenTensor,
+    codes_name,
     frozen_layers,
+    scale_name,
 )
 from statqat_lightning.formats import Format, IntFormat, get_format
 from statqat_lightning.functional import QParams, dequantize, quantize
@@ -95,23 +94,24 @@ def stored_scale(scale: Tensor, tensor: FrozenTensor) -> Tensor:
 class TracedLayer(FrozenLayer):
     """A frozen layer whose arithmetic is the two operators."""
 
-    low: float
-    high: float
-    weight_shape: list[int]
+    limits: dict[str, tuple[float, float]]
+    weight_shapes: dict[str, list[int]]
 
-    def dequantized_weight(self, tensor: FrozenTensor) -> Tensor:
+    def dequantized_weight(self, role: str) -> Tensor:
+        tensor = self.frozen_weights[role]
         granularity = tensor.granularity
         group = granularity.size if isinstance(granularity, PerGroup) else 0
         axis = granularity.axis if isinstance(granularity, PerChannel) else (1 if group else -1)
-        codes, scale = self.get_buffer(CODES), self.get_buffer(WEIGHT_SCALE)
+        codes, scale = self.get_buffer(codes_name(role)), self.get_buffer(scale_name(role))
         weight: Tensor = dequantize_weight(
-            codes, scale, tensor.fmt.name, axis, group, self.weight_shape
+            codes, scale, tensor.fmt.name, axis, group, self.weight_shapes[role]
         )
         return weight
 
-    def rounded_input(self, x: Tensor, tensor: FrozenTensor) -> Tensor:
-        scale = self.get_buffer(INPUT_SCALE)
-        rounded: Tensor = round_to_grid(x, scale, self.low, self.high, tensor.fmt.name)
+    def rounded(self, role: str, x: Tensor) -> Tensor:
+        scale, (low, high) = self.get_buffer(scale_name(role)), self.limits[role]
+        name = self.frozen_activations[role].fmt.name
+        rounded: Tensor = round_to_grid(x, scale, low, high, name)
         return rounded
 
 
@@ -122,19 +122,19 @@ _CLASSES: dict[type[Any], type[Any]] = {}
 def use_operators(frozen: torch.nn.Module) -> None:
     """Make the layers of a frozen model, in float32, compute by the two operators, in place."""
     for _, layer in frozen_layers(frozen):
-        base = type(layer).__bases__[1]
-        if base not in _CLASSES:
-            _CLASSES[base] = type(f"Traced{base.__name__}", (TracedLayer, base), {})
+        own = type(layer)
+        if own not in _CLASSES:
+            _CLASSES[own] = type(f"Traced{own.__name__}", (TracedLayer, own), {})
         traced: Any = layer
-        if (tensor := layer.frozen_weight) is not None:
-            codes, scale = layer.get_buffer(CODES), layer.get_buffer(WEIGHT_SCALE)
-            traced.weight_shape = list(codes.shape)
-            layer.register_buffer(CODES, stored_codes(codes, tensor).contiguous())
-            layer.register_buffer(WEIGHT_SCALE, stored_scale(scale, tensor).contiguous())
-        if (tensor := layer.frozen_input) is not None:
+        traced.limits, traced.weight_shapes = {}, {}
+        for role, tensor in layer.frozen_weights.items():
+            codes, scale = layer.get_buffer(codes_name(role)), layer.get_buffer(scale_name(role))
+            traced.weight_shapes[role] = list(codes.shape)
+            layer.register_buffer(codes_name(role), stored_codes(codes, tensor).contiguous())
+            layer.register_buffer(scale_name(role), stored_scale(scale, tensor).contiguous())
+        for role, tensor in layer.frozen_activations.items():
             # As float32 products: these are the very ends of the grid that the model computes with.
-            scale = layer.get_buffer(INPUT_SCALE)
-            traced.low, traced.high = (
-                float(limit * scale) for limit in (tensor.fmt.min, tensor.fmt.max)
-            )
-        traced.__class__ = _CLASSES[base]
+            scale = layer.get_buffer(scale_name(role))
+            low, high = (float(limit * scale) for limit in (tensor.fmt.min, tensor.fmt.max))
+            traced.limits[role] = low, high
+        traced.__class__ = _CLASSES[own]

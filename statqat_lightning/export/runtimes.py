@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export.divergence import LayerOutputs, record_layers
-from statqat_lightning.export.frozen import CODES
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, outputs_of
 from statqat_lightning.export.loading import load_quantized
 from statqat_lightning.export.tracing import ExportError, trace
@@ -201,7 +200,7 @@ def _with_layer_outputs(path: Path) -> tuple[dict[str, list[str]], bytes]:
     found: dict[str, list[str]] = {}
     for initializer in model.graph.initializer:
         layer, _, tensor = initializer.name.rpartition(".")
-        if tensor != CODES:
+        if not tensor.endswith("_codes"):
             continue
         products = list(_products(initializer.name, consumers))
         layer_name = layer.removeprefix("model").removeprefix(".")

@@ -90,6 +90,7 @@ def test_the_layout_is_the_documented_one(model: nn.Module, path: Path) -> None:
     assert entry["weight"] == {
         "format": "int4",
         "granularity": "per_channel",
+        "axis": 0,
         "spec": {"format": "int4"},
         "shape": [8, 4, 3, 3],
         "dtype": "float32",
