@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from statqat_lightning.quantized_layer import (
     detach,
     hides_its_weight,
     is_quantized,
+    is_sharded,
     learned_scales,
     quantized_class,
     supported_class,
@@ -287,7 +289,13 @@ def refresh(
     """
     layers = _quantized_modules(model)
     if weights:
-        refresh_weights([(q.weight, weight_of(m)) for m, q in layers if q.weight is not None])
+        of_weights = [(q.weight, m) for m, q in layers if q.weight is not None]
+        sharded = [is_sharded(m._parameters.get("weight")) for _, m in of_weights]
+        refresh_weights(
+            [(q, weight_of(m)) for (q, m), s in zip(of_weights, sharded, strict=True) if not s]
+        )
+        for quantizer, module in compress(of_weights, sharded):
+            refresh_weights([(quantizer, weight_of(module))])  # one gathered weight at a time
     observed = [q.input for _, q in layers if q.input is not None] if inputs else []
     return refresh_inputs(observed, reduce)
 

@@ -20,7 +20,7 @@ from statqat_lightning.callbacks.calibration import (
     calibrate,
     reestimate_batch_norm,
 )
-from statqat_lightning.callbacks.lightning_names import overrides
+from statqat_lightning.callbacks.lightning_names import is_a, overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.insertion import (
     input_quantizers,
@@ -163,6 +163,7 @@ class StatQATCallback(Callback):
                 'quantized ones of its own. Use another precision, such as "bf16-mixed", or leave '
                 "StatQATCallback out."
             )
+        self._refuse_strategy(trainer)
         self._unpatch()
         self._fitting = stage == "fit"
         self.averaging = Averaging(trainer.callbacks if self._fitting else ())  # type: ignore[attr-defined]
@@ -174,6 +175,31 @@ class StatQATCallback(Callback):
         self._patch(pl_module, last, after=self._insert)
         self._patch(pl_module, "on_save_checkpoint", after=self._write_state)
         self._patch(pl_module, "on_load_checkpoint", before=self._read_state)
+
+    def _refuse_strategy(self, trainer: Trainer) -> None:
+        strategy = trainer.strategy
+        name = type(strategy).__name__
+        if is_a(strategy, "FSDPStrategy") or getattr(strategy, "zero_stage_3", False):
+            raise ValueError(
+                f"StatQATCallback: got {name}, under which layers do not hold their weights "
+                "between forward passes. Use ModelParallelStrategy with fully_shard, or DDP."
+            )
+        if not is_a(strategy, "ModelParallelStrategy"):
+            return
+        specs = [spec for rule in self.recipe.rules for spec in (rule.weights, rule.inputs)]
+        if any(isinstance(s, TensorSpec) and s.quantizer == "lsq" for s in specs):
+            raise ValueError(
+                f"StatQATCallback: got learned scales (quantizer 'lsq') under {name}. They are not "
+                "sharded, so nothing averages their gradients over the ranks. Use another "
+                "quantizer, or DDP."
+            )
+        ranks = strategy.device_mesh["tensor_parallel"].size()
+        if ranks > 1:
+            raise ValueError(
+                f"StatQATCallback: got {name} with tensor parallelism over {ranks} ranks; expected "
+                "every layer whole on its rank during forward. Use "
+                "tensor_parallel_size=1 and fully_shard over the data-parallel mesh."
+            )
 
     def _insert(self, pl_module: LightningModule, *_: Any) -> None:
         before = [layer.quantizers for layer in quantized_layers(pl_module)]
@@ -300,6 +326,7 @@ class StatQATCallback(Callback):
     # Training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)  # sharding strategies load checkpoints after `on_fit_start`
         self._last_step = trainer.global_step
         self.phases.start(trainer, pl_module, self.enabled)
         self._overflow = None
