@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from statqat_lightning.quantized_layer import (
     base_class,
     detach,
     is_quantized,
+    is_sharded,
     kind_of,
     learned_scales,
     weight_of,
@@ -331,9 +333,12 @@ def refresh(
     """
     layers = _quantized_modules(model)
     if weights:
-        refresh_weights(
-            [(q, weight_of(m, name)) for m, layer in layers for name, q in layer.weights.items()]
-        )
+        found = [(q, m, name) for m, layer in layers for name, q in layer.weights.items()]
+        sharded = [is_sharded(m._parameters.get(name)) for _, m, name in found]
+        whole = [entry for entry, apart in zip(found, sharded, strict=True) if not apart]
+        refresh_weights([(q, weight_of(m, name)) for q, m, name in whole])
+        for q, m, name in compress(found, sharded):
+            refresh_weights([(q, weight_of(m, name))])  # one gathered weight at a time
     observed = [q for _, layer in layers for q in layer.activations()] if inputs else []
     return refresh_activations(observed, reduce)
 

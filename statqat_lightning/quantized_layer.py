@@ -115,7 +115,8 @@ def weight_of(module: nn.Module, name: str = WEIGHT) -> Tensor:
     """A weight of a layer, as its forward sees it; to look at it changes nothing.
 
     Parametrizations are evaluated in eval mode: in train mode some change their own state whenever
-    they are read, as `spectral_norm` does.
+    they are read, as `spectral_norm` does. A weight that is sharded over ranks is gathered: every
+    rank has to ask.
     """
     modes: list[tuple[nn.Module, bool]] = []
     if is_parametrized(module, name):
@@ -129,7 +130,14 @@ def weight_of(module: nn.Module, name: str = WEIGHT) -> Tensor:
         for part, training in modes:
             part.training = training
     assert isinstance(weight, Tensor), "supported layers have their weights"
+    if is_sharded(weight) and weight.device.type != "meta":
+        weight = weight.full_tensor()  # type: ignore[attr-defined]
     return weight
+
+
+def is_sharded(weight: Tensor | None) -> bool:
+    """Whether a tensor is a DTensor, as FSDP2 and tensor parallelism make them."""
+    return hasattr(weight, "full_tensor")
 
 
 def why_unsupported(module: nn.Module) -> str | None:

@@ -22,7 +22,7 @@ from statqat_lightning.callbacks.checkpoint import QuantizerEntry, read_entry
 from statqat_lightning.callbacks.hooks import WrappedHook, WrappedHooks
 from statqat_lightning.callbacks.input_warnings import InputWarnings
 from statqat_lightning.callbacks.input_warnings import StatQATWarning as StatQATWarning
-from statqat_lightning.callbacks.lightning_names import overrides
+from statqat_lightning.callbacks.lightning_names import is_a, overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.insertion import (
     activation_quantizers,
@@ -158,6 +158,7 @@ class StatQATCallback(Callback):
                 'quantized ones of its own. Use another precision, such as "bf16-mixed", or leave '
                 "StatQATCallback out."
             )
+        self._refuse_strategy(trainer)
         self._hooks.unwrap()
         self._fitting = stage == "fit"
         self.averaging = Averaging(trainer.callbacks if self._fitting else ())  # type: ignore[attr-defined]
@@ -169,6 +170,33 @@ class StatQATCallback(Callback):
         self._hooks.wrap(pl_module, last, after=self._insert)
         self._hooks.wrap(pl_module, "on_save_checkpoint", after=self._write_entry)
         self._hooks.wrap(pl_module, "on_load_checkpoint", before=self._read_entry)
+
+    def _refuse_strategy(self, trainer: Trainer) -> None:
+        strategy = trainer.strategy
+        name = type(strategy).__name__
+        if is_a(strategy, "FSDPStrategy") or getattr(strategy, "zero_stage_3", False):
+            raise ValueError(
+                f"StatQATCallback: got {name}, under which layers do not hold their weights "
+                "between forward passes. Use ModelParallelStrategy with fully_shard, or DDP."
+            )
+        if not is_a(strategy, "ModelParallelStrategy"):
+            return
+        specs = [
+            spec for rule in self.recipe.rules for spec in (rule.weights, rule.inputs, rule.outputs)
+        ]
+        if any(isinstance(s, TensorSpec) and s.quantizer == "lsq" for s in specs):
+            raise ValueError(
+                f"StatQATCallback: got learned scales (quantizer 'lsq') under {name}. They are not "
+                "sharded, so nothing averages their gradients over the ranks. Use another "
+                "quantizer, or DDP."
+            )
+        ranks = strategy.device_mesh["tensor_parallel"].size()
+        if ranks > 1:
+            raise ValueError(
+                f"StatQATCallback: got {name} with tensor parallelism over {ranks} ranks; expected "
+                "every layer whole on its rank during forward. Use "
+                "tensor_parallel_size=1 and fully_shard over the data-parallel mesh."
+            )
 
     def _insert(self, pl_module: LightningModule, *_: Any) -> None:
         before = [layer.quantizers for layer in quantized_layers(pl_module)]
@@ -289,6 +317,7 @@ class StatQATCallback(Callback):
     # Training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)  # sharding strategies load checkpoints after `on_fit_start`
         self._last_step = trainer.global_step
         self.phases.start(trainer, pl_module, self.enabled)
         self._warnings.start()
@@ -363,10 +392,17 @@ class StatQATCallback(Callback):
 
 
 def _reduction(trainer: Trainer) -> Reduce | None:
+    """How tensors are reduced over all ranks, in place where that saves a copy."""
     if trainer.world_size == 1:
         return None
 
     def reduce(tensor: Tensor, operation: str) -> Tensor:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Lightning's own reduction begins with a barrier: a second collective, and one for
+            # which the host waits.
+            op = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
+            torch.distributed.all_reduce(tensor, op=op[operation])
+            return tensor
         reduced = trainer.strategy.reduce(tensor, reduce_op=operation)
         assert isinstance(reduced, Tensor)
         return reduced
