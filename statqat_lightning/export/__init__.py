@@ -1,9 +1,12 @@
 """Frozen models, the files they are written to, and the proof that those files are right."""
 
 from statqat_lightning.export.artefacts import export_model as export_model
+from statqat_lightning.export.checkpoints import export_checkpoint as export_checkpoint
 from statqat_lightning.export.frozen import FrozenLayer as FrozenLayer
 from statqat_lightning.export.frozen import LeftInFloatWarning as LeftInFloatWarning
 from statqat_lightning.export.frozen import freeze as freeze
+from statqat_lightning.export.inspection import compare_files as compare_files
+from statqat_lightning.export.inspection import inspect_file as inspect_file
 from statqat_lightning.export.loading import load_checkpoint as load_checkpoint
 from statqat_lightning.export.loading import load_quantized as load_quantized
 from statqat_lightning.export.native import save_native as save_native

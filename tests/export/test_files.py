@@ -104,6 +104,7 @@ assert (0, 0, 0) in seen  # the first kill comes before anything can be written
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork of a process")
 def test_a_killed_export_leaves_old_or_new_files() -> None:
     run_fresh(KILLED)
