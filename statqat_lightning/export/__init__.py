@@ -13,6 +13,9 @@ from statqat_lightning.export.native import save_native as save_native
 from statqat_lightning.export.onnx import ONNXExportError as ONNXExportError
 from statqat_lightning.export.onnx import save_onnx as save_onnx
 from statqat_lightning.export.program import save_program as save_program
+from statqat_lightning.export.torchao import load_torchao as load_torchao
+from statqat_lightning.export.torchao import save_torchao as save_torchao
+from statqat_lightning.export.torchao import to_torchao as to_torchao
 from statqat_lightning.export.tracing import ExportError as ExportError
 from statqat_lightning.export.verify import ArtefactReport as ArtefactReport
 from statqat_lightning.export.verify import ExportDifferenceError as ExportDifferenceError
