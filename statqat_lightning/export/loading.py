@@ -61,22 +61,10 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
             parts of it then.
     """
     path = Path(path)
-    kind = _kind_of(path)
+    kind = kind_of(path)
     if kind == "native":
         return _load_native(model, path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: the checkpoint holds objects that are not loaded from a file one may not "
-            f"trust ({error}). If you trust it: "
-            "load_checkpoint(model, torch.load(path, weights_only=False))."
-        ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(
-            f"{path}: not a whole checkpoint ({error}). It may have been cut off; copy it again."
-        ) from error
-    return load_checkpoint(model, checkpoint, str(path))
+    return load_checkpoint(model, read_checkpoint(path), str(path))
 
 
 def load_checkpoint(
@@ -89,20 +77,7 @@ def load_checkpoint(
         checkpoint: What Lightning saved.
         where: Its name in messages.
     """
-    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
-        raise ValueError(f"{where}: no 'state_dict' in it; expected a Lightning checkpoint.")
-    if KEY not in checkpoint:
-        raise ValueError(
-            f"{where}: a checkpoint without the entry {KEY!r}: it was trained without "
-            "StatQATCallback and holds a float model. "
-            "Load it with load_from_checkpoint."
-        )
-    entry = checkpoint[KEY]
-    if entry["version"] > 1:
-        raise ValueError(
-            f"{where}: got version {entry['version']} of {KEY!r}; this one reads 1. Update "
-            "statqat-lightning."
-        )
+    entry = _checked(checkpoint, where)[KEY]
     remove(model)
     prefix = _prefix(model, set(checkpoint["state_dict"]), where)
     holder = _nested(model, prefix)
@@ -119,12 +94,7 @@ def load_checkpoint(
 
 
 def _load_native(model: nn.Module, path: Path) -> nn.Module:
-    header = read_header(path)
-    with safetensors.safe_open(path, framework="pt") as file:
-        tensors = {
-            name: read_scale(name, file.get_tensor(name))
-            for name in file.keys()  # noqa: SIM118
-        }
+    header, tensors = read_header(path), _read_tensors(path)
     for alias, name in header["aliases"].items():
         tensors[alias] = tensors[name]
     layers = {name: _Entry(path, name, entry) for name, entry in header["layers"].items()}
@@ -153,6 +123,63 @@ def _load_native(model: nn.Module, path: Path) -> nn.Module:
     for layer in quantized_layers(holder):
         layers[layer.name].restore(layer, tensors)
     return _finished(model)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {
+            name: read_scale(name, file.get_tensor(name))
+            for name in file.keys()  # noqa: SIM118
+        }
+
+
+def native_weights(path: Path) -> dict[str, Tensor]:
+    """The dequantized weights of a native file, by layer."""
+    header, tensors = read_header(path), _read_tensors(path)
+    entries = (_Entry(path, name, entry) for name, entry in header["layers"].items())
+    return {e.name: e.dequantized(tensors) for e in entries if e.weight is not None}
+
+
+def read_checkpoint(path: Path, trust: bool = False) -> Mapping[str, Any]:
+    """A Lightning checkpoint of a training with `StatQATCallback`, on the CPU.
+
+    Args:
+        path: The file.
+        trust: Whether to load any object in it, which may run code.
+
+    Raises:
+        ValueError: If it is truncated, foreign, or holds objects and is not trusted.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: the checkpoint holds objects that are not loaded from a file one may not "
+            f"trust ({error}). If you trust it: "
+            "load_checkpoint(model, torch.load(path, weights_only=False))."
+        ) from error
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(
+            f"{path}: not a whole checkpoint ({error}). It may have been cut off; copy it again."
+        ) from error
+    return _checked(checkpoint, str(path))
+
+
+def _checked(checkpoint: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
+        raise ValueError(f"{where}: no 'state_dict' in it; expected a Lightning checkpoint.")
+    if KEY not in checkpoint:
+        raise ValueError(
+            f"{where}: a checkpoint without the entry {KEY!r}: it was trained without "
+            "StatQATCallback and holds a float model. "
+            "Load it with load_from_checkpoint."
+        )
+    if checkpoint[KEY]["version"] > 1:
+        raise ValueError(
+            f"{where}: got version {checkpoint[KEY]['version']} of {KEY!r}; this one reads 1. "
+            "Update statqat-lightning."
+        )
+    return checkpoint
 
 
 class _Entry:
@@ -240,7 +267,12 @@ def _restore(quantizer: FakeQuantizer, fmt: str, scale: Tensor) -> None:
     quantizer.ready = True
 
 
-def _kind_of(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """`native` or `checkpoint`, by the first bytes of a file.
+
+    Raises:
+        ValueError: If it is neither, or a folder.
+    """
     if path.is_dir():
         raise ValueError(
             f"{path}: got a folder; expected a file. A sharded checkpoint is turned into one by "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -274,3 +275,52 @@ def float_onnx(part: nn.Module, call: ForwardCall) -> Run | None:
         return [torch.from_numpy(np.array(value)) for value in session.run(None, feed)]
 
     return run
+
+
+def require_onnx() -> None:
+    """Check that `.onnx` files can be read.
+
+    Raises:
+        ModuleNotFoundError: If not; the message names the extra.
+    """
+    if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxruntime") is None:
+        raise ModuleNotFoundError(
+            'Reading .onnx files needs onnx and onnxruntime: pip install "statqat-lightning[onnx]".'
+        )
+
+
+def constant_weights(path: Path) -> dict[str, Tensor]:
+    """The dequantized weights of an `.onnx` file, by layer, as ONNX Runtime computes them."""
+    import onnx
+
+    model = onnx.load(path)
+    graph = model.graph
+    constants = {i.name for i in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        if all(name in constants or not name for name in node.input):
+            nodes.append(node)
+            constants.update(node.output)
+    consumers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+    wanted: dict[str, str] = {}
+    for initializer in graph.initializer:
+        layer, _, tensor = initializer.name.rpartition(".")
+        if tensor != CODES:
+            continue
+        value = initializer.name
+        while (
+            following := [n for n in consumers.get(value, []) if n.op_type in _ON_THE_WAY]
+        ) and following[0].output[0] in constants:
+            value = following[0].output[0]
+        wanted[layer.removeprefix("model").removeprefix(".")] = value
+    names = [*dict.fromkeys(wanted.values())]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.input[:]
+    del graph.output[:]
+    graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    values = dict(zip(names, _session(model.SerializeToString()).run(names, {}), strict=True))
+    return {layer: torch.from_numpy(np.array(values[name])) for layer, name in wanted.items()}

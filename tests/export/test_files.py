@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from statqat_lightning.export import export_model
 from statqat_lightning.export.files import FileError, replacing, size_of
+from tests.export.fresh import run_fresh
 from tests.export.models import calibrated, images, recipe_of, small_net
 
 FULL = """
@@ -36,17 +35,10 @@ for path, write in writers.items():
 """
 
 
-def run(script: str, repository: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], check=True, env=environment, timeout=300
-    )
-
-
-def test_a_full_disk_is_named_and_leaves_the_old_files(repository: Path) -> None:
+def test_a_full_disk_is_named_and_leaves_the_old_files() -> None:
     for name in ("m.safetensors", "m.onnx", "m.pt2"):
         Path(name).write_bytes(b"old")
-    run(FULL, repository)
+    run_fresh(FULL)
     assert {file.name for file in Path().iterdir()} == {"m.safetensors", "m.onnx", "m.pt2"}
 
 
@@ -112,9 +104,10 @@ assert (0, 0, 0) in seen  # the first kill comes before anything can be written
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork of a process")
-def test_a_killed_export_leaves_old_or_new_files(repository: Path) -> None:
-    run(KILLED, repository)
+def test_a_killed_export_leaves_old_or_new_files() -> None:
+    run_fresh(KILLED)
     unfinished = {f.name for f in Path().iterdir()} - {
         *("m.safetensors", "m.onnx", "m.pt2", "m.export.json")
     }

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from statqat_lightning.insertion import quantized_layers, quantizer_state
 from statqat_lightning.quantized_layer import weight_of
 from statqat_lightning.recipe import QuantRecipe
 from tests.callbacks.digits import DigitsModule, held_out, loader, make_trainer, small_cnn, statqat
+from tests.export.fresh import run_fresh
 from tests.export.models import (
     FORMATS_AND_GRANULARITIES,
     Everything,
@@ -151,7 +150,7 @@ def test_a_fresh_process_gets_the_same_bits_for_every_format_and_granularity() -
         expected.append(outputs(model, x))
     torch.save(x, "x.pt")
     torch.save(expected, "outputs.pt")
-    subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH], check=True)
+    run_fresh(FRESH)
 
 
 def test_scales_of_microscaling_blocks_take_a_byte(path: Path) -> None:

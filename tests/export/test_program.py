@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from statqat_lightning.export import ExportError, export_model, save_program
 from statqat_lightning.export.frozen import freeze
 from statqat_lightning.export.tracing import operators_of, where_it_stopped
+from tests.export.fresh import run_fresh
 from tests.export.models import Everything, calibrated, images, outputs, recipe_of, small_net
 
 ALONE = """
@@ -48,7 +47,7 @@ def test_a_process_with_torch_alone_gets_the_same_outputs() -> None:
         model = calibrated(Everything(), recipe_of(weights, inputs, granularity), images(16))
         save_program(model, f"{number}.pt2", x)
         torch.save((x, outputs(model, x)), f"{number}.pt")
-    subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE, str(len(kinds))], check=True)
+    run_fresh(ALONE, str(len(kinds)))
 
 
 def test_the_graph_is_pytorch_s_own_and_holds_no_data(tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""`statqat`: export a checkpoint, look into a file, compare two files.
+
+Each command is a function of `statqat_lightning.export`: `export_checkpoint`, `inspect_file` and
+`compare_files`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from statqat_lightning.export.checkpoints import export_checkpoint
+from statqat_lightning.export.inspection import compare_files, inspect_file
+
+KINDS = {"onnx": "onnx", "native": "native", "pt2": "program"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; an error is one line and exit code 2."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        command(options)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        print(f"statqat: {text or type(error).__name__}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("statqat", description="Files of quantized models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    trust = argparse.ArgumentParser(add_help=False)
+    trust.add_argument(
+        "--trust",
+        action="store_true",
+        help="load any object from the checkpoint, which may run code in it",
+    )
+
+    export = commands.add_parser(
+        "export", parents=[trust], help="write a checkpoint of a training as files that run"
+    )
+    export.add_argument("checkpoint", type=Path)
+    export.add_argument(
+        "--module",
+        required=True,
+        metavar="package.Module",
+        help="the LightningModule, or package:factory for a function that makes the model",
+    )
+    export.add_argument(
+        "--to",
+        default="onnx,native",
+        metavar="KINDS",
+        help=f"comma-separated, of {', '.join(KINDS)} (default: %(default)s)",
+    )
+    export.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="default: beside the checkpoint",
+    )
+    export.add_argument(
+        "--submodule",
+        default="",
+        metavar="NAME",
+        help="part of the model to write",
+    )
+    example = export.add_mutually_exclusive_group()
+    example.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="a batch of inputs, saved by torch.save (default: the module's example_input_array)",
+    )
+    example.add_argument(
+        "--input-shape", metavar="N,C,H,W", help="random numbers of this shape as input"
+    )
+    export.add_argument(
+        "--not-strict", action="store_true", help="keep files that differ from the trained model"
+    )
+    export.set_defaults(command=_export)
+
+    inspect = commands.add_parser(
+        "inspect", parents=[trust], help="recipe, layers, bits, SNR and size of a file"
+    )
+    inspect.add_argument("file", type=Path)
+    inspect.set_defaults(command=lambda o: print(inspect_file(o.file, o.trust)))
+
+    compare = commands.add_parser("compare", parents=[trust], help="weights of two files")
+    compare.add_argument("a", type=Path)
+    compare.add_argument("b", type=Path)
+    compare.set_defaults(command=lambda o: print(compare_files(o.a, o.b, o.trust)))
+    return parser
+
+
+def _export(options: argparse.Namespace) -> None:
+    kinds = [kind.strip() for kind in options.to.split(",")]
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"--to: got {', '.join(unknown)}; expected of {', '.join(KINDS)}.")
+    report = export_checkpoint(
+        options.checkpoint,
+        options.module,
+        options.output,
+        _example(options),
+        trust=options.trust,
+        submodule=options.submodule,
+        strict=not options.not_strict,
+        **{field: kind in kinds for kind, field in KINDS.items()},
+    )
+    print(report)
+    if len(report.artefacts) < len({*kinds}):
+        raise ValueError(
+            "not all files were written, see above. If no input is known, give --input."
+        )
+
+
+def _example(options: argparse.Namespace) -> Any:
+    if options.input is not None:
+        return torch.load(options.input, map_location="cpu", weights_only=True)
+    if options.input_shape is None:
+        return None
+    try:
+        sizes = [int(size) for size in options.input_shape.split(",")]
+        return torch.randn(sizes)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--input-shape: got {options.input_shape!r}; expected sizes such as 8,3,32,32."
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Export of a checkpoint, when the training is over and its process gone."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from statqat_lightning.export.artefacts import export_model
+from statqat_lightning.export.loading import load_checkpoint, read_checkpoint
+from statqat_lightning.export.native import KEY
+from statqat_lightning.export.verify import ExportReport
+from statqat_lightning.recipe import QuantRecipe
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    module: str | Callable[..., nn.Module],
+    path: str | Path | None = None,
+    example: Any = None,
+    *,
+    submodule: str = "",
+    trust: bool = False,
+    **options: Any,
+) -> ExportReport:
+    """Export a Lightning checkpoint of a training with `StatQATCallback`.
+
+    Args:
+        checkpoint: The file.
+        module: The LightningModule's class, as `package.Module`, which is made with the
+            hyper-parameters of the checkpoint; or a function that makes the model, as
+            `package:factory`; or either as an object.
+        path: Where the files go; None for beside the checkpoint.
+        example: Input of a forward; None takes the module's `example_input_array`.
+        submodule: The part of the model to write, `module` of `export_model`.
+        trust: See `read_checkpoint`.
+        **options: As in `export_model`.
+
+    Raises:
+        ValueError: If the checkpoint or the module is not what is expected.
+    """
+    checkpoint = Path(checkpoint)
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"{checkpoint}: no such file.")
+    state = read_checkpoint(checkpoint, trust)
+    make = _found(module) if isinstance(module, str) else module
+    model = _made(make, state)
+    load_checkpoint(model, state, str(checkpoint))
+    example = getattr(model, "example_input_array", None) if example is None else example
+    recipe = QuantRecipe.from_dict(state[KEY]["recipe"])
+    target = checkpoint.with_suffix("") if path is None else path
+    return export_model(model, target, example, module=submodule, recipe=recipe, **options)
+
+
+def _found(name: str) -> Callable[..., nn.Module]:
+    home, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
+    if not home or not attribute:
+        raise ValueError(
+            f"module: got {name!r}; expected package.Module or package:factory, such as "
+            "'train.Classifier'."
+        )
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # scripts in the current folder, as `python -m` finds them
+    try:
+        found = getattr(importlib.import_module(home), attribute, None)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"module: got {name!r}, but {error}. Run it where Python finds {home!r}."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"module: got {name!r}, but {home!r} has no class or function of it.")
+    return found  # type: ignore[no-any-return]
+
+
+def _made(make: Callable[..., nn.Module], checkpoint: Mapping[str, Any]) -> nn.Module:
+    parameters = inspect.signature(make).parameters
+    given = dict(checkpoint.get("hyper_parameters") or {})
+    whole = checkpoint.get("hparams_name")
+    if whole in parameters and whole != "kwargs":
+        given = {whole: given}
+    elif not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        given = {name: value for name, value in given.items() if name in parameters}
+    try:
+        model = make(**given)
+    except TypeError as error:
+        raise ValueError(
+            f"module: {getattr(make, '__name__', make)} cannot be made from the hyper-parameters "
+            f"of the checkpoint, {[*given]}: {error}. Call save_hyperparameters() in it, or give a "
+            "function without arguments (package:factory)."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"module: {make} made a {type(model).__name__}; expected an nn.Module.")
+    return model

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from statqat_lightning.cli import main
+from statqat_lightning.export import (
+    compare_files,
+    export_checkpoint,
+    export_model,
+    inspect_file,
+    load_quantized,
+    save_native,
+    save_onnx,
+)
+from statqat_lightning.export.frozen import freeze, frozen_layers
+from statqat_lightning.quantized_layer import weight_of
+from statqat_lightning.report import snr_by_tensor
+from tests.callbacks.digits import DigitsModule, digits, held_out, loader, make_trainer, statqat
+from tests.export.models import calibrated, images, recipe_of, small_net
+
+IMAGES = digits().tensors[0][:16]
+
+
+class Sized(DigitsModule):
+    """Has hyper-parameters."""
+
+    def __init__(self, width: int, extra: str = "x") -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net[-1] = nn.Sequential(nn.Linear(72, width), nn.Linear(width, 10))
+
+
+def sized() -> DigitsModule:
+    return Sized(12)
+
+
+not_callable = 1
+
+
+def no_module() -> dict[str, int]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sized]:
+    module = Sized(12)
+    trainer = make_trainer(statqat("int4", "int4"), limit_train_batches=3)
+    trainer.fit(module, loader(), held_out())
+    path = tmp_path_factory.mktemp("checkpoint") / "run.ckpt"
+    trainer.save_checkpoint(path)
+    return path, module.eval()
+
+
+@pytest.fixture
+def checkpoint(trained: tuple[Path, Sized]) -> Path:
+    Path("run.ckpt").write_bytes(trained[0].read_bytes())
+    return Path("run.ckpt")
+
+
+@pytest.fixture(autouse=True)
+def path_of_modules() -> Iterator[None]:
+    before = [*sys.path]
+    yield
+    sys.path[:] = before
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a command fails with."""
+    assert main(arguments) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("statqat: ")
+    assert text.count("\n") == 1
+    return text
+
+
+@pytest.mark.parametrize("module", ["tests.test_cli.Sized", "tests.test_cli:sized"])
+def test_export_of_a_checkpoint(
+    module: str, checkpoint: Path, trained: tuple[Path, Sized], capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(IMAGES, "x.pt")
+    arguments = ["export", "run.ckpt", "--module", module, "--to", "native,pt2", "--input", "x.pt"]
+    assert main([*arguments, "--output", "out/m"]) == 0
+    assert "out/m.pt2" in capsys.readouterr().out
+    assert {f.name for f in Path("out").iterdir()} == {*("m.safetensors", "m.pt2", "m.export.json")}
+    with torch.no_grad():
+        expected = trained[1](IMAGES)
+        assert torch.equal(load_quantized(Sized(12), "out/m.safetensors")(IMAGES), expected)
+        assert torch.equal(torch.export.load("out/m.pt2").module()(IMAGES), expected)
+
+
+def test_export_of_a_part_on_random_input(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["export", "run.ckpt", "--module", "tests.test_cli:sized", "--submodule", "net.8"]
+    assert main([*arguments, "--to", "pt2", "--input-shape", "4,72"]) == 0
+    assert torch.export.load("run.pt2").module()(torch.randn(2, 72)).shape == (2, 10)
+
+
+def test_export_without_an_input_writes_what_it_can_and_says_how(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = fails(capsys, "export", "run.ckpt", "--module", "tests.test_cli.Sized")
+    assert "not all files were written" in text
+    assert "give --input" in text
+    assert Path("run.safetensors").exists()
+    assert not Path("run.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["none.ckpt", "--module", "tests.test_cli.Sized"], "none.ckpt: no such file"),
+        (["run.ckpt", "--module", "Sized"], "expected package.Module or package:factory"),
+        (["run.ckpt", "--module", "no_such.Thing"], "No module named 'no_such'"),
+        (["run.ckpt", "--module", "tests.test_cli.Gone"], "has no class or function of it"),
+        (["run.ckpt", "--module", "tests.test_cli:not_callable"], "has no class or function"),
+        (["run.ckpt", "--module", "math.sqrt"], "cannot be made from the hyper-parameters"),
+        (
+            ["run.ckpt", "--module", "tests.test_cli:no_module"],
+            "made a dict; expected an nn.Module",
+        ),
+        (["run.ckpt", "--module", "torch.nn.Identity"], "does not fit the model"),
+        (["run.ckpt", "--module", "a.b", "--to", "tflite"], "got tflite; expected of onnx, native"),
+        (["run.ckpt", "--module", "a.b", "--input-shape", "4,x"], "got '4,x'; expected sizes"),
+    ],
+)
+def test_bad_exports_are_one_line(
+    arguments: list[str], expected: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in fails(capsys, "export", *arguments)
+
+
+def test_objects_in_a_checkpoint_need_trust(checkpoint: Path) -> None:
+    data = torch.load(checkpoint, weights_only=True)
+    torch.save(data | {"odd": Path("an object")}, "odd.ckpt")
+    with pytest.raises(ValueError, match="may not trust"):
+        export_checkpoint("odd.ckpt", Sized, onnx=False)
+    report = export_checkpoint("odd.ckpt", Sized, onnx=False, trust=True)
+    assert report.native_path == "odd.safetensors"
+
+
+def test_inspect_a_native_file(
+    trained: tuple[Path, Sized], capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = trained[1]
+    recipe = recipe_of("int4", "int4")
+    save_native(module, "m.safetensors", recipe)
+    found = inspect_file("m.safetensors")
+    assert (found.kind, found.bytes) == ("native", Path("m.safetensors").stat().st_size)
+    assert found.recipe == recipe.to_dict()
+    assert [*found.layers] == ["net.0", "net.3", "net.8.0", "net.8.1"]
+    entry = found.layers["net.3"]["weight"]
+    assert (entry.format, entry.bits, entry.granularity) == ("int4", 4, "per_channel")
+    for name, decibels in snr_by_tensor(module).items():
+        layer, _, role = name.rpartition("/")
+        assert found.layers[layer][role].snr_db == pytest.approx(decibels, abs=1e-3)
+    assert main(["inspect", "m.safetensors"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("m.safetensors: native, ")
+    assert lines[1:3] == ["recipe:", "  *: weights int4, inputs int4"]
+    assert any(line.startswith("net.3    int4 per_channel ") for line in lines)
+
+
+def test_inspect_a_checkpoint(trained: tuple[Path, Sized]) -> None:
+    found = inspect_file(trained[0])
+    assert found.kind == "checkpoint"
+    expected = snr_by_tensor(trained[1])
+    seen = {
+        f"{layer}/{role}": entry.snr_db
+        for layer, entries in found.layers.items()
+        for role, entry in entries.items()
+    }
+    assert seen == pytest.approx(expected, abs=1e-3)
+    assert {str(e["weight"].granularity) for e in found.layers.values()} == {"per_channel"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "bits", "kind"), [("int4", 4, "int8"), ("int8", 8, "int8"), ("nf4", 4, "uint4")]
+)
+def test_inspect_an_onnx_file(weights: str, bits: int, kind: str) -> None:
+    model = calibrated(small_net(), recipe_of(weights, "int8"), images())
+    save_onnx(model, "m.onnx", images())
+    found = inspect_file("m.onnx")
+    assert [*found.layers] == ["0", "2", "5", "7"]
+    entry = found.layers["5"]["weight"]
+    assert (entry.format, entry.bits, entry.granularity) == (kind, bits, "24 scales")
+    assert found.layers["2"]["input"].format == "uint8"
+
+
+@pytest.mark.parametrize(
+    ("fmt", "granularity"),
+    [
+        *(("int4", g) for g in (None, "per_tensor", "per_group:4")),
+        *((fmt, None) for fmt in ("uint4", "fp8", "fp4", "nf4")),
+    ],
+)
+def test_files_of_one_model_are_equal(fmt: str, granularity: str | None) -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 8))
+    x = torch.randn(8, 4, 4, 4)
+    model = calibrated(net, recipe_of(fmt, None, granularity), x)
+    save_native(nn.ModuleDict({"net": model}).eval(), "a.safetensors")
+    save_onnx(model, "b.onnx", x)
+    compared = compare_files("a.safetensors", "b.onnx")
+    assert compared.equal
+    assert [*compared.snr_db] == ["net.0", "net.2"]
+
+
+def test_a_checkpoint_equals_its_export(trained: tuple[Path, Sized]) -> None:
+    export_model(trained[1], "m", onnx=False)
+    assert compare_files(trained[0], "m.safetensors").equal
+
+
+def test_compare_tells_how_far_apart_two_files_are(capsys: pytest.CaptureFixture[str]) -> None:
+    net = small_net()
+    files = {"int8": "a.safetensors", "int4": "b.safetensors"}
+    weights = []
+    for fmt, path in files.items():
+        model = calibrated(net, recipe_of(fmt), images())
+        save_native(model, path)
+        weights.append([weight_of(layer).double() for _, layer in frozen_layers(freeze(model))])
+    compared = compare_files(*files.values())
+    assert not compared.equal
+    for decibels, x, y in zip(compared.snr_db.values(), *weights, strict=True):
+        expected = 10 * math.log10(float(x.square().sum() / (x - y).square().sum()))
+        assert decibels == pytest.approx(expected)
+    assert main(["compare", *files.values()]) == 0
+    out = capsys.readouterr().out
+    assert "times the first" in out
+    assert f"{compared.snr_db['5']:.1f} dB" in out
+
+
+def test_bad_files_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    model = calibrated(small_net(), recipe_of("int4"), images())
+    save_native(model, "m.safetensors")
+    data = Path("m.safetensors").read_bytes()
+    Path("cut.safetensors").write_bytes(data[:-9])
+    Path("text.safetensors").write_text("hello, this is text")
+    Path("cut.onnx").write_bytes(b"\x08\x0a\x12\xff")
+    assert "cut.safetensors: not a whole" in fails(capsys, "inspect", "cut.safetensors")
+    assert "neither a .safetensors" in fails(capsys, "inspect", "text.safetensors")
+    assert "not a whole .onnx file" in fails(capsys, "inspect", "cut.onnx")
+    assert "none.onnx: no such file" in fails(capsys, "inspect", "none.onnx")
+    assert "none" in fails(capsys, "compare", "m.safetensors", "none")
+    other = calibrated(
+        nn.Sequential(nn.Conv2d(1, 1, 1)).append(nn.Flatten()), recipe_of("int4"), images()
+    )
+    named = nn.ModuleDict({"other": other}).eval()
+    save_native(named, "other.safetensors")
+    assert "shape (8, 1, 3, 3) in" in fails(capsys, "compare", "m.safetensors", "other.safetensors")
+
+
+def test_unknown_commands_exit_with_2() -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["transmogrify"])
+    assert caught.value.code == 2
