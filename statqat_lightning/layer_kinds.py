@@ -80,6 +80,8 @@ KINDS = (
     *(LayerKind(cls, _cell) for cls in (nn.RNNCell, nn.LSTMCell, nn.GRUCell)),
     *(LayerKind(cls, _one_weight, (), by_request=True) for cls in (nn.Embedding, nn.EmbeddingBag)),
 )
+INPUT_ROLES = frozenset(role for kind in KINDS for role in kind.inputs)
+"""Names of inputs; outputs are called `output`, and all other tensors are weights."""
 RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
 _OUTPUT_ONLY = LayerKind(nn.Module, _nothing, ())
 

@@ -131,7 +131,8 @@ def weight_of(module: nn.Module, name: str = WEIGHT) -> Tensor:
             part.training = training
     assert isinstance(weight, Tensor), "supported layers have their weights"
     if is_sharded(weight) and weight.device.type != "meta":
-        weight = weight.full_tensor()  # type: ignore[attr-defined]
+        gathered: Tensor = weight.full_tensor()  # type: ignore[attr-defined]
+        return gathered
     return weight
 
 

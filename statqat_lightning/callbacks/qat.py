@@ -190,7 +190,7 @@ class StatQATCallback(Callback):
                 "sharded, so nothing averages their gradients over the ranks. Use another "
                 "quantizer, or DDP."
             )
-        ranks = strategy.device_mesh["tensor_parallel"].size()
+        ranks = strategy.device_mesh["tensor_parallel"].size()  # type: ignore[attr-defined]
         if ranks > 1:
             raise ValueError(
                 f"StatQATCallback: got {name} with tensor parallelism over {ranks} ranks; expected "

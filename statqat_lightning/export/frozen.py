@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from statqat_lightning.attention import attend, each_input, refuse_fast_path
-from statqat_lightning.fake_quantizer import OUTPUT, FakeQuantizer
+from statqat_lightning.fake_quantizer import OUTPUT, WEIGHT, FakeQuantizer
 from statqat_lightning.formats import Format
 from statqat_lightning.functional import QParams, dequantize, quantize
 from statqat_lightning.granularity import Granularity
@@ -38,6 +38,11 @@ def codes_name(role: str) -> str:
 def scale_name(role: str) -> str:
     """Name of the buffer that holds the scale of a weight, an input or the output."""
     return f"{role}_scale"
+
+
+def weight_key(layer: str, role: str) -> str:
+    """What a weight of a layer is called in comparisons: the only one goes by the layer's name."""
+    return layer if role == WEIGHT else f"{layer}.{role}" if layer else role
 
 
 class LeftInFloatWarning(UserWarning):

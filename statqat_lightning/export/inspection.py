@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.export.files import size_of
-from statqat_lightning.export.frozen import CODES, INPUT_SCALE
+from statqat_lightning.export.frozen import weight_key
 from statqat_lightning.export.loading import (
-    kind_of,
+    file_kind,
     native_weights,
     read_checkpoint,
 )
 from statqat_lightning.export.native import KEY, read_header
 from statqat_lightning.export.runtimes import constant_weights, require_onnx
-from statqat_lightning.fake_quantizer import INPUT, WEIGHT
+from statqat_lightning.fake_quantizer import OUTPUT
 from statqat_lightning.formats import BlockFormat, get_format
 from statqat_lightning.functional import QParams, fake_quantize, snr_db
 from statqat_lightning.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor
+from statqat_lightning.layer_kinds import INPUT_ROLES
 from statqat_lightning.observers import NOISE, SIGNAL
-from statqat_lightning.recipe import QuantRecipe
+from statqat_lightning.recipe import ROLES, QuantRecipe
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Inspection:
         bytes: Its size.
         library_version: Of the package that wrote it, empty if it does not say.
         recipe: The recipe of the training as plain data, None if it does not say.
-        layers: By name, the quantized tensors of each layer by role: `weight`, `input`.
+        layers: By name, the quantized tensors of each layer by role, see `FrozenLayer`.
     """
 
     path: str
@@ -78,16 +79,30 @@ class Inspection:
             for rule in QuantRecipe.from_dict(self.recipe).rules:
                 parts = [
                     f"{role} {spec.format}" if spec is not None else f"{role} float"
-                    for role, spec in (("weights", rule.weights), ("inputs", rule.inputs))
-                    if spec is None or not isinstance(spec, str)
+                    for role in ROLES
+                    for spec in [getattr(rule, role)]
+                    if spec is not None or role != "outputs"
                 ]
                 lines.append(f"  {rule.pattern}: {', '.join(parts)}")
-        cells = [("layer", "weight", "input")]
-        cells += [
-            (name or "(model)", str(t.get(WEIGHT) or "float"), str(t.get(INPUT) or "float"))
-            for name, t in self.layers.items()
-        ]
+        columns = ["weight", "input"]
+        columns += ["output"] * any(OUTPUT in tensors for tensors in self.layers.values())
+        cells = [("layer", *columns)]
+        for name, tensors in self.layers.items():
+            found = [_in_words(tensors, column) for column in columns]
+            cells.append((name or "(model)", *found))
         return "\n".join([*lines, *_table(cells)])
+
+
+def _in_words(tensors: Mapping[str, TensorEntry], column: str) -> str:
+    """What the weights, the inputs or the output of a layer have; most often all the same."""
+    found = [str(tensor) for role, tensor in tensors.items() if _column(role) == column]
+    return ", ".join(dict.fromkeys(found)) or "float"
+
+
+def _column(role: str) -> str:
+    if role == OUTPUT:
+        return "output"
+    return "input" if role in INPUT_ROLES else "weight"
 
 
 def inspect_file(path: str | Path, trust: bool = False) -> Inspection:
@@ -104,7 +119,7 @@ def inspect_file(path: str | Path, trust: bool = False) -> Inspection:
     path = Path(path)
     if path.suffix == ".onnx":
         return _inspect_onnx(path)
-    if kind_of(path) == "native":
+    if file_kind(path) == "native":
         return _inspect_native(path)
     return _inspect_checkpoint(path, trust)
 
@@ -120,8 +135,7 @@ def _inspect_native(path: Path) -> Inspection:
                 part["granularity"],
                 snr.get(f"{name}/{role}" if name else role),
             )
-            for role in (WEIGHT, INPUT)
-            if (part := entry[role]) is not None
+            for role, part in entry.items()
         }
         for name, entry in header["layers"].items()
     }
@@ -137,8 +151,8 @@ def _inspect_checkpoint(path: Path, trust: bool) -> Inspection:
         layer, _, role = name.rpartition("/")
         fmt, decibels = get_format(state["format"]), None
         granularity: Granularity = PerTensor()
-        if role == WEIGHT:
-            weight = _weight_in(checkpoint["state_dict"], layer)
+        if _column(role) == "weight":
+            weight = _weight_in(checkpoint["state_dict"], layer, role)
             granularity = _granularity_of(state, weight)
             if weight is not None and state["ready"]:
                 decibels = float(snr_db(weight.float(), _quantized(weight, state).float()))
@@ -154,8 +168,8 @@ def _inspect_checkpoint(path: Path, trust: bool) -> Inspection:
     )
 
 
-def _weight_in(state: Mapping[str, Tensor], layer: str) -> Tensor | None:
-    return state.get(f"{layer}.weight" if layer else "weight")
+def _weight_in(state: Mapping[str, Tensor], layer: str, role: str) -> Tensor | None:
+    return state.get(f"{layer}.{role}" if layer else role)
 
 
 def _granularity_of(state: Mapping[str, Any], weight: Tensor | None) -> Granularity:
@@ -185,17 +199,20 @@ def _inspect_onnx(path: Path) -> Inspection:
     tensors = {i.name: i for i in model.graph.initializer}
     layers: dict[str, dict[str, TensorEntry]] = {}
     for name, tensor in tensors.items():
-        layer, _, role = name.rpartition(".")
-        layer = layer.removeprefix("model").removeprefix(".")
-        if role == CODES:
-            scale = tensors.get(name.removesuffix(CODES) + "weight_scale")
+        layer, _, buffer = name.rpartition(".")
+        layer, (role, _, what) = (
+            layer.removeprefix("model").removeprefix("."),
+            buffer.rpartition("_"),
+        )
+        if what == "codes":
+            scale = tensors.get(name.removesuffix("codes") + "scale")
             count = math.prod(scale.dims) if scale is not None else 1
             granularity = "per_tensor" if count == 1 else f"{count} scales"
             kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
-            layers.setdefault(layer, {})[WEIGHT] = TensorEntry(kind, _bits(tensor), granularity)
-        elif role == INPUT_SCALE:
+            layers.setdefault(layer, {})[role] = TensorEntry(kind, _bits(tensor), granularity)
+        elif what == "scale" and _column(role) != "weight":
             zero = _zero_point_type(model, name)
-            layers.setdefault(layer, {})[INPUT] = TensorEntry(zero, 8, "per_tensor")
+            layers.setdefault(layer, {})[role] = TensorEntry(zero, 8, "per_tensor")
     if not layers:
         raise ValueError(
             f"{path}: an .onnx file without quantized layers of ours. Expected a file by "
@@ -285,9 +302,14 @@ class FileComparison:
 
 
 def _weight_entry(inspection: Inspection, name: str) -> str:
-    known = _match(name, inspection.layers)
-    entry = inspection.layers[known].get(WEIGHT) if known is not None else None
-    return str(entry or "float")
+    entries = {
+        weight_key(layer, role): tensor
+        for layer, tensors in inspection.layers.items()
+        for role, tensor in tensors.items()
+        if _column(role) == "weight"
+    }
+    known = _match(name, entries)
+    return str(entries[known]) if known is not None else "float"
 
 
 def compare_files(a: str | Path, b: str | Path, trust: bool = False) -> FileComparison:
@@ -344,15 +366,16 @@ def _weights(path: Path, trust: bool) -> dict[str, Tensor]:
     if path.suffix == ".onnx":
         _onnx_model(path)
         return constant_weights(path)
-    if kind_of(path) == "native":
+    if file_kind(path) == "native":
         return native_weights(path)
     checkpoint = read_checkpoint(path, trust)
     found = {}
     for name, state in checkpoint[KEY]["quantizers"].items():
         layer, _, role = name.rpartition("/")
-        weight = _weight_in(checkpoint["state_dict"], layer)
-        if role == WEIGHT and weight is not None and state["ready"]:
-            found[layer] = _quantized(weight, state)
+        if _column(role) == "weight" and state["ready"]:
+            weight = _weight_in(checkpoint["state_dict"], layer, role)
+            if weight is not None:
+                found[weight_key(layer, role)] = _quantized(weight, state)
     return found
 
 

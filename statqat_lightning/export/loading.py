@@ -19,6 +19,7 @@ from statqat_lightning.export.frozen import (
     codes_name,
     drop_parametrization,
     scale_name,
+    weight_key,
 )
 from statqat_lightning.export.native import KEY, read_header, read_scale
 from statqat_lightning.export.packing import packed_size, unpack
@@ -61,7 +62,7 @@ def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
             parts of it then.
     """
     path = Path(path)
-    kind = kind_of(path)
+    kind = file_kind(path)
     if kind == "native":
         return _load_native(model, path)
     return load_checkpoint(model, read_checkpoint(path), str(path))
@@ -134,10 +135,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def native_weights(path: Path) -> dict[str, Tensor]:
-    """The dequantized weights of a native file, by layer."""
+    """The dequantized weights of a native file, by layer; see `weight_key`."""
     header, tensors = read_header(path), _read_tensors(path)
     entries = (_Entry(path, name, entry) for name, entry in header["layers"].items())
-    return {e.name: e.dequantized(tensors) for e in entries if e.weight is not None}
+    return {
+        weight_key(e.name, role): e.dequantized(role, tensors)
+        for e in entries
+        for role in e.weights
+    }
 
 
 def read_checkpoint(path: Path, trust: bool = False) -> Mapping[str, Any]:
@@ -267,7 +272,7 @@ def _restore(quantizer: FakeQuantizer, fmt: str, scale: Tensor) -> None:
     quantizer.ready = True
 
 
-def kind_of(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """`native` or `checkpoint`, by the first bytes of a file.
 
     Raises:

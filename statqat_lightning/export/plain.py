@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export.frozen import (
-    CODES,
-    INPUT_SCALE,
-    WEIGHT_SCALE,
     Frozen,
     FrozenLayer,
+    codes_name,
     frozen_layers,
+    scale_name,
 )
+from statqat_lightning.fake_quantizer import WEIGHT
 from statqat_lightning.formats import Format, IntFormat
 from statqat_lightning.granularity import PerBlock, PerGroup
+from statqat_lightning.layer_kinds import RECURRENT
 
-WeightOf = Callable[[str, FrozenLayer], Tensor]
+WeightOf = Callable[[str, FrozenLayer, str], Tensor]
 
 
 @torch.no_grad()
@@ -30,25 +31,31 @@ def plain_model(frozen: nn.Module, weight_of: WeightOf | None = None) -> nn.Modu
 
     Args:
         frozen: A frozen model.
-        weight_of: The weight of a layer, by its name and the frozen layer; None dequantizes.
+        weight_of: A weight by the name of its layer, the frozen layer and its role; None
+            dequantizes.
     """
     plain = copy.deepcopy(frozen)
     shared: dict[int, nn.Parameter] = {}
     for name, layer in frozen_layers(plain):
-        weight = None
-        if layer.frozen_weight is not None:
-            original = layer.get_buffer(CODES)
+        weights = {}
+        for role in layer.frozen_weights:
+            original = layer.get_buffer(codes_name(role))
             if id(original) not in shared:
-                value = layer.weight if weight_of is None else weight_of(name, layer)
-                shared[id(original)] = nn.Parameter(value, requires_grad=False)
-            weight = shared[id(original)]
-        for buffer in (CODES, WEIGHT_SCALE, INPUT_SCALE):
-            layer._buffers.pop(buffer, None)
-        for attribute in ("frozen_weight", "frozen_input", "weight_dtype"):
-            layer.__dict__.pop(attribute, None)
+                read = (
+                    layer.read_weight(role) if weight_of is None else weight_of(name, layer, role)
+                )
+                shared[id(original)] = nn.Parameter(read, requires_grad=False)
+            weights[role] = shared[id(original)]
+        for role in (*layer.frozen_weights, *layer.frozen_activations):
+            layer._buffers.pop(codes_name(role), None)
+            layer._buffers.pop(scale_name(role))
+        for attribute in ("frozen_weights", "frozen_activations", "weight_dtype"):
+            del layer.__dict__[attribute]
         layer.__class__ = type(layer).__bases__[1]
-        if weight is not None:
-            layer.register_parameter("weight", weight)
+        for role, weight in weights.items():
+            layer.register_parameter(role, weight)
+        if isinstance(layer, RECURRENT):
+            layer._init_flat_weights()
     return plain
 
 
@@ -58,7 +65,7 @@ def integer_linears(frozen: nn.Module) -> list[Frozen]:
         entry
         for entry in frozen_layers(frozen)
         if isinstance(entry.layer, nn.Linear)
-        and (tensor := entry.layer.frozen_weight) is not None
+        and (tensor := entry.layer.frozen_weights.get(WEIGHT)) is not None
         and is_signed_integer(tensor.fmt)
         and not isinstance(tensor.granularity, PerBlock)
     ]
@@ -71,10 +78,9 @@ def is_signed_integer(fmt: Format) -> bool:
 
 def integers_and_scales(layer: FrozenLayer) -> tuple[Tensor, Tensor]:
     """Weight of a Linear layer as int8 `(out, in)`, and float32 scales `(out, groups)`."""
-    tensor = layer.frozen_weight
-    assert tensor is not None
-    codes = tensor.fmt.decode(layer.get_buffer(CODES)).to(torch.int8)
-    scale = layer.get_buffer(WEIGHT_SCALE).detach()
+    tensor = layer.frozen_weights[WEIGHT]
+    codes = tensor.fmt.decode(layer.get_buffer(codes_name(WEIGHT))).to(torch.int8)
+    scale = layer.get_buffer(scale_name(WEIGHT)).detach()
     if isinstance(tensor.granularity, PerGroup):
         return codes, scale.squeeze(-1).contiguous()
     # One scale for all rows is the same scale for each.
@@ -82,5 +88,5 @@ def integers_and_scales(layer: FrozenLayer) -> tuple[Tensor, Tensor]:
 
 
 def with_rounded_inputs(frozen: nn.Module) -> list[str]:
-    """Names of the layers of a frozen model that round their inputs."""
-    return [name for name, layer in frozen_layers(frozen) if layer.frozen_input is not None]
+    """Names of the layers of a frozen model that round their inputs or outputs."""
+    return [name for name, layer in frozen_layers(frozen) if layer.frozen_activations]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export.divergence import LayerOutputs, record_layers
+from statqat_lightning.export.frozen import weight_key
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, outputs_of
 from statqat_lightning.export.loading import load_quantized
 from statqat_lightning.export.tracing import ExportError, trace
@@ -308,14 +309,15 @@ def constant_weights(path: Path) -> dict[str, Tensor]:
     wanted: dict[str, str] = {}
     for initializer in graph.initializer:
         layer, _, tensor = initializer.name.rpartition(".")
-        if tensor != CODES:
+        if not tensor.endswith("_codes"):
             continue
         value = initializer.name
         while (
             following := [n for n in consumers.get(value, []) if n.op_type in _ON_THE_WAY]
         ) and following[0].output[0] in constants:
             value = following[0].output[0]
-        wanted[layer.removeprefix("model").removeprefix(".")] = value
+        layer, role = layer.removeprefix("model").removeprefix("."), tensor.removesuffix("_codes")
+        wanted[weight_key(layer, role)] = value
     names = [*dict.fromkeys(wanted.values())]
     del graph.node[:]
     graph.node.extend(nodes)

@@ -22,6 +22,7 @@ from statqat_lightning.export.files import replacing
 from statqat_lightning.export.frozen import FrozenLayer, freeze, frozen_layers
 from statqat_lightning.export.plain import integer_linears, integers_and_scales, plain_model
 from statqat_lightning.export.tracing import ExportError
+from statqat_lightning.fake_quantizer import WEIGHT
 
 
 def require_torchao() -> None:
@@ -63,7 +64,10 @@ def to_torchao(model: nn.Module) -> nn.Module:
             f"{formats_of(frozen)}. The native file and .pt2 hold every format."
         )
     return plain_model(
-        frozen, lambda name, layer: _torchao_weight(layer) if name in chosen else layer.weight
+        frozen,
+        lambda name, layer, role: (
+            _torchao_weight(layer) if name in chosen else layer.read_weight(role)
+        ),
     )
 
 
@@ -108,15 +112,14 @@ def load_torchao(model: nn.Module, path: str | Path) -> nn.Module:
 def formats_of(frozen: nn.Module) -> str:
     """Names of the layers of a frozen model with the formats of their weights."""
     return ", ".join(
-        f"{name or '(model)'} ({type(layer).__bases__[1].__name__}, "
-        f"{layer.frozen_weight.fmt.name if layer.frozen_weight is not None else 'float'})"
+        f"{name or '(model)'} ({type(layer).__bases__[1].__name__}, {tensor.fmt.name})"
         for name, layer in frozen_layers(frozen)
+        for tensor in layer.frozen_weights.values()
     )
 
 
 def _torchao_weight(layer: FrozenLayer) -> Tensor:
-    tensor = layer.frozen_weight
-    assert tensor is not None
+    tensor = layer.frozen_weights[WEIGHT]
     codes, scale = integers_and_scales(layer)
     weight: Tensor = _tensor_class()(
         qdata=codes,
