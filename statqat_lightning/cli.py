@@ -17,7 +17,13 @@ import torch
 from statqat_lightning.export.checkpoints import export_checkpoint
 from statqat_lightning.export.inspection import compare_files, inspect_file
 
-KINDS = {"onnx": "onnx", "native": "native", "pt2": "program"}
+KINDS = {
+    "onnx": "onnx",
+    "native": "native",
+    "pt2": "program",
+    "torchao": "torchao",
+    "compressed-tensors": "compressed",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from statqat_lightning.export.frozen import refuse_weights_from_hooks
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.loading import load_checkpoint
 from statqat_lightning.export.onnx import require_packages
+from statqat_lightning.export.torchao import require_torchao
 from statqat_lightning.export.verify import ExportDifferenceError, ExportReport
 from statqat_lightning.insertion import activation_quantizers, quantized_layers
 from statqat_lightning.recipe import QuantRecipe
@@ -71,6 +72,10 @@ class ExportCallback(Callback):
         onnx: Whether to write the `.onnx` file. It needs the extra `statqat-lightning[onnx]`.
         native: Whether to write the `.safetensors` file.
         program: Whether to write the `.pt2` file, which `torch.export.load` reads.
+        torchao: Whether to write the `.torchao.pt` file: integer weights of Linear layers as
+            torchao tensors. It needs the extra `statqat-lightning[torchao]`.
+        compressed: Whether to write the folder `.compressed` for language-model runtimes: integer
+            weights of Linear layers in the layout of compressed-tensors.
         strict: Whether a file that differs from the trained model is refused with an error (when
             all others have been written); False keeps it and warns. See `export_model`.
         test_examples: Most examples of the test or validation set to predict, by each file; None
@@ -98,11 +103,13 @@ class ExportCallback(Callback):
         onnx: bool = True,
         native: bool = True,
         program: bool = False,
+        torchao: bool = False,
+        compressed: bool = False,
         strict: bool = True,
         test_examples: int | None = 1000,
         measure_latency: bool = True,
     ) -> None:
-        if not (onnx or native or program):
+        if not (onnx or native or program or torchao or compressed):
             raise ValueError("ExportCallback: got onnx=False and native=False; expected a file.")
         self.path = _checked(path)
         self.best = best
@@ -111,6 +118,8 @@ class ExportCallback(Callback):
         self.onnx = onnx
         self.native = native
         self.program = program
+        self.torchao = torchao
+        self.compressed = compressed
         self.strict = strict
         self.test_examples = test_examples
         self.measure_latency = measure_latency
@@ -124,11 +133,14 @@ class ExportCallback(Callback):
         self._capture = None
         endings = [
             *([".onnx"] * self.onnx + [".safetensors"] * self.native + [".pt2"] * self.program),
+            *([".torchao.pt"] * self.torchao),
             REPORT_ENDING,
         ]
         check_writable(*(with_ending(self._target(trainer), ending) for ending in endings))
         if self.onnx:
             require_packages()
+        if self.torchao:
+            require_torchao()
         if self.best and trainer.checkpoint_callback is None and not _is_trial(trainer):
             raise ValueError(
                 "ExportCallback: got best=True, but the Trainer has no ModelCheckpoint. Add one "
@@ -195,6 +207,8 @@ class ExportCallback(Callback):
                 onnx=self.onnx,
                 native=self.native,
                 program=self.program,
+                torchao=self.torchao,
+                compressed=self.compressed,
                 strict=self.strict,
                 data=_evaluation_data(trainer, pl_module) if self.test_examples != 0 else None,
                 most_data=self.test_examples,
@@ -278,6 +292,8 @@ class ExportCallback(Callback):
         for wanted, artefact, ending in (
             (self.onnx, report.onnx, ".onnx"),
             (self.program, report.program, ".pt2"),
+            (self.torchao, report.torchao, ".torchao.pt"),
+            (self.compressed, report.compressed, ".compressed"),
         ):
             if wanted and artefact is None:
                 rank_zero_warn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export import runtimes
+from statqat_lightning.export.compressed_tensors import FILES as COMPRESSED_FILES
+from statqat_lightning.export.compressed_tensors import load_compressed, save_compressed
 from statqat_lightning.export.divergence import first_divergence
-from statqat_lightning.export.files import replacing, size_of, with_ending
-from statqat_lightning.export.frozen import freeze_quietly, left_in_float
+from statqat_lightning.export.files import replacing, replacing_folder, size_of, with_ending
+from statqat_lightning.export.frozen import freeze_quietly, frozen_layers, left_in_float, scale_name
 from statqat_lightning.export.inputs import ForwardCall, outputs_of
 from statqat_lightning.export.native import save_native
 from statqat_lightning.export.onnx import ONNXExportError, require_packages, save_onnx
+from statqat_lightning.export.plain import with_rounded_inputs
 from statqat_lightning.export.program import save_program
 from statqat_lightning.export.runtimes import Run, Runtime
+from statqat_lightning.export.torchao import load_torchao, require_torchao, save_torchao
 from statqat_lightning.export.tracing import ExportError
 from statqat_lightning.export.verify import (
     ArtefactReport,
@@ -33,7 +38,7 @@ from statqat_lightning.export.verify import (
     latency,
     output_steps,
 )
-from statqat_lightning.insertion import quantized_layers
+from statqat_lightning.insertion import quantized_layers, set_enabled
 from statqat_lightning.recipe import QuantRecipe
 from statqat_lightning.report import snr_by_tensor
 
@@ -58,6 +63,8 @@ def export_model(
     onnx: bool = True,
     native: bool = True,
     program: bool = False,
+    torchao: bool = False,
+    compressed: bool = False,
     strict: bool = True,
     bound: float = 1.0,
     data: Iterable[Any] | None = None,
@@ -83,6 +90,9 @@ def export_model(
         onnx: Whether to write the `.onnx` file.
         native: Whether to write the `.safetensors` file.
         program: Whether to write the `.pt2` file, see `save_program`.
+        torchao: Whether to write the `.torchao.pt` file, see `save_torchao`. It holds weights
+            alone, and is compared with the model whose inputs are in float, like the next.
+        compressed: Whether to write the folder `.compressed`, see `save_compressed`.
         strict: Whether a file that differs by more than the bound is refused.
         bound: Largest difference in output steps, see `ArtefactReport.max_steps`. A larger one is
             accepted if every layer by itself agrees: then values on the edge between two codes fell
@@ -100,11 +110,13 @@ def export_model(
         ExportDifferenceError: If a file differs, and `strict`; it names the first layer that does.
             All other files have been written then, and its `report` describes them.
         ValueError: If the model cannot be frozen, or has no submodule of that name.
-        ModuleNotFoundError: If the extra `onnx` is not installed.
+        ModuleNotFoundError: If the extra `onnx` or `torchao` is needed and not installed.
         OSError: If a file cannot be written.
     """
     if onnx:
         require_packages()
+    if torchao:
+        require_torchao()
     reference = copy.deepcopy(model).cpu().eval()
     notes = [f"Left in float: {name} ({why})." for name, why in left_in_float(reference).items()]
     frozen = freeze_quietly(reference)
@@ -130,6 +142,7 @@ def export_model(
             notes.append(f"No accuracy: the data failed with {type(error).__name__}: {error}")
     proof = _Proof(
         frozen.get_submodule(module),
+        part,
         examples,
         strict and not is_random,
         bound,
@@ -143,11 +156,15 @@ def export_model(
     whole = f"holds {module!r}; these quantized layers are outside: {', '.join(outside)}."
     reports: dict[str, ArtefactReport] = {}
     differing: list[ExportDifferenceError] = []
-    wanted = [
-        w
-        for w, chosen in _writers(frozen, reference, module, recipe, onnx, native, program)
-        if chosen
-    ]
+    chosen = {
+        "native": native,
+        "onnx": onnx,
+        "program": program,
+        "torchao": torchao,
+        "compressed": compressed,
+    }
+    writers = _writers(frozen, reference, module, recipe)
+    wanted = [writer for writer in writers if chosen[writer.kind]]
     for writer in wanted:
         if writer.needs_call and call is None:
             notes.append(f"{writer.title}: {NO_EXAMPLE}")
@@ -156,7 +173,7 @@ def export_model(
             notes.append(f"{writer.title}: {whole}")
         target = with_ending(path, writer.ending)
         try:
-            with replacing(target) as temporary:
+            with writer.replacing(target) as temporary:
                 writer.write(temporary, call)
                 found = proof.of(writer, temporary, target)
             reports[writer.kind] = found
@@ -169,6 +186,8 @@ def export_model(
         native=reports.get("native"),
         onnx=reports.get("onnx"),
         program=reports.get("program"),
+        torchao=reports.get("torchao"),
+        compressed=reports.get("compressed"),
         examples=(call.batch_size or 0) if call else 0,
         output_range=max(
             (float(t.float().abs().max()) for t in _outputs(examples[:1]) if t.numel()), default=0.0
@@ -198,6 +217,8 @@ class _Writer:
         needs_call: Whether an input is needed to write it.
         exact: Whether it has to agree bit for bit.
         in_float32: Whether it computes in float32 whatever the model's precision.
+        weights_only: Whether it leaves the rounding of inputs out.
+        replacing: How its path is replaced.
     """
 
     kind: str
@@ -209,55 +230,72 @@ class _Writer:
     needs_call: bool = True
     exact: bool = False
     in_float32: bool = False
+    weights_only: bool = False
+    replacing: Callable[[Path], AbstractContextManager[Path]] = replacing
 
 
 def _writers(
-    frozen: nn.Module,
-    reference: nn.Module,
-    module: str,
-    recipe: QuantRecipe | None,
-    onnx: bool,
-    native: bool,
-    program: bool,
-) -> Iterator[tuple[_Writer, bool]]:
+    frozen: nn.Module, reference: nn.Module, module: str, recipe: QuantRecipe | None
+) -> Iterator[_Writer]:
     part = frozen.get_submodule(module)
-    yield (
-        _Writer(
-            "native",
-            "Native file",
-            ".safetensors",
-            lambda path, call: save_native(
-                frozen, path, recipe, module, snr_db=snr_by_tensor(reference)
-            ),
-            lambda path: runtimes.load_native(path, reference, module),
-            lambda plain, call: runtimes.float_in_torch(plain),
-            needs_call=False,
-            exact=True,
+
+    def blank() -> nn.Module:
+        plain = runtimes.float_model(reference, module)
+        runtimes.forget_weights(plain)
+        return plain
+
+    def in_torch(plain: nn.Module, call: ForwardCall) -> Run:
+        return runtimes.float_in_torch(plain)
+
+    yield _Writer(
+        "native",
+        "Native file",
+        ".safetensors",
+        lambda path, call: save_native(
+            frozen, path, recipe, module, snr_db=snr_by_tensor(reference)
         ),
-        native,
+        lambda path: runtimes.load_native(path, reference, module),
+        in_torch,
+        needs_call=False,
+        exact=True,
     )
-    yield (
-        _Writer(
-            "onnx",
-            "ONNX",
-            ".onnx",
-            lambda path, call: save_onnx(part, path, call),
-            runtimes.load_onnx,
-            runtimes.float_onnx,
-            in_float32=True,
-        ),
-        onnx,
+    yield _Writer(
+        "onnx",
+        "ONNX",
+        ".onnx",
+        lambda path, call: save_onnx(part, path, call),
+        runtimes.load_onnx,
+        runtimes.float_onnx,
+        in_float32=True,
     )
-    yield (
-        _Writer(
-            "program",
-            "torch.export",
-            ".pt2",
-            lambda path, call: save_program(part, path, call),
-            runtimes.load_program,
-            runtimes.float_program,
-        ),
-        program,
+    yield _Writer(
+        "program",
+        "torch.export",
+        ".pt2",
+        lambda path, call: save_program(part, path, call),
+        runtimes.load_program,
+        runtimes.float_program,
+    )
+    yield _Writer(
+        "torchao",
+        "torchao",
+        ".torchao.pt",
+        lambda path, call: save_torchao(part, path),
+        lambda path: runtimes.in_torch("torchao", load_torchao(blank(), path), part),
+        in_torch,
+        needs_call=False,
+        weights_only=True,
+    )
+    yield _Writer(
+        "compressed",
+        "compressed-tensors",
+        ".compressed",
+        lambda path, call: save_compressed(part, path),
+        lambda path: runtimes.in_torch("load_compressed", load_compressed(blank(), path), part),
+        in_torch,
+        needs_call=False,
+        weights_only=True,
+        replacing=lambda path: replacing_folder(path, COMPRESSED_FILES),
     )
 
 
@@ -266,6 +304,7 @@ class _Proof:
     """Compares files with the fake-quantized model."""
 
     frozen: nn.Module
+    part: nn.Module
     examples: list[Example]
     strict: bool
     bound: float
@@ -277,7 +316,13 @@ class _Proof:
         Raises:
             ExportDifferenceError: If it differs, and `strict`.
         """
-        examples = self.examples
+        frozen, examples, remarks = self.frozen, self.examples, []
+        if writer.weights_only and (rounded := with_rounded_inputs(frozen)):
+            frozen, examples = self._without_inputs()
+            remarks.append(
+                "weights only, and compared with the model whose inputs are in float; these layers "
+                f"round their inputs: {', '.join(name or '(the model)' for name in rounded)}."
+            )
         try:
             runtime = writer.load(path)
             comparison = compare(runtime, examples)
@@ -286,14 +331,13 @@ class _Proof:
                 f"{target}: what was written cannot be loaded and run: {type(error).__name__}: "
                 f"{error} The file was not kept."
             ) from error
-        remarks: list[str] = []
         if runtime.batch is not None and examples:
             remarks.append(f"The forward fixes its batch size: {runtime.batch} only.")
         divergence = None
         bound = 0.0 if writer.exact else self.bound
         # Not `max_steps > bound`: that is false for NaN.
         if examples and not comparison.max_steps <= bound:
-            divergence = self._located(writer, runtime)
+            divergence = self._located(writer, runtime, frozen, examples)
             if divergence is None and not writer.exact and math.isfinite(comparison.max_steps):
                 remarks.append(
                     f"differs by {comparison.max_steps:.3g} steps, but each layer by itself "
@@ -327,10 +371,25 @@ class _Proof:
             remarks=tuple(remarks),
         )
 
-    def _located(self, writer: _Writer, runtime: Runtime) -> str | None:
-        """The first layer that differs, on the first example on which one does."""
+    def _without_inputs(self) -> tuple[nn.Module, list[Example]]:
+        """The model whose inputs are in float, and what it makes of the examples."""
+        part = copy.deepcopy(self.part)
+        set_enabled(part, inputs=False)
         frozen = copy.deepcopy(self.frozen)
-        for example in self.examples:
+        for _, layer in frozen_layers(frozen):
+            for role in layer.frozen_activations:
+                del layer._buffers[scale_name(role)]
+            layer.frozen_activations = {}
+        return frozen, [
+            Example(e.call, outputs_of(e.call.run(part)), e.labels) for e in self.examples
+        ]
+
+    def _located(
+        self, writer: _Writer, runtime: Runtime, frozen: nn.Module, examples: list[Example]
+    ) -> str | None:
+        """The first layer that differs, on the first example on which one does."""
+        frozen = copy.deepcopy(frozen)
+        for example in examples:
             call = example.call
             if runtime.batch is not None:
                 call = call.with_batch(runtime.batch, least=runtime.batch)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +44,58 @@ def replacing(path: Path) -> Iterator[Path]:
         raise _cannot_be_written(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path, files: tuple[str, ...]) -> Iterator[Path]:
+    """Like `replacing`, for a folder that holds `files` and nothing else.
+
+    Where the system can exchange two folders in one step (Linux), a reader sees the old one or the
+    new one; elsewhere there is a moment without either.
+
+    Raises:
+        OSError: If it cannot be written, or a folder with other files is there already.
+    """
+    foreign = [f.name for f in path.iterdir() if f.name not in files] if path.is_dir() else []
+    if foreign or (path.exists() and not path.is_dir()):
+        raise FileError(
+            errno.EEXIST,
+            f"{str(path)!r} cannot be written: there is "
+            f"{'a folder with other files' if foreign else 'a file'} of that name. Choose another "
+            "path, or move it.",
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise _cannot_be_written(path, error) from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if not path.exists():
+            temporary.rename(path)
+        elif not _exchange(temporary, path):
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+            path.rename(old / path.name)
+            temporary.rename(path)
+            shutil.rmtree(old)
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise _cannot_be_written(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step, where the system can (`renameat2`)."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    done: int = rename(here, os.fsencode(first), here, os.fsencode(second), exchange)
+    return done == 0
 
 
 class FileError(OSError):

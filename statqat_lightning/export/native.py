@@ -105,10 +105,10 @@ def save_native(
         try:
             save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
         except safetensors.SafetensorError as error:
-            raise _as_os_error(error) from error
+            raise as_os_error(error) from error
 
 
-def _as_os_error(error: safetensors.SafetensorError) -> OSError:
+def as_os_error(error: safetensors.SafetensorError) -> OSError:
     """What went wrong with the disk; safetensors tells it in its text only."""
     number = re.search(r"os error (\d+)", str(error))
     code = int(number[1]) if number else errno.EIO

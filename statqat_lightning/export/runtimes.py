@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export.divergence import LayerOutputs, record_layers
-from statqat_lightning.export.frozen import weight_key
+from statqat_lightning.export.frozen import frozen_layers, weight_key
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, outputs_of
 from statqat_lightning.export.loading import load_quantized
 from statqat_lightning.export.tracing import ExportError, trace
@@ -52,6 +52,12 @@ def _in_torch(name: str, model: nn.Module, layers: Sequence[str]) -> Runtime:
 
 def _torch() -> str:
     return f"torch {torch.__version__}"
+
+
+def in_torch(name: str, model: nn.Module, frozen: nn.Module) -> Runtime:
+    """A PyTorch model that has been loaded, with the layers of the frozen one."""
+    layers = [layer.name for layer in frozen_layers(frozen)]
+    return _in_torch(f"{_torch()}, {name}", model, layers)
 
 
 @torch.no_grad()

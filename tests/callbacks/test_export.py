@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ from statqat_lightning.callbacks.export import ExportCallback, ExportWarning
 from statqat_lightning.export.loading import load_quantized
 from statqat_lightning.export.native import read_header
 from statqat_lightning.export.onnx import ONNXExportError
-from statqat_lightning.export.verify import onnx_session
+from statqat_lightning.export.verify import ExportDifferenceError, onnx_session
 from statqat_lightning.insertion import prepare
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
@@ -218,6 +220,109 @@ def test_the_best_checkpoint_is_exported() -> None:
 def test_best_without_a_checkpoint_callback_is_refused_before_training() -> None:
     with pytest.raises(ValueError, match="the Trainer has no ModelCheckpoint"):
         train(statqat(), ExportCallback("model.onnx", best=True))
+
+
+class WithTestSet(L.LightningDataModule):
+    """Its test set is ready after `setup("test")`."""
+
+    def setup(self, stage: str) -> None:
+        self.ready = stage == "test"
+
+    def train_dataloader(self) -> Any:
+        return loader()
+
+    def val_dataloader(self) -> Any:
+        return held_out()
+
+    def test_dataloader(self) -> Any:
+        assert self.ready
+        return loader(torch.utils.data.Subset(digits(), range(50)), shuffle=False)
+
+
+def test_accuracy_on_the_test_set_goes_to_the_report_and_the_loggers(tmp_path: Path) -> None:
+    export = ExportCallback("model.onnx", program=True)
+    module = DigitsModule()
+    trainer = make_trainer(statqat(), export, logger=[CSVLogger("csv"), TensorBoardLogger("tb")])
+    trainer.fit(module, datamodule=WithTestSet())
+    report = export.report
+    assert report is not None
+    right = (predictions(module).argmax(1) == digits().tensors[1])[:50].float().mean().item()
+    assert report.accuracy == pytest.approx(right)
+    for artefact in report.artefacts:
+        assert artefact.accuracy == pytest.approx(right, abs=0.021)
+        assert artefact.examples == 32 + 50
+    (written,) = Path("csv").rglob("metrics.csv")
+    with written.open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("export/onnx/accuracy")]
+    assert float(rows[0]["export/program/accuracy"]) == pytest.approx(right)
+    assert float(rows[0]["export/onnx/bytes"]) == Path("model.onnx").stat().st_size
+    assert float(rows[0]["export/onnx/speedup"]) > 0
+    assert b"model.pt2" in next(Path("tb").rglob("events*")).read_bytes()
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, 32), (40, 72), (None, 32 + 192)])
+def test_so_many_examples_of_the_validation_set(count: int | None, expected: int) -> None:
+    export = ExportCallback("m", onnx=False, test_examples=count, measure_latency=False)
+    train(statqat(), export, limit_train_batches=1)
+    assert export.report is not None
+    assert export.report.native is not None
+    assert export.report.native.examples == expected
+    assert (export.report.accuracy is None) == (count == 0)
+    assert export.report.native.speedup is None
+
+
+def test_batches_that_a_hook_changes_are_not_predicted() -> None:
+    class Changes(DigitsModule):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch
+
+    export = ExportCallback("m", onnx=False)
+    train(statqat(), export, module=Changes, limit_train_batches=1)
+    assert export.report is not None
+    assert export.report.accuracy is None
+
+
+def damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    save = artefacts.save_program
+
+    def wrong(model: Any, path: Path, example: Any) -> None:
+        model.net[3].bias += 1
+        save(model, path, example)
+        model.net[3].bias -= 1
+
+    monkeypatch.setattr(artefacts, "save_program", wrong)
+
+
+def test_a_file_that_differs_is_refused_when_all_others_are_written(
+    monkeypatch: pytest.MonkeyPatch, messages: Messages
+) -> None:
+    damage(monkeypatch)
+    export = ExportCallback("m", onnx=False, program=True)
+    with pytest.raises(ExportDifferenceError, match=r"m.pt2: differs .* First at layer 'net.3'"):
+        train(statqat(), export, limit_train_batches=1)
+    assert export.report is not None
+    assert export.report.native is not None
+    assert not Path("m.pt2").exists()
+    assert messages.about("m.safetensors")
+
+
+def test_not_strict_keeps_a_file_that_differs_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    damage(monkeypatch)
+    export = ExportCallback("m", onnx=False, program=True, strict=False)
+    with pytest.warns(ExportWarning, match=r"m.pt2 differs .* First at layer 'net.3'"):
+        train(statqat(), export, limit_train_batches=1)
+    assert Path("m.pt2").exists()
+
+
+def test_a_failing_test_set_does_not_take_the_files_along() -> None:
+    class Fails(WithTestSet):
+        def test_dataloader(self) -> Any:
+            raise FileNotFoundError("no test set here")
+
+    export = ExportCallback("m", onnx=False)
+    make_trainer(statqat(), export, limit_train_batches=1).fit(DigitsModule(), datamodule=Fails())
+    assert export.report is not None
+    assert "No accuracy: the data failed with FileNotFoundError" in export.report.notes[0]
 
 
 # Before training

@@ -297,3 +297,49 @@ def test_medians_are_taken_in_turns() -> None:
     assert order == [1, 2] * 4  # one round to warm up
     assert first > 0
     assert second > 0
+
+
+def linears() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def test_weights_alone_are_compared_with_inputs_in_float() -> None:
+    x = torch.randn(8, 16)
+    model = calibrated(linears(), recipe_of("int4", "int3"), x)
+    report = export_model(model, "model", x, onnx=False, torchao=True, compressed=True)
+    for found, path in (
+        (report.torchao, "model.torchao.pt"),
+        (report.compressed, "model.compressed"),
+    ):
+        assert found is not None
+        assert (found.path, found.max_difference) == (path, 0)
+        assert "these layers round their inputs: 0, 2." in found.remarks[0]
+        assert found.bytes > 0
+        assert found.speedup is not None
+    assert "model.compressed" in str(report)
+
+
+@pytest.mark.parametrize("kind", ["torchao", "compressed"])
+def test_the_first_layer_of_wrong_weights_is_named(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(8, 16)
+    model = calibrated(linears(), recipe_of("int4", "int3"), x)
+    save = getattr(artefacts, f"save_{kind}")
+
+    def wrong(model: Any, path: Path) -> None:
+        model[2].weight_scale *= 1.5
+        save(model, path)
+        model[2].weight_scale /= 1.5
+
+    monkeypatch.setattr(artefacts, f"save_{kind}", wrong)
+    with pytest.raises(ExportDifferenceError, match="First at layer '2': "):
+        export_model(model, "model", x, onnx=False, **{kind: True})  # type: ignore[arg-type]
+    assert {f.name for f in Path().iterdir()} == {"model.safetensors", "model.export.json"}
+
+
+def test_what_a_writer_cannot_hold_is_a_note(model: nn.Module) -> None:
+    report = export(model, onnx=False, compressed=True)
+    assert report.compressed is None
+    assert report.notes[0].startswith("compressed-tensors: not written. compressed-tensors (pack-")
+    assert Path("model.safetensors").exists()
