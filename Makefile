@@ -3,11 +3,15 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.statqat-installed
 
+# The oldest supported versions, for `make test-lowest`.
+LOWEST       := .venv-lowest
+LOWEST_STAMP := $(LOWEST)/.statqat-installed
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format clean
+.PHONY: help setup demo test test-all test-lowest lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv and install the package with everything its tests need
 
@@ -42,6 +46,17 @@ test: lint  ## linters, types and the quick tests
 test-all: lint  ## all tests, those that take long included
 	$(BIN)/python -m pytest
 
+test-lowest: $(LOWEST_STAMP)  ## the quick tests on the oldest supported versions, in .venv-lowest
+	$(LOWEST)/bin/python -m pytest -m "not cifar and not slow"
+
+# `lowest-direct` takes the lowest version that pyproject.toml allows of everything it names. Torch
+# and torchvision are resolved together, as each release of one goes with one of the other.
+$(LOWEST_STAMP): pyproject.toml | $(STAMP)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(LOWEST)
+	$(BIN)/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct \
+	  --editable ".[dev]"
+	@touch $@
+
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,7 +66,7 @@ format: $(STAMP)  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove what runs and tests left behind; .venv stays
+clean:  ## remove what runs and tests left behind; the environments stay
 	rm -rf outputs exported lightning_logs wandb build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./$(LOWEST) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
