@@ -68,7 +68,10 @@ def attend(
         check_other=False,
     )
     if module.batch_first and batched:
-        query, key, value = _each_once(lambda x: x.transpose(1, 0), query, key, value)
+        swapped = query.transpose(1, 0)
+        swapped_key = swapped if key is query else key.transpose(1, 0)  # torch looks at identity
+        value = swapped_key if value is key else value.transpose(1, 0)
+        query, key = swapped, swapped_key
     _torch._mha_shape_check(query, key, value, padding, mask, module.num_heads)
     if is_causal and mask is None:
         raise RuntimeError(
@@ -167,19 +170,15 @@ def each_input(
         key: Keys.
         value: Values.
     """
-    done: dict[int, Tensor] = {}
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if id(x) not in done:
-            quantizer = quantizers(name)
-            done[id(x)] = x if quantizer is None else quantizer(x)
-    return done[id(query)], done[id(key)], done[id(value)]
 
+    def of(name: str, x: Tensor) -> Tensor:
+        quantizer = quantizers(name)
+        return x if quantizer is None else quantizer(x)
 
-def _each_once(function: Callable[[Tensor], Tensor], *tensors: Tensor) -> list[Tensor]:
-    """The function of each tensor, one result for tensors that are one: torch looks at identity."""
-    results = {id(x): x for x in tensors}
-    results = {key: function(x) for key, x in results.items()}
-    return [results[id(x)] for x in tensors]
+    q = of("query", query)
+    k = q if key is query else of("key", key)
+    v = q if value is query else k if value is key else of("value", value)
+    return q, k, v
 
 
 def _project(

@@ -374,3 +374,30 @@ def test_encoders_run_their_quantizers_in_evaluation(padded: bool) -> None:
     with torch.inference_mode():
         again = encoder.eval()(x, src_key_padding_mask=mask)
     assert torch.equal(again, fast)
+
+
+def compiled_cases() -> dict[str, tuple[nn.Module, Tensor]]:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return {
+        "transposed": (nn.ConvTranspose2d(3, 4, 3, 2), torch.randn(2, 3, 6, 6)),
+        "encoder": (encoder, torch.randn(2, 5, 8)),
+        "cell": (nn.GRUCell(4, 6), torch.randn(5, 4)),
+        "recurrent": (nn.GRU(4, 6), torch.randn(5, 2, 4)),
+    }
+
+
+@pytest.mark.parametrize("name", compiled_cases())
+def test_compiled_layers_equal_eager_ones(name: str) -> None:
+    layer, x = compiled_cases()[name]
+    quantized(layer, x)
+    set_observing(layer, True)
+    torch._dynamo.reset()
+    # Dynamo leaves recurrent layers to eager mode, with or without quantizers.
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=name != "recurrent")
+    given, expected = compiled(x), layer(x)
+    for a, b in zip(
+        *((y if isinstance(y, tuple) else (y,)) for y in (given, expected)), strict=True
+    ):
+        assert torch.equal(a, b)
+    assert not refresh(layer).any()
