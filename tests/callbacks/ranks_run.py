@@ -225,7 +225,7 @@ def fit(name: str, folder: Path, strategy: str = "auto", devices: int = 1) -> No
     known = {
         "states": witness.states,
         "weights": dict(module.state_dict()),
-        "overflow": sorted(name for name, kind in callback._warned if kind == "overflow"),
+        "overflow": sorted(name for name, kind in callback._warnings._given if kind == "overflow"),
         "collectives": callback.collectives,
         "settled": callback.settled,
         "step": before.kept,
