@@ -245,6 +245,19 @@ def _add_each(targets: list[Tensor], values: Tensor) -> None:
     torch._foreach_add_(targets, list(values.unbind()))
 
 
+@lru_cache(maxsize=256)
+def _kept(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Constants on a device, kept there: the host waits each time it brings some to a GPU."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _rows(numbers: Sequence[int], of: Tensor) -> Tensor | slice:
+    """What selects rows of a tensor by their numbers; ascending."""
+    if len(numbers) == len(of):
+        return slice(None)
+    return _kept(tuple(numbers), torch.long, of.device)
+
+
 @torch.no_grad()
 def fold(
     observers: Sequence[InputObserver], statistics: bool, reduce: Reduce | None = None
@@ -265,14 +278,15 @@ def fold(
     spectral = [i for i, o in enumerate(observers) if o.needs_spectrum and statistics]
     ranged = [i for i, o in enumerate(observers) if o.needs_range and statistics]
     overflow = ~sums.isfinite().all(1)
+    spectral_rows, ranged_rows = (_rows(which, overflow) for which in (spectral, ranged))
     energy, extremes = sums.new_zeros(0, NUM_BINS), sums.new_zeros(0, 2)
     if spectral:
         spectra = torch.stack([observers[i].spectrum for i in spectral])
         energy, beyond = spectra[:, :NUM_BINS], spectra[:, NUM_BINS]
-        overflow[spectral] |= beyond != 0  # NaN differs from 0, too
+        overflow[spectral_rows] |= beyond != 0  # NaN differs from 0, too
     if ranged:
         extremes = torch.stack([observers[i].extremes for i in ranged])
-        overflow[ranged] |= ~extremes.isfinite().all(1) & (sums[ranged, COUNT] > 0)
+        overflow[ranged_rows] |= ~extremes.isfinite().all(1) & (sums[ranged_rows, COUNT] > 0)
     if reduce is not None:
         parts = [sums.flatten(), overflow.to(sums.dtype), energy.flatten()]
         total = reduce(torch.cat(parts), "sum")
@@ -287,21 +301,21 @@ def fold(
     # A batch of which nothing finite is known must not count as a batch of zeros.
     seen = count > 0
     if spectral:
-        seen[spectral] &= ~overflow[spectral] | (energy.sum(1) > 0)
+        seen[spectral_rows] &= ~overflow[spectral_rows] | (energy.sum(1) > 0)
     if ranged:
-        seen[ranged] &= extremes.isfinite().all(1)
+        seen[ranged_rows] &= extremes.isfinite().all(1)
     num_batches = torch.stack([o.num_batches for o in observers])
-    momentum = sums.new_tensor([o.config.momentum for o in observers])
+    momentum = _kept(tuple(o.config.momentum for o in observers), sums.dtype, sums.device)
     weight = torch.where(seen, (1 / (num_batches + 1)).maximum(momentum), 0.0)
     _fold_sums(observers, sums, weight)
     if spectral:
-        means = energy / count[spectral].clamp_min(1).unsqueeze(1)
+        means = energy / count[spectral_rows].clamp_min(1).unsqueeze(1)
         old = [observers[i].running_spectrum for i in spectral]
-        new = torch.stack(old).lerp_(means, weight[spectral].unsqueeze(1))
+        new = torch.stack(old).lerp_(means, weight[spectral_rows].unsqueeze(1))
         torch._foreach_copy_(old, list(new.unbind()))
     if ranged:
         old = [observers[i].running_extremes for i in ranged]
-        new = _fold_ranges([observers[i] for i in ranged], extremes, seen[ranged])
+        new = _fold_ranges([observers[i] for i in ranged], extremes, seen[ranged_rows])
         torch._foreach_copy_(old, list(new.unbind()))
         for i in ranged:
             observers[i].extremes.fill_(-torch.inf)
@@ -320,8 +334,10 @@ def _fold_ranges(observers: Sequence[InputObserver], extremes: Tensor, seen: Ten
     momenta = [o.range_momentum for o in observers]
     new = newest.maximum(old)
     if any(momentum is not None for momentum in momenta):
-        weight = old.new_tensor([[momentum or 0.0] for momentum in momenta])
-        averaging = old.new_tensor([[momentum is not None] for momentum in momenta])
+        weight, averaging = (
+            _kept(tuple(values), old.dtype, old.device).unsqueeze(1)
+            for values in ((m or 0.0 for m in momenta), (float(m is not None) for m in momenta))
+        )
         new = torch.where(averaging > 0, old.lerp(newest, weight), new)
     first = torch.stack([o.num_batches for o in observers]) == 0
     return torch.where(first.unsqueeze(1), newest, new)

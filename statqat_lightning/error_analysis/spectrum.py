@@ -112,12 +112,14 @@ class EnergySpectrum:
     samples: Samples | None = None
 
     @classmethod
-    def of(cls, x: Tensor, keep: bool = True) -> EnergySpectrum:
+    def of(cls, x: Tensor, keep: bool = True, check: bool = True) -> EnergySpectrum:
         """Spectrum of each row of `x`.
 
         Args:
             x: `(n, m)`, or any other shape for one spectrum of all values; floating dtype.
             keep: Whether to keep the values, for predictions.
+            check: Whether to look for values without a bin, which the host has to wait for. They
+                are left out otherwise.
 
         Raises:
             ValueError: If `x` is empty or holds a NaN, an infinity or a value beyond `2**32`.
@@ -132,7 +134,7 @@ class EnergySpectrum:
             for part in torch.split(rows, _ROWS_AT_ONCE)
         ]
         energy, beyond = (torch.cat(column) for column in zip(*pairs, strict=True))
-        if (beyond != 0).any():
+        if check and (beyond != 0).any():
             raise ValueError(
                 "EnergySpectrum.of: got values that are NaN, infinite or beyond +-2**32; "
                 "remove them first."

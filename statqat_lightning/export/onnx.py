@@ -209,6 +209,12 @@ def _translate_weight(
     if not is_table(fmt):
         if group:
             weight = op.DequantizeLinear(codes, scale, axis=axis, block_size=group)
+        elif axis >= 0 and isinstance(fmt, IntFormat):
+            # ONNX Runtime before 1.28 fuses Gemm, and then misses zero points in the scales' shape.
+            kind = onnx.TensorProto.INT8 if fmt.is_signed else onnx.TensorProto.UINT8
+            size = shape[axis]
+            zeros = onnx.helper.make_tensor("zero_points", kind, [size], [0] * size)
+            weight = op.DequantizeLinear(codes, scale, op.Constant(value=zeros), axis=axis)
         elif axis >= 0:
             weight = op.DequantizeLinear(codes, scale, axis=axis)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -128,10 +129,16 @@ def _stored_e8m0(amax: Tensor, fmt: BlockFormat) -> _Stored:
     return _Stored(amax, code_of(amax) - largest_exponent, scale_of, code_of)
 
 
+@lru_cache(maxsize=16)
+def _positive_e4m3(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Positive E4M3 numbers, ascending; kept where they are used."""
+    values = get_format("fp8_e4m3").values
+    return values[values > 0].to(device, dtype)
+
+
 def _stored_e4m3(amax: Tensor, fmt: BlockFormat) -> _Stored:
     """E4M3 numbers under the tensor scale that the largest of all magnitudes gives."""
-    stored = get_format("fp8_e4m3")
-    positive = stored.values[stored.values > 0].to(amax)
+    stored, positive = get_format("fp8_e4m3"), _positive_e4m3(amax.dtype, amax.device)
     # Kept normal, and so that no product with it overflows.
     limits = torch.finfo(torch.float32)
     per_unit = fmt.max * stored.max
