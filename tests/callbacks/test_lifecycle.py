@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from statqat_lightning.callbacks.qat import StatQATWarning
-from statqat_lightning.insertion import input_quantizers, quantized_layers, quantizer_state
+from statqat_lightning.insertion import activation_quantizers, quantized_layers, quantizer_state
 from tests.callbacks.digits import (
     LAYERS,
     STEPS_PER_EPOCH,
@@ -43,7 +43,7 @@ class Predicts(DigitsModule):
 def assert_at_rest(module: nn.Module) -> None:
     """Three layers with quantizers, none observing; no hook that a Trainer needs is wrapped."""
     assert [layer.name for layer in quantized_layers(module)] == [*LAYERS]
-    assert not any(q.observing for q in input_quantizers(module))
+    assert not any(q.observing for q in activation_quantizers(module))
     assert not {"setup", "configure_model", "on_load_checkpoint"} & set(vars(module))
 
 
@@ -72,11 +72,11 @@ def test_short_and_empty_runs(options: dict[str, Any], steps: int) -> None:
     module, run = train(statqat(), data=loader(shuffle=False), **options)
     assert len(run.losses) == steps
     assert_at_rest(module)
-    assert [q.ready for q in input_quantizers(module)] == [steps > 0] * 3
+    assert [q.ready for q in activation_quantizers(module)] == [steps > 0] * 3
     # A full run afterwards is none the worse.
     module, run = train(statqat(freeze_at=None), module=module)
     assert len(run.losses) == STEPS_PER_EPOCH
-    assert all(q.ready for q in input_quantizers(module))
+    assert all(q.ready for q in activation_quantizers(module))
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")
@@ -85,7 +85,7 @@ def test_barebones() -> None:
     trainer = Trainer(barebones=True, accelerator="cpu", max_epochs=1, callbacks=[statqat()])
     trainer.fit(module, loader(), held_out())
     assert_at_rest(module)
-    assert all(q.ready for q in input_quantizers(module))
+    assert all(q.ready for q in activation_quantizers(module))
     _, same = train(statqat(), limit_val_batches=0)
     assert set(same.states[-1]) == set(quantizer_state(module))
 
@@ -182,7 +182,7 @@ def test_inference_mode_makes_no_difference() -> None:
             for module in (on, off)
         ]
         assert results[0] == results[1]
-    assert not any(q.scale.is_inference() for q in input_quantizers(on))
+    assert not any(q.scale.is_inference() for q in activation_quantizers(on))
 
 
 # In any order
@@ -242,7 +242,7 @@ def test_several_trainers_on_one_module() -> None:
 
 class Interrupts(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        assert all(q.observing for q in input_quantizers(pl_module))
+        assert all(q.observing for q in activation_quantizers(pl_module))
         if args[-1] == 3:
             raise KeyboardInterrupt
 
