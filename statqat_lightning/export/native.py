@@ -110,7 +110,7 @@ def save_native(
 
 def as_os_error(error: safetensors.SafetensorError) -> OSError:
     """What went wrong with the disk; safetensors tells it in its text only."""
-    number = re.search(r"os error (\d+)", str(error))
+    number = re.search(r"(?:os error|code:) (\d+)", str(error))
     code = int(number[1]) if number else errno.EIO
     return OSError(code, os.strerror(code))
 
