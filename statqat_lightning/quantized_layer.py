@@ -217,7 +217,7 @@ def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., 
         attributes = self.__dict__
         previous = {name: attributes.get(name, missing) for name in quantizers.weights}
         values = {name: q(getattr(self, name)) for name, q in quantizers.weights.items()}
-        args, kwargs = with_each_input(kind, quantizers.inputs.get, args, kwargs)
+        args, kwargs = with_each_input(kind, lambda role: quantizers.inputs.get(role), args, kwargs)
         try:
             attributes.update(values)
             result = base.forward(self, *args, **kwargs)
@@ -242,7 +242,7 @@ def _attention_forward(
         own: Tensor = getattr(self, name)
         return own if quantizer is None else quantizer(own)
 
-    inputs = each_input(quantizers.inputs.get, query, key, value)
+    inputs = each_input(lambda role: quantizers.inputs.get(role), query, key, value)
     return with_output(quantizers.output, attend(self, *inputs, weight, *args, **kwargs))
 
 
@@ -254,7 +254,7 @@ def _recurrent_forward(base: type[nn.Module]) -> Callable[..., Any]:
         quantizers: LayerQuantizers = self._statqat
         attributes = self.__dict__
         previous = attributes["_flat_weights"]
-        args, kwargs = with_each_input(kind, quantizers.inputs.get, args, kwargs)
+        args, kwargs = with_each_input(kind, lambda role: quantizers.inputs.get(role), args, kwargs)
         try:
             attributes["_flat_weights"] = [
                 quantizers.weights[name](getattr(self, name)) if name in quantizers.weights else own

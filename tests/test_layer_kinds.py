@@ -392,8 +392,11 @@ def test_compiled_layers_equal_eager_ones(name: str) -> None:
     layer, x = compiled_cases()[name]
     quantized(layer, x)
     torch._dynamo.reset()
-    # Dynamo leaves recurrent layers to eager mode, with or without quantizers.
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=name != "recurrent")
+    # Dynamo leaves recurrent layers to eager mode, with or without quantizers; that of torch 2.8
+    # breaks the graph where a weight is hidden behind an attribute, too.
+    old = torch.__version__.startswith("2.8.")
+    whole = name == "encoder" or (name != "recurrent" and not old)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=whole)
     given, expected = compiled(x), layer(x)
     for a, b in zip(
         *((y if isinstance(y, tuple) else (y,)) for y in (given, expected)), strict=True
