@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 _torch: Any = F  # for helpers of its own attention, which type stubs leave out
 
@@ -134,26 +134,6 @@ def attend(
     if not batched:
         return output.squeeze(1), None if scores is None else scores.squeeze(0)
     return (output.transpose(1, 0) if module.batch_first else output), scores
-
-
-def refuse_fast_path(module: nn.MultiheadAttention) -> None:
-    """Keep an encoder layer from computing all of its layers in one kernel of its own.
-
-    In evaluation it does so unless a layer below it has a hook.
-    """
-    if _no_fast_path not in module._forward_pre_hooks.values():
-        module.register_forward_pre_hook(_no_fast_path)
-
-
-def allow_fast_path(module: nn.MultiheadAttention) -> None:
-    """Undo `refuse_fast_path`."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is _no_fast_path:
-            del module._forward_pre_hooks[key]
-
-
-def _no_fast_path(module: nn.Module, args: Any) -> None:
-    """Do nothing; that there is a hook is what counts."""
 
 
 def each_input(

@@ -57,6 +57,8 @@ class FakeQuantizer:
         ready: Whether the scale is known; until then tensors pass unchanged.
         enabled: Switch for quantization.
         narrowest: Fewest bits that the format in use may have, whatever the specification says.
+        optional: Whether it may well never run: attention whose keys are its queries quantizes them
+            once, as queries.
         frozen: Whether the scale, and an input's statistics, are kept as they are. A weight's scale
             that is not learned changes when it is refreshed, and only then.
     """
@@ -82,6 +84,7 @@ class FakeQuantizer:
         self.ready = False
         self.enabled = True
         self.narrowest = 0
+        self.optional = False
         self.frozen = False
 
     @property
@@ -224,8 +227,6 @@ class ActivationFakeQuantizer(FakeQuantizer):
         deciding: Whether the sign of the format may still change. It is settled by the smallest of
             all values of the first batches, not by a sample.
         lowest: Smallest value seen while deciding, or 0; float32 `()`.
-        optional: Whether it may well never run: attention whose keys are its queries quantizes them
-            once, as queries.
     """
 
     batches_to_decide = 8

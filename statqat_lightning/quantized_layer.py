@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from statqat_lightning.attention import allow_fast_path, attend, each_input, refuse_fast_path
+from statqat_lightning.attention import attend, each_input
 from statqat_lightning.fake_quantizer import (
     INPUT,
     WEIGHT,
@@ -45,6 +45,10 @@ class LayerQuantizers:
         self.output = output
         self.weight = self.weights.get(WEIGHT)
         self.input = self.inputs.get(INPUT)
+
+    def of_input(self, role: str) -> ActivationFakeQuantizer | None:
+        """That of an input, or None."""
+        return self.inputs.get(role)
 
     def present(self) -> list[FakeQuantizer]:
         """All of them: weights, inputs, output."""
@@ -85,8 +89,6 @@ def attach(module: nn.Module, quantizers: LayerQuantizers) -> None:
     module.__class__ = cls
     for name, scale in learned_scales(module).items():
         module.register_parameter(name, scale)
-    if isinstance(module, nn.MultiheadAttention):
-        refuse_fast_path(module)
 
 
 def detach(module: nn.Module) -> None:
@@ -96,8 +98,6 @@ def detach(module: nn.Module) -> None:
             del module._parameters[name]
         module.__class__ = base_class(module)
         del module._statqat
-        if isinstance(module, nn.MultiheadAttention):
-            allow_fast_path(module)
 
 
 def learned_scales(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -217,7 +217,7 @@ def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., 
         attributes = self.__dict__
         previous = {name: attributes.get(name, missing) for name in quantizers.weights}
         values = {name: q(getattr(self, name)) for name, q in quantizers.weights.items()}
-        args, kwargs = with_each_input(kind, lambda role: quantizers.inputs.get(role), args, kwargs)
+        args, kwargs = with_each_input(kind, quantizers.of_input, args, kwargs)
         try:
             attributes.update(values)
             result = base.forward(self, *args, **kwargs)
@@ -242,7 +242,7 @@ def _attention_forward(
         own: Tensor = getattr(self, name)
         return own if quantizer is None else quantizer(own)
 
-    inputs = each_input(lambda role: quantizers.inputs.get(role), query, key, value)
+    inputs = each_input(quantizers.of_input, query, key, value)
     return with_output(quantizers.output, attend(self, *inputs, weight, *args, **kwargs))
 
 
@@ -254,7 +254,7 @@ def _recurrent_forward(base: type[nn.Module]) -> Callable[..., Any]:
         quantizers: LayerQuantizers = self._statqat
         attributes = self.__dict__
         previous = attributes["_flat_weights"]
-        args, kwargs = with_each_input(kind, lambda role: quantizers.inputs.get(role), args, kwargs)
+        args, kwargs = with_each_input(kind, quantizers.of_input, args, kwargs)
         try:
             attributes["_flat_weights"] = [
                 quantizers.weights[name](getattr(self, name)) if name in quantizers.weights else own
@@ -296,7 +296,7 @@ def with_each_input(
             continue
         if place < len(arguments):
             arguments[place] = _inside(quantizer, arguments[place])
-        elif role in keywords or keywords:
+        elif keywords:
             name = role if role in keywords else next(iter(keywords))
             keywords[name] = _inside(quantizer, keywords[name])
     return tuple(arguments), keywords

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from statqat_lightning.attention import attend, each_input, refuse_fast_path
+from statqat_lightning.attention import attend, each_input
 from statqat_lightning.fake_quantizer import OUTPUT, WEIGHT, FakeQuantizer
 from statqat_lightning.formats import Format
 from statqat_lightning.functional import QParams, dequantize, quantize
@@ -178,7 +178,7 @@ def left_in_float(model: nn.Module) -> dict[str, str]:
         quantizer.name: "switched off" if quantizer.ready else "no statistics"
         for _, _, quantizers in quantized_layers(model)
         for quantizer in quantizers.present()
-        if not ((quantizer.enabled and quantizer.ready) or getattr(quantizer, "optional", False))
+        if not ((quantizer.enabled and quantizer.ready) or quantizer.optional)
     }
 
 
@@ -262,8 +262,6 @@ def _freeze_layer(name: str, module: Any, quantizers: LayerQuantizers) -> None:
     for role, activation in activations.items():
         module.register_buffer(scale_name(role), activation.qparams.scale.detach().clone())
     module._forget_flat_weights()
-    if isinstance(module, nn.MultiheadAttention):
-        refuse_fast_path(module)
 
 
 def refuse_weights_from_hooks(model: nn.Module) -> None:

@@ -22,8 +22,13 @@ import torch
 
 def launch(repository: Path, module: str, world_size: int, folder: Path) -> str:
     """Run `module.run(folder)` on so many ranks; what they wrote to stderr."""
+    return run_module(repository, "tests.callbacks.ranks", module, str(world_size), str(folder))
+
+
+def run_module(repository: Path, module: str, *arguments: str) -> str:
+    """Run `python -m module`, which has to succeed; what it wrote to stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.ranks", module, str(world_size), str(folder)],
+        [sys.executable, "-m", module, *arguments],
         cwd=repository,
         capture_output=True,
         text=True,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +10,13 @@ import torch
 
 from tests.callbacks.ddp_run import fit
 from tests.callbacks.digits import STEPS_PER_EPOCH, assert_same
+from tests.callbacks.ranks import run_module
 
 
 @pytest.fixture(scope="module")
 def ranks(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ddp")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.ddp_run", str(folder)],
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "no calibration" not in done.stderr
+    assert "no calibration" not in run_module(repository, "tests.callbacks.ddp_run", str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from statqat_lightning.export import load_quantized
 from tests.callbacks.ddp_run import RankModule
 from tests.callbacks.digits import STEPS_PER_EPOCH, assert_same, quantizer_of
+from tests.callbacks.ranks import run_module
 
 pytestmark = pytest.mark.slow
 LAYERS = ("net.0", "net.3")
@@ -20,15 +19,7 @@ LAYERS = ("net.0", "net.3")
 @pytest.fixture(scope="module")
 def folder(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launchers")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.launchers_run", str(folder)],
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_module(repository, "tests.callbacks.launchers_run", str(folder))
     return folder
 
 
