@@ -141,10 +141,7 @@ def prepare(
     recipe = QuantRecipe.choose(recipe, weights, activations, exclude, first_last_bits)
     _refuse_converted(model)
     modules = {_plain_name(name): module for name, module in model.named_modules()}
-    bypassed = _bypassed(modules)
-    unsupported = {
-        name: bypassed.get(name) or why_unsupported(module) for name, module in modules.items()
-    }
+    unsupported = _unsupported(modules)
     candidates = {name: module for name, module in modules.items() if not unsupported[name]}
     layers = {
         name: module
@@ -205,6 +202,21 @@ def prepare(
             for quantizer in quantizers.activations():
                 quantizer.observer.config = observer
     return report
+
+
+def assigned_rules(model: nn.Module, recipe: QuantRecipe) -> dict[str, QuantRule]:
+    """The rule of each layer that a recipe quantizes, by name.
+
+    Raises:
+        ValueError: If a pattern matches nothing.
+    """
+    modules = {_plain_name(name): module for name, module in model.named_modules()}
+    unsupported = _unsupported(modules)
+    assigned = recipe.assign(
+        {name: module for name, module in modules.items() if not unsupported[name]},
+        {name: module for name, module in modules.items() if unsupported[name]},
+    )
+    return {name: rule for name, rule in assigned.items() if rule and rule.quantizes}
 
 
 def remove(model: nn.Module) -> None:
@@ -431,13 +443,17 @@ def learned_scale_keys(model: nn.Module) -> frozenset[str]:
     )
 
 
-def _bypassed(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Last projections of attention that nobody calls, and why."""
-    return {
+def _unsupported(modules: Mapping[str, nn.Module]) -> dict[str, str | None]:
+    """Why each module is no layer whose weights can be quantized; None for those that are.
+
+    The last projections of some attention are called by nobody.
+    """
+    bypassed = {
         f"{name}.out_proj".lstrip("."): "its parent reads the weight without calling it"
         for name, module in modules.items()
         if isinstance(module, nn.MultiheadAttention) and why_unsupported(module)
     }
+    return {name: bypassed.get(name) or why_unsupported(m) for name, m in modules.items()}
 
 
 def _plain_name(name: str) -> str:

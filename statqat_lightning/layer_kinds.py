@@ -83,14 +83,14 @@ KINDS = (
 INPUT_ROLES = frozenset(role for kind in KINDS for role in kind.inputs)
 """Names of inputs; outputs are called `output`, and all other tensors are weights."""
 RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
-_OUTPUT_ONLY = LayerKind(nn.Module, _nothing, ())
+_WITHOUT_WEIGHTS = LayerKind(nn.Module, _nothing)
 
 
 def kind_of_class(cls: type[nn.Module]) -> LayerKind:
-    """The kind of a class; the one of layers that have an output alone if there is no other."""
-    return next((kind for kind in KINDS if issubclass(cls, kind.cls)), _OUTPUT_ONLY)
+    """The kind of a class; that of modules with an input and an output if there is no other."""
+    return next((kind for kind in KINDS if issubclass(cls, kind.cls)), _WITHOUT_WEIGHTS)
 
 
 def has_weights(kind: LayerKind) -> bool:
     """Whether layers of a kind have weights that can be quantized."""
-    return kind is not _OUTPUT_ONLY
+    return kind is not _WITHOUT_WEIGHTS

@@ -57,6 +57,8 @@ class QuantRule:
             unsigned where the data is non-negative.
         outputs: Specification of the output, likewise. A rule with nothing else matches any module
             that it describes, with weights or not: `QuantRule("type:BatchNorm2d", outputs="int8")`.
+            One with inputs, too, matches modules without weights by their full name only: what is
+            quantized there is the first argument of their forward.
     """
 
     pattern: str
@@ -113,8 +115,16 @@ class QuantRule:
 
     def names(self, name: str) -> bool:
         """Whether the pattern is one of types, or the full name of a layer."""
-        full = (name, f"re:{re.escape(name)}")
-        return self.pattern.startswith("type:") or self.pattern in full
+        return self.pattern.startswith("type:") or self._is_full(name)
+
+    def _is_full(self, name: str) -> bool:
+        return self.pattern in (name, f"re:{re.escape(name)}")
+
+    def suits_any_module(self, name: str) -> bool:
+        """Whether it may give quantizers to the module of a name that has no weights."""
+        if self.weights is not None or not self.quantizes:
+            return False
+        return self.only_outputs or self._is_full(name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -124,6 +134,11 @@ class QuantRule:
             if spec is not None:
                 entries[role] = spec.to_dict()
         return entries
+
+
+def full_name(name: str) -> str:
+    """The pattern that matches the layer of a name and no other."""
+    return f"re:{re.escape(name)}" if any(sign in name for sign in "*?[:") else name
 
 
 def _check_role(role: str, spec: TensorSpec | str | None) -> None:
@@ -237,7 +252,7 @@ class QuantRecipe:
         Args:
             layers: Layers whose weights can be quantized, by name, in the order in which the model
                 registers them.
-            others: All other modules, for rules that quantize outputs alone; they are in the result
+            others: All other modules, for rules that quantize no weights; they are in the result
                 only if one matches.
 
         Raises:
@@ -253,7 +268,7 @@ class QuantRecipe:
                 if name in layers:
                     means_it = not _by_request(module) or rule.names(name)
                 else:
-                    means_it = rule.only_outputs
+                    means_it = rule.suits_any_module(name)
                 position = positions.get(name, -1)
                 if means_it and rule.matches(name, module, position, len(ordered)):
                     matched[rule] = True

@@ -23,6 +23,7 @@ ROWS: list[set[str]] = [
     {"quantizers"},
     {"observers", "fake_quantizer", "tensor_spec", "weights_together", "attention", "layer_kinds"},
     {"recipe", "schedule", "quantized_layer", "insertion", "insertion_report"},
+    {"dataflow", "placement"},
     {"report", "plots", "allocation", "export"},
     {"callbacks"},
     {"cli"},
@@ -32,7 +33,7 @@ NUMERIC_ROWS = 4
 """Rows of pure functions: they import torch and the standard library, no module, file or logger."""
 NOT_NUMERIC = ("torch.nn", "torch.distributed", "logging", "warnings", "pathlib", "io", "os")
 NUMERIC_EXCEPTIONS = {"torch.nn.functional"}  # functions, no modules
-CALLBACK_ROW = 7
+CALLBACK_ROW = 8
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 REQUIRED = {"torch", "torchmetrics", "lightning", "numpy", "safetensors", "tqdm", "yaml"}
 """What an installation without extras has, numpy and tqdm by way of torchmetrics and lightning.

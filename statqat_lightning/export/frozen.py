@@ -252,16 +252,42 @@ def _freeze_layer(name: str, module: Any, quantizers: LayerQuantizers) -> None:
         return
     for role in weights:
         _drop_weight(module, role)
-    module.__class__ = _frozen_class(type(module), names)
-    module.weight_dtype = dtype
-    module.frozen_weights = {role: FrozenTensor.of(q) for role, q in weights.items()}
-    module.frozen_activations = {role: FrozenTensor.of(q) for role, q in activations.items()}
+    as_frozen(
+        module,
+        {role: FrozenTensor.of(q) for role, q in weights.items()},
+        {role: FrozenTensor.of(q) for role, q in activations.items()},
+        dtype,
+        names,
+    )
     for role, q in weights.items():
         module.register_buffer(codes_name(role), codes[role])
         module.register_buffer(scale_name(role), q.qparams.scale.detach().clone())
     for role, activation in activations.items():
         module.register_buffer(scale_name(role), activation.qparams.scale.detach().clone())
     module._forget_flat_weights()
+
+
+def as_frozen(
+    module: Any,
+    weights: dict[str, FrozenTensor],
+    activations: dict[str, FrozenTensor],
+    weight_dtype: torch.dtype,
+    names: tuple[str, ...] = (),
+) -> FrozenLayer:
+    """Turn a layer into a frozen one, in place; its codes and scales are for the caller to add.
+
+    Args:
+        module: The layer.
+        weights: What is fixed about its quantized weights, by role.
+        activations: The same of its quantized inputs and output.
+        weight_dtype: The precision of its weights.
+        names: Names of all its weights.
+    """
+    module.__class__ = _frozen_class(type(module), names)
+    module.weight_dtype = weight_dtype
+    module.frozen_weights, module.frozen_activations = weights, activations
+    frozen: FrozenLayer = module
+    return frozen
 
 
 def refuse_weights_from_hooks(model: nn.Module) -> None:

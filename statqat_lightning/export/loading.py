@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +38,7 @@ from statqat_lightning.insertion import (
     set_enabled,
 )
 from statqat_lightning.quantized_layer import kind_of, weight_of
-from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec, full_name
 
 
 def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
@@ -214,7 +213,7 @@ class _Entry:
                 [part for role, part in self.activations.items() if role == OUTPUT],
             )
         ]
-        return QuantRule(f"re:{re.escape(self.name)}", *specs)
+        return QuantRule(full_name(self.name), *specs)
 
     def dequantized(self, role: str, tensors: Mapping[str, Tensor]) -> Tensor:
         part = self.weights[role]

@@ -1,0 +1,239 @@
+"""Where a runtime's integer kernels need quantizers, beside those of the layers' inputs.
+
+ONNX Runtime runs a convolution in integers only if its output is rounded to 8 bits, too, behind the
+BatchNorm that is folded into it and behind a ReLU; and a sum only if all its terms and its result
+are. So those tensors are rounded in training as well: once each, where they are made, instead of at
+every layer that reads them. (Which patterns have kernels: ONNX Runtime's QDQ selectors; measured
+ratios are in the README.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from statqat_lightning.dataflow import OUTPUT_KIND, Dataflow, Operation, Value, record
+from statqat_lightning.formats import CodebookFormat, IntFormat, get_format
+from statqat_lightning.insertion import assigned_rules
+from statqat_lightning.recipe import ROLES, QuantRecipe, QuantRule, TensorSpec, full_name
+
+TARGETS = ("onnxruntime",)
+"""Runtimes that quantizers can be placed for."""
+
+_CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
+_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
+_FOLDED = ("relu", "ReLU", "relu6", "ReLU6")
+"""Clipping that is part of rounding to unsigned integers."""
+_SUMS = ("add", "cat", "concat")
+_KEEPING = (
+    *("max_pool1d", "max_pool2d", "max_pool3d", "MaxPool1d", "MaxPool2d", "MaxPool3d"),
+    *("flatten", "Flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze"),
+    *("unsqueeze", "getitem", "pad", "Identity", "dropout", "Dropout", "Dropout2d", "chunk"),
+    *("split", "clone", "to", "ZeroPad2d", "ChannelShuffle", "movedim", "relu", "ReLU"),
+)
+"""What leaves values on the grid that they lie on."""
+
+
+@dataclass
+class Placement:
+    """Where quantizers go for a target.
+
+    Attributes:
+        recipe: A rule for each layer and each place, by full names.
+        left: Tensors that stay in float although the runtime needs them rounded, and why.
+    """
+
+    recipe: QuantRecipe
+    left: tuple[str, ...] = ()
+
+
+def check_target(target: str | None) -> str | None:
+    """The name of a target as it is.
+
+    Raises:
+        ValueError: If there is no such target.
+    """
+    if target is not None and target not in TARGETS:
+        raise ValueError(f"target: got {target!r}; expected None or one of {', '.join(TARGETS)}.")
+    return target
+
+
+def place(model: nn.Module, recipe: QuantRecipe, run: Callable[[], Any], target: str) -> Placement:
+    """The recipe with quantizers where a runtime needs them.
+
+    Layers with signed integer weights of at most 8 bits and inputs of 8 bits are placed, all
+    others keep what the recipe gives them: there are no integer kernels for them. Signed tensors
+    get the format `int8_full`, because -128 is where the runtime clips.
+
+    Args:
+        model: A float model.
+        recipe: What its layers get.
+        run: Runs the model once, on any input.
+        target: The runtime, one of `TARGETS`.
+
+    Raises:
+        ValueError: If there is no such target, or a layer gets a format that it cannot run.
+    """
+    check_target(target)
+    rules = assigned_rules(model, recipe)
+    _refuse_formats(rules, target)
+    return _Places(rules, record(model, run)).placement()
+
+
+def _refuse_formats(rules: Mapping[str, QuantRule], target: str) -> None:
+    for name, rule in rules.items():
+        for role in ("inputs", "outputs"):
+            spec = getattr(rule, role)
+            if spec is not None and isinstance(get_format(spec.format), CodebookFormat):
+                raise ValueError(
+                    f"{name}: got {role}={spec.format!r}, which {target} cannot run: ONNX has no "
+                    "operator that rounds to levels. Use integers or floats there, or no target: "
+                    "the native and the .pt2 file hold any format."
+                )
+
+
+@dataclass
+class _Places:
+    rules: Mapping[str, QuantRule]
+    flow: Dataflow
+    rounded: dict[Value, TensorSpec] = field(default_factory=dict)
+    changed: dict[str, dict[str, TensorSpec | None]] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+
+    def placement(self) -> Placement:
+        """What comes of the model."""
+        self._need_layers()
+        self._need_sums()
+        for value, spec in self.rounded.items():
+            self._put(value, spec)
+        rules = [self._rule(name) for name in dict.fromkeys([*self.rules, *self.changed])]
+        return Placement(QuantRecipe(rules), tuple(self.left))
+
+    def _rule(self, name: str) -> QuantRule:
+        given = self.rules.get(name)
+        specs = {role: getattr(given, role) for role in ROLES} if given is not None else {}
+        return QuantRule(full_name(name), **(specs | self.changed.get(name, {})))
+
+    def _need_layers(self) -> None:
+        """Inputs of integer layers, and what convolutions give on."""
+        for operation in self.flow.operations:
+            spec = self._spec_of(operation)
+            if spec is None:
+                continue
+            if operation.inputs:
+                self.rounded.setdefault(operation.inputs[0], spec)
+            if operation.kind in _CONVOLUTIONS:
+                end = _end_of(operation.outputs[0])
+                if not _is_result(end):
+                    self.rounded.setdefault(end, spec)
+
+    def _need_sums(self) -> None:
+        """Terms and results of sums that convolutions give something to."""
+        for operation in self.flow.operations:
+            terms = operation.inputs
+            known = [self.rounded[value] for value in terms if value in self.rounded]
+            if operation.kind not in _SUMS or len(terms) < 2 or not known:
+                continue
+            for value in terms:
+                self.rounded.setdefault(value, known[0])
+            end = _end_of(operation.outputs[0])
+            if not _is_result(end):
+                self.rounded.setdefault(end, known[0])
+
+    def _spec_of(self, operation: Operation) -> TensorSpec | None:
+        """How tensors around a layer are rounded; None if the runtime has no integers for it."""
+        rule = self.rules.get(operation.name) if operation.module is not None else None
+        if rule is None or operation.kind not in (*_CONVOLUTIONS, "Linear"):
+            return None
+        weights, inputs = rule.weights, rule.inputs
+        if not (isinstance(weights, TensorSpec) and isinstance(inputs, TensorSpec)):
+            return None
+        formats = get_format(weights.format), get_format(inputs.format)
+        if not all(isinstance(fmt, IntFormat) for fmt in formats) or formats[1].bits != 8:
+            return None
+        if not formats[0].is_signed or self.flow.calls[operation.name] != 1:
+            return None
+        return TensorSpec(
+            "int8_full",
+            inputs.granularity,
+            inputs.quantizer,
+            unsigned_if_nonnegative=True,
+            gradient=inputs.gradient,
+            **dict(inputs.options),
+        )
+
+    def _put(self, value: Value, spec: TensorSpec) -> None:
+        """Find a module that can round a value, once for all that read it."""
+        readers = [o for o in value.consumers if o.kind != OUTPUT_KIND]
+        layers = [o for o in readers if self._spec_of(o) is not None]
+        if self._is_on_grid(value):
+            for layer in layers:
+                self._change(layer.name, inputs=None)
+            return
+        if len(readers) == 1 and layers:
+            self._change(layers[0].name, inputs=spec)
+            return
+        once = [name for name, calls in self.flow.calls.items() if name and calls == 1]
+        makers = [name for name in value.returned_by if name in once]
+        takers = [
+            name
+            for name in reversed(value.taken_by)
+            if name in once and name not in self.rules and _reads_all(name, readers)
+        ]
+        if makers:
+            self._change(makers[0], outputs=spec)
+        elif takers:
+            self._change(takers[0], inputs=spec)
+        else:
+            for layer in layers:
+                self._change(layer.name, inputs=spec)
+            if len(layers) < len(readers):
+                self._report(value)
+            return
+        for layer in layers:
+            self._change(layer.name, inputs=None)
+
+    def _is_on_grid(self, value: Value) -> bool:
+        """Whether a value consists of values that are rounded already."""
+        maker = value.producer
+        while maker is not None and maker.kind in _KEEPING and len(maker.inputs) == 1:
+            if maker.inputs[0] in self.rounded:
+                return True
+            maker = maker.inputs[0].producer
+        return False
+
+    def _change(self, name: str, **specs: TensorSpec | None) -> None:
+        self.changed.setdefault(name, {}).update(specs)
+
+    def _report(self, value: Value) -> None:
+        maker = value.producer
+        what = "an input" if maker is None else f"the result of {maker.kind!r}"
+        where = (
+            "" if maker is None or maker.module is not None else f" in {maker.name or 'forward'}"
+        )
+        readers = ", ".join(dict.fromkeys(o.name or o.kind for o in value.consumers))
+        self.left.append(
+            f"{what}{where}, read by {readers}, is not what a module that runs once takes or "
+            "returns, so it stays in float there. Make it the output of one: nn.ReLU() of its own "
+            "in place of F.relu, for instance."
+        )
+
+
+def _end_of(value: Value) -> Value:
+    """What the runtime computes together: BatchNorm and ReLU behind a layer are part of it."""
+    for kinds in (_NORMS, _FOLDED):
+        if len(value.consumers) == 1 and value.consumers[0].kind in kinds:
+            value = value.consumers[0].outputs[0]
+    return value
+
+
+def _reads_all(name: str, readers: list[Operation]) -> bool:
+    """Whether all that reads a value is part of one module."""
+    return all(f"{reader.name}.".startswith(f"{name}.") for reader in readers)
+
+
+def _is_result(value: Value) -> bool:
+    return all(o.kind == OUTPUT_KIND for o in value.consumers)
