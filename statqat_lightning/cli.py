@@ -16,14 +16,9 @@ import torch
 
 from statqat_lightning.export.checkpoints import export_checkpoint
 from statqat_lightning.export.inspection import compare_files, inspect_file
+from statqat_lightning.export.kinds import KINDS
 
-KINDS = {
-    "onnx": "onnx",
-    "native": "native",
-    "pt2": "program",
-    "torchao": "torchao",
-    "compressed-tensors": "compressed",
-}
+FIELDS = {kind.option: kind.field for kind in KINDS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--to",
         default="onnx,native",
         metavar="KINDS",
-        help=f"comma-separated, of {', '.join(KINDS)} (default: %(default)s)",
+        help=f"comma-separated, of {', '.join(FIELDS)} (default: %(default)s)",
     )
     export.add_argument(
         "--output",
@@ -108,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _export(options: argparse.Namespace) -> None:
     kinds = [kind.strip() for kind in options.to.split(",")]
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"--to: got {', '.join(unknown)}; expected of {', '.join(KINDS)}.")
+    if unknown := [kind for kind in kinds if kind not in FIELDS]:
+        raise ValueError(f"--to: got {', '.join(unknown)}; expected of {', '.join(FIELDS)}.")
     report = export_checkpoint(
         options.checkpoint,
         options.module,
@@ -118,7 +113,7 @@ def _export(options: argparse.Namespace) -> None:
         trust=options.trust,
         submodule=options.submodule,
         strict=not options.not_strict,
-        **{field: kind in kinds for kind, field in KINDS.items()},
+        **{field: kind in kinds for kind, field in FIELDS.items()},
     )
     print(report)
     if len(report.artefacts) < len({*kinds}):

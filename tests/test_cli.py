@@ -127,7 +127,7 @@ def test_export_without_an_input_writes_what_it_can_and_says_how(
             "made a dict; expected an nn.Module",
         ),
         (["run.ckpt", "--module", "torch.nn.Identity"], "does not fit the model"),
-        (["run.ckpt", "--module", "a.b", "--to", "tflite"], "got tflite; expected of onnx, native"),
+        (["run.ckpt", "--module", "a.b", "--to", "tflite"], "got tflite; expected of native, onnx"),
         (["run.ckpt", "--module", "a.b", "--input-shape", "4,x"], "got '4,x'; expected sizes"),
     ],
 )

@@ -18,13 +18,12 @@ from torch.utils.hooks import RemovableHandle
 
 from statqat_lightning.callbacks.lightning_names import is_a, overrides
 from statqat_lightning.callbacks.qat import StatQATCallback
-from statqat_lightning.export.artefacts import REPORT_ENDING, export_model
+from statqat_lightning.export.artefacts import export_model
 from statqat_lightning.export.files import ENDINGS, check_writable, with_ending
 from statqat_lightning.export.frozen import refuse_weights_from_hooks
 from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.kinds import KINDS, REPORT_ENDING
 from statqat_lightning.export.loading import load_checkpoint
-from statqat_lightning.export.onnx import require_packages
-from statqat_lightning.export.torchao import require_torchao
 from statqat_lightning.export.verify import ExportDifferenceError, ExportReport
 from statqat_lightning.insertion import activation_quantizers, quantized_layers
 from statqat_lightning.recipe import QuantRecipe
@@ -83,6 +82,7 @@ class ExportCallback(Callback):
         measure_latency: Whether to time the files against the float model, in half a second each.
 
     Attributes:
+        files: Whether to write each kind, by its argument.
         report: Paths, sizes and differences of the last export, None before.
 
     Raises:
@@ -109,17 +109,19 @@ class ExportCallback(Callback):
         test_examples: int | None = 1000,
         measure_latency: bool = True,
     ) -> None:
-        if not (onnx or native or program or torchao or compressed):
+        self.files = {
+            "onnx": onnx,
+            "native": native,
+            "program": program,
+            "torchao": torchao,
+            "compressed": compressed,
+        }
+        if not any(self.files.values()):
             raise ValueError("ExportCallback: got onnx=False and native=False; expected a file.")
         self.path = _checked(path)
         self.best = best
         self.example_input = example_input
         self.module = module
-        self.onnx = onnx
-        self.native = native
-        self.program = program
-        self.torchao = torchao
-        self.compressed = compressed
         self.strict = strict
         self.test_examples = test_examples
         self.measure_latency = measure_latency
@@ -131,16 +133,11 @@ class ExportCallback(Callback):
             return
         self.report = None
         self._capture = None
-        endings = [
-            *([".onnx"] * self.onnx + [".safetensors"] * self.native + [".pt2"] * self.program),
-            *([".torchao.pt"] * self.torchao),
-            REPORT_ENDING,
-        ]
+        wanted = [kind for kind in KINDS if self.files[kind.field]]
+        endings = [*(kind.ending for kind in wanted if not kind.files), REPORT_ENDING]
         check_writable(*(with_ending(self._target(trainer), ending) for ending in endings))
-        if self.onnx:
-            require_packages()
-        if self.torchao:
-            require_torchao()
+        for kind in wanted:
+            kind.require()
         if self.best and trainer.checkpoint_callback is None and not _is_trial(trainer):
             raise ValueError(
                 "ExportCallback: got best=True, but the Trainer has no ModelCheckpoint. Add one "
@@ -204,11 +201,7 @@ class ExportCallback(Callback):
                 example,
                 module=module,
                 recipe=_recipe(trainer),
-                onnx=self.onnx,
-                native=self.native,
-                program=self.program,
-                torchao=self.torchao,
-                compressed=self.compressed,
+                **self.files,
                 strict=self.strict,
                 data=_evaluation_data(trainer, pl_module) if self.test_examples != 0 else None,
                 most_data=self.test_examples,
@@ -289,15 +282,10 @@ class ExportCallback(Callback):
     def _warn(self) -> None:
         report = self.report
         assert report is not None
-        for wanted, artefact, ending in (
-            (self.onnx, report.onnx, ".onnx"),
-            (self.program, report.program, ".pt2"),
-            (self.torchao, report.torchao, ".torchao.pt"),
-            (self.compressed, report.compressed, ".compressed"),
-        ):
-            if wanted and artefact is None:
+        for kind in KINDS:
+            if self.files[kind.field] and kind.field not in report.by_kind:
                 rank_zero_warn(
-                    f"ExportCallback: no {ending} file. {' '.join(report.notes)}",
+                    f"ExportCallback: no {kind.ending} file. {' '.join(report.notes)}",
                     category=ExportWarning,
                 )
         if report.native is not None and report.native.max_difference > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -17,15 +18,9 @@ class WrappedHooks:
     def __init__(self) -> None:
         self._wrapped: list[WrappedHook] = []
 
-    def wrap(
-        self,
-        pl_module: LightningModule,
-        name: str,
-        before: Extra | None = None,
-        after: Extra | None = None,
-    ) -> None:
+    def wrap(self, pl_module: LightningModule, name: str, **around: Extra) -> None:
         """Wrap a hook on the instance, in place of what wraps it now; see `WrappedHook`."""
-        self._wrapped.append(WrappedHook(pl_module, name, before, after))
+        self._wrapped.append(WrappedHook(pl_module, name, **around))
 
     def unwrap(self, *names: str) -> None:
         """Take off the wrappers of these hooks, of all hooks if none is named."""
@@ -35,30 +30,26 @@ class WrappedHooks:
         self._wrapped = [hook for hook in self._wrapped if names and hook.name not in names]
 
 
+@dataclass(eq=False)
 class WrappedHook:
     """A module's hook with something before or after it, put on the instance.
 
     Unlike a closure it can be pickled, and its deep copy belongs to the copied module.
 
-    Args:
+    Attributes:
         pl_module: The module.
         name: The hook.
         before: What runs before it, if anything.
         after: What runs after it, if anything.
     """
 
-    def __init__(
-        self,
-        pl_module: LightningModule,
-        name: str,
-        before: Extra | None = None,
-        after: Extra | None = None,
-    ) -> None:
-        self.pl_module = pl_module
-        self.name = name
-        self.before = before
-        self.after = after
-        pl_module.__dict__[name] = self
+    pl_module: LightningModule
+    name: str
+    before: Extra | None = None
+    after: Extra | None = None
+
+    def __post_init__(self) -> None:
+        self.pl_module.__dict__[self.name] = self
 
     def take_off(self) -> None:
         """Give the module its own hook back, unless another wrapper has taken this one's place."""

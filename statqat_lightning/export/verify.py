@@ -14,6 +14,7 @@ from torch import Tensor
 
 from statqat_lightning.export.files import replacing
 from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.kinds import KINDS
 from statqat_lightning.export.latency import medians_in_turns
 from statqat_lightning.export.runtimes import Run, Runtime
 from statqat_lightning.export.runtimes import onnx_session as onnx_session
@@ -100,10 +101,15 @@ class ExportReport:
     accuracy: float | None = None
 
     @property
+    def by_kind(self) -> dict[str, ArtefactReport]:
+        """The files that were written, by their fields here."""
+        found = {kind.field: getattr(self, kind.field) for kind in KINDS}
+        return {field: artefact for field, artefact in found.items() if artefact is not None}
+
+    @property
     def artefacts(self) -> list[ArtefactReport]:
         """The files that were written."""
-        every = (self.native, self.onnx, self.program, self.torchao, self.compressed)
-        return [artefact for artefact in every if artefact is not None]
+        return [*self.by_kind.values()]
 
     @property
     def native_path(self) -> str | None:
@@ -140,10 +146,8 @@ class ExportReport:
         """Plain data, the figures over all files included."""
         data = asdict(self)
         data["notes"] = list(self.notes)
-        for name in ("native", "onnx", "program", "torchao", "compressed"):
-            if (artefact := getattr(self, name)) is not None:
-                remarks = list(artefact.remarks)
-                data[name] |= {"speedup": artefact.speedup, "remarks": remarks}
+        for kind, artefact in self.by_kind.items():
+            data[kind] |= {"speedup": artefact.speedup, "remarks": [*artefact.remarks]}
         return data | {
             name: getattr(self, name)
             for name in (
@@ -172,8 +176,7 @@ class ExportReport:
         )
         found = {
             f"export/{kind}/{figure}": getattr(artefact, figure)
-            for kind in ("native", "onnx", "program", "torchao", "compressed")
-            if (artefact := getattr(self, kind)) is not None
+            for kind, artefact in self.by_kind.items()
             for figure in figures
         }
         return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}

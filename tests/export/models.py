@@ -54,6 +54,18 @@ class Everything(nn.Module):
         return out
 
 
+class Branches(nn.Module):
+    """What it does depends on numbers: no tracing follows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(x)
+        return out if out.sum() > 0 else -out  # the culprit
+
+
 def small_net() -> nn.Sequential:
     """Takes `(batch, 1, 8, 8)`."""
     return nn.Sequential(

@@ -21,6 +21,7 @@ from statqat_lightning.formats import get_format
 from statqat_lightning.insertion import quantized_layers
 from tests.export.models import (
     FLOATS,
+    Branches,
     Everything,
     calibrated,
     images,
@@ -216,15 +217,6 @@ def test_half_precision_becomes_float32(tmp_path: Path) -> None:
 
 
 def test_a_forward_that_cannot_be_traced(tmp_path: Path) -> None:
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.fc(x)
-            return out if out.sum() > 0 else -out  # the culprit
-
     model = calibrated(Branches(), recipe_of("int4", "int4"), torch.randn(4, 4))
     (tmp_path / "m.onnx").write_bytes(b"old")
     with pytest.raises(ONNXExportError, match=r"(?s)the culprit.*name it \(module="):

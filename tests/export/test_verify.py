@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import statqat_lightning.export.artefacts as artefacts
+import statqat_lightning.export.writers as writers
 from statqat_lightning.export import ExportDifferenceError, export_model
 from statqat_lightning.export.divergence import first_divergence, record_layers
 from statqat_lightning.export.frozen import freeze
@@ -103,7 +103,7 @@ def test_data_that_fails_does_not_take_the_files_along(model: nn.Module) -> None
 
 def damage_onnx(monkeypatch: pytest.MonkeyPatch, layer: str, factor: float) -> None:
     """Let the writer of `.onnx` files get the scale of one layer's weights wrong."""
-    save = artefacts.save_onnx
+    save = writers.save_onnx
 
     def wrong(model: nn.Module, path: Path, example: Any) -> None:
         save(model, path, example)
@@ -113,7 +113,7 @@ def damage_onnx(monkeypatch: pytest.MonkeyPatch, layer: str, factor: float) -> N
         scale.CopyFrom(onnx.numpy_helper.from_array(array, scale.name))
         onnx.save(proto, path)
 
-    monkeypatch.setattr(artefacts, "save_onnx", wrong)
+    monkeypatch.setattr(writers, "save_onnx", wrong)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -161,7 +161,7 @@ def test_a_difference_within_the_bound_is_accepted(
 def test_the_first_layer_of_a_wrong_program_is_named(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = artefacts.save_program
+    save = writers.save_program
 
     def wrong(model: Any, path: Path, example: Any) -> None:
         model = freeze(calibrated(small_net(), recipe_of("int4", "int8"), images(32)))
@@ -169,7 +169,7 @@ def test_the_first_layer_of_a_wrong_program_is_named(
         save(model, path, example)
 
     frozen: Any = freeze(model)
-    monkeypatch.setattr(artefacts, "save_program", wrong)
+    monkeypatch.setattr(writers, "save_program", wrong)
     with pytest.raises(ExportDifferenceError, match=r"model.pt2: .*First at layer '2': "):
         export(model, onnx=False, program=True)
 
@@ -177,14 +177,14 @@ def test_the_first_layer_of_a_wrong_program_is_named(
 def test_the_first_layer_of_a_wrong_native_file_is_named(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = artefacts.save_native
+    save = writers.save_native
 
     def wrong(model: Any, path: Path, *args: Any, **options: Any) -> None:
         model[5].bias += 1
         save(model, path, *args, **options)
         model[5].bias -= 1
 
-    monkeypatch.setattr(artefacts, "save_native", wrong)
+    monkeypatch.setattr(writers, "save_native", wrong)
     with pytest.raises(ExportDifferenceError, match=r"model.safetensors: .*First at layer '5': "):
         export(model, onnx=False)
 
@@ -267,7 +267,7 @@ def test_a_file_that_does_not_run_is_an_error(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        artefacts, "save_onnx", lambda model, path, example: path.write_bytes(b"nothing")
+        writers, "save_onnx", lambda model, path, example: path.write_bytes(b"nothing")
     )
     with pytest.raises(ExportDifferenceError, match=r"model.onnx: what .* cannot be loaded and"):
         export(model)
@@ -325,14 +325,14 @@ def test_the_first_layer_of_wrong_weights_is_named(
 ) -> None:
     x = torch.randn(8, 16)
     model = calibrated(linears(), recipe_of("int4", "int3"), x)
-    save = getattr(artefacts, f"save_{kind}")
+    save = getattr(writers, f"save_{kind}")
 
     def wrong(model: Any, path: Path) -> None:
         model[2].weight_scale *= 1.5
         save(model, path)
         model[2].weight_scale /= 1.5
 
-    monkeypatch.setattr(artefacts, f"save_{kind}", wrong)
+    monkeypatch.setattr(writers, f"save_{kind}", wrong)
     with pytest.raises(ExportDifferenceError, match="First at layer '2': "):
         export_model(model, "model", x, onnx=False, **{kind: True})  # type: ignore[arg-type]
     assert {f.name for f in Path().iterdir()} == {"model.safetensors", "model.export.json"}

@@ -1,0 +1,148 @@
+"""Compares each file that was written with the fake-quantized model, and times it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from statqat_lightning.export.divergence import first_divergence
+from statqat_lightning.export.files import size_of
+from statqat_lightning.export.frozen import frozen_layers, scale_name
+from statqat_lightning.export.inputs import outputs_of
+from statqat_lightning.export.plain import with_rounded_inputs
+from statqat_lightning.export.runtimes import Runtime
+from statqat_lightning.export.verify import (
+    ArtefactReport,
+    Example,
+    ExportDifferenceError,
+    compare,
+    latency,
+)
+from statqat_lightning.export.writers import Writer
+from statqat_lightning.insertion import set_enabled
+
+_LATENCY_BATCH = 32
+
+
+@dataclass
+class Proof:
+    """Compares files with the fake-quantized model.
+
+    Attributes:
+        frozen: The frozen model, as far as it is written.
+        part: The same with quantizers.
+        examples: Forward calls, and what the fake-quantized model makes of them.
+        strict: Whether a file that differs is an error.
+        bound: Largest difference in output steps.
+        plain: The float model to compare speed with; None not to.
+    """
+
+    frozen: nn.Module
+    part: nn.Module
+    examples: list[Example]
+    strict: bool
+    bound: float
+    plain: nn.Module | None
+
+    def of(self, writer: Writer, path: Path, target: Path) -> ArtefactReport:
+        """Load a file, run it, compare it and time it.
+
+        Raises:
+            ExportDifferenceError: If it differs, and `strict`.
+        """
+        frozen, examples, remarks = self.frozen, self.examples, []
+        if writer.kind.weights_only and (rounded := with_rounded_inputs(frozen)):
+            frozen, examples = self._without_inputs()
+            remarks.append(
+                "weights only, and compared with the model whose inputs are in float; these layers "
+                f"round their inputs: {', '.join(name or '(the model)' for name in rounded)}."
+            )
+        try:
+            runtime = writer.load(path)
+            comparison = compare(runtime, examples)
+        except Exception as error:
+            raise ExportDifferenceError(
+                f"{target}: what was written cannot be loaded and run: {type(error).__name__}: "
+                f"{error} The file was not kept."
+            ) from error
+        if runtime.batch is not None and examples:
+            remarks.append(f"The forward fixes its batch size: {runtime.batch} only.")
+        divergence = None
+        bound = 0.0 if writer.kind.exact else self.bound
+        # Not `max_steps > bound`: that is false for NaN.
+        if examples and not comparison.max_steps <= bound:
+            divergence = self._located(writer, runtime, frozen, examples)
+            if divergence is None and not writer.kind.exact and math.isfinite(comparison.max_steps):
+                remarks.append(
+                    f"differs by {comparison.max_steps:.3g} steps, but each layer by itself "
+                    "agrees: values on the edge between two codes fell to the other side."
+                )
+            else:
+                text = (
+                    f"{target}: differs from the fake-quantized model by "
+                    f"{comparison.max_difference:.3g}, {comparison.max_steps:.3g} output steps "
+                    f"(bound {bound:g}). First at {divergence or 'no layer that can be told'}."
+                )
+                if self.strict:
+                    raise ExportDifferenceError(
+                        f"{text} The file was not kept; strict=False keeps it."
+                    )
+                remarks.append(f"not proved. {text}")
+        times = self._times(writer, runtime)
+        return ArtefactReport(
+            path=str(target),
+            bytes=size_of(path),
+            max_difference=comparison.max_difference,
+            agreement=comparison.agreement,
+            max_steps=comparison.max_steps,
+            snr_db=comparison.snr_db,
+            accuracy=comparison.accuracy,
+            examples=comparison.examples,
+            runtime=runtime.name,
+            milliseconds=times and times[0],
+            float_milliseconds=times and times[1],
+            divergence=divergence,
+            remarks=tuple(remarks),
+        )
+
+    def _without_inputs(self) -> tuple[nn.Module, list[Example]]:
+        """The model whose inputs are in float, and what it makes of the examples."""
+        part = copy.deepcopy(self.part)
+        set_enabled(part, inputs=False)
+        frozen = copy.deepcopy(self.frozen)
+        for _, layer in frozen_layers(frozen):
+            for role in layer.frozen_activations:
+                del layer._buffers[scale_name(role)]
+            layer.frozen_activations = {}
+        return frozen, [
+            Example(e.call, outputs_of(e.call.run(part)), e.labels) for e in self.examples
+        ]
+
+    def _located(
+        self, writer: Writer, runtime: Runtime, frozen: nn.Module, examples: list[Example]
+    ) -> str | None:
+        """The first layer that differs, on the first example on which one does."""
+        frozen = copy.deepcopy(frozen)
+        for example in examples:
+            call = example.call
+            if runtime.batch is not None:
+                call = call.with_batch(runtime.batch, least=runtime.batch)
+            outputs = runtime.run(call)
+            layers = runtime.layer_outputs(call)
+            if writer.kind.in_float32:
+                frozen, call = frozen.float(), call.to_float32()
+            if divergence := first_divergence(frozen, call, layers, outputs):
+                return str(divergence)
+        return None
+
+    def _times(self, writer: Writer, runtime: Runtime) -> tuple[float, float] | None:
+        if self.plain is None or not self.examples:
+            return None
+        batch = runtime.batch or _LATENCY_BATCH
+        call = self.examples[0].call.with_batch(batch, least=runtime.batch or 1)
+        float_run = writer.float_run(self.plain, call)
+        return latency(runtime.run, float_run, call) if float_run is not None else None

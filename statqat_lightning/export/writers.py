@@ -1,0 +1,96 @@
+"""How each kind of file is written, and loaded again by what will run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from statqat_lightning.export import runtimes
+from statqat_lightning.export.compressed_tensors import load_compressed, save_compressed
+from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.kinds import KINDS, Kind
+from statqat_lightning.export.native import save_native
+from statqat_lightning.export.onnx import save_onnx
+from statqat_lightning.export.program import save_program
+from statqat_lightning.export.runtimes import Run, Runtime
+from statqat_lightning.export.torchao import load_torchao, save_torchao
+from statqat_lightning.recipe import QuantRecipe
+from statqat_lightning.report import snr_by_tensor
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes one kind of file of one model.
+
+    Attributes:
+        kind: Which kind.
+        write: Writes it, from an input of a forward if the kind needs one.
+        load: Loads it as its runtime does.
+        float_run: The float model in the same runtime; None if it does not run there.
+    """
+
+    kind: Kind
+    write: Callable[[Path, ForwardCall | None], None]
+    load: Callable[[Path], Runtime]
+    float_run: Callable[[nn.Module, ForwardCall], Run | None]
+
+
+def writers(
+    frozen: nn.Module, reference: nn.Module, module: str, recipe: QuantRecipe | None
+) -> list[Writer]:
+    """A writer for each kind of file.
+
+    Args:
+        frozen: The frozen model.
+        reference: The model with quantizers that it was made from.
+        module: Name of the submodule that goes into all files but the native one.
+        recipe: The recipe of the training, for the record.
+    """
+    part = frozen.get_submodule(module)
+
+    def weights(
+        kind: str,
+        save: Callable[[nn.Module, Path], None],
+        name: str,
+        load: Callable[[nn.Module, Path], nn.Module],
+    ) -> Writer:
+        """Weights that are loaded into the float model."""
+
+        def loaded(path: Path) -> Runtime:
+            blank = runtimes.float_model(reference, module)
+            runtimes.forget_weights(blank)
+            return runtimes.in_torch(name, load(blank, path), part)
+
+        return Writer(kinds[kind], lambda path, call: save(part, path), loaded, in_torch)
+
+    def in_torch(plain: nn.Module, call: ForwardCall) -> Run:
+        return runtimes.float_in_torch(plain)
+
+    kinds = {kind.field: kind for kind in KINDS}
+    return [
+        Writer(
+            kinds["native"],
+            lambda path, call: save_native(
+                frozen, path, recipe, module, snr_db=snr_by_tensor(reference)
+            ),
+            lambda path: runtimes.load_native(path, reference, module),
+            in_torch,
+        ),
+        Writer(
+            kinds["onnx"],
+            lambda path, call: save_onnx(part, path, call),
+            runtimes.load_onnx,
+            runtimes.float_onnx,
+        ),
+        Writer(
+            kinds["program"],
+            lambda path, call: save_program(part, path, call),
+            runtimes.load_program,
+            runtimes.float_program,
+        ),
+        weights("torchao", save_torchao, "torchao", load_torchao),
+        weights("compressed", save_compressed, "load_compressed", load_compressed),
+    ]
