@@ -45,6 +45,11 @@ class Folded(NamedTuple):
     layers: dict[str, str]
     left: dict[str, str]
 
+    @property
+    def axes(self) -> dict[str, int]:
+        """Along which axis the weight of each of those layers was multiplied, by its name."""
+        return {name: _axis(self.model.get_submodule(name)) for name in self.layers}
+
 
 class CannotFold(Exception):
     """A BatchNorm that stays; the message is the reason."""
@@ -100,7 +105,7 @@ def _fold(layer: FrozenLayer, norm: _BatchNorm) -> None:
         raise CannotFold("the output of the layer before it is quantized")
     if norm.running_mean is None or norm.running_var is None:
         raise CannotFold("it has no running statistics, so it is not the same for all batches")
-    axis = 1 if isinstance(layer, _TRANSPOSED) else 0
+    axis = _axis(layer)
     if axis == 1 and layer.groups != 1:
         raise CannotFold("groups of a transposed convolution share channels of its weight")
     if layer.weight_dtype not in (torch.float32, torch.float64):
@@ -117,6 +122,11 @@ def _fold(layer: FrozenLayer, norm: _BatchNorm) -> None:
         shift = shift + norm.bias
     _scale_weight(layer, factor, axis)
     layer.register_parameter("bias", nn.Parameter(shift.to(layer.weight_dtype), False))
+
+
+def _axis(layer: nn.Module) -> int:
+    """The axis of the output channels in the weight of a layer."""
+    return 1 if isinstance(layer, _TRANSPOSED) else 0
 
 
 def _scale_weight(layer: FrozenLayer, factor: Tensor, axis: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -195,7 +196,6 @@ def _inspect_onnx(path: Path) -> Inspection:
     model = _onnx_model(path)
     import onnx
 
-    version = next((p.value for p in model.metadata_props if p.key == KEY), "")
     tensors = {i.name: i for i in model.graph.initializer}
     layers: dict[str, dict[str, TensorEntry]] = {}
     for name, tensor in tensors.items():
@@ -218,8 +218,15 @@ def _inspect_onnx(path: Path) -> Inspection:
             f"{path}: an .onnx file without quantized layers of ours. Expected a file by "
             "ExportCallback or save_onnx."
         )
-    text = version.partition('"library_version": "')[2].partition('"')[0]
+    text = str(_metadata(model).get("library_version", ""))
     return Inspection(str(path), "onnx", size_of(path), text, None, layers)
+
+
+def _metadata(model: Any) -> dict[str, Any]:
+    """What we wrote into an `.onnx` file about it."""
+    text = next((entry.value for entry in model.metadata_props if entry.key == KEY), "{}")
+    metadata: dict[str, Any] = json.loads(text)
+    return metadata
 
 
 def _onnx_model(path: Path) -> Any:
@@ -316,7 +323,8 @@ def compare_files(a: str | Path, b: str | Path, trust: bool = False) -> FileComp
     """Compare the weights of two files layer by layer.
 
     Files of a part of a model are compared with files of the whole: `net.fc` of one is `fc` of the
-    other.
+    other. Where one file has a BatchNorm folded into a layer and the other has not, channels are
+    compared up to the factor that it gave them.
 
     Args:
         a: The reference: a native file, an `.onnx` file or a checkpoint.
@@ -328,6 +336,7 @@ def compare_files(a: str | Path, b: str | Path, trust: bool = False) -> FileComp
         ValueError: If one is foreign or truncated, or no layer is in both.
     """
     first, second = _weights(Path(a), trust), _weights(Path(b), trust)
+    folded = _folded(Path(a)), _folded(Path(b))
     pairs = {name: _match(name, second) for name in first}
     common = {name: other for name, other in pairs.items() if other is not None}
     if not common:
@@ -345,6 +354,8 @@ def compare_files(a: str | Path, b: str | Path, trust: bool = False) -> FileComp
                 f"layer {name!r}: shape {tuple(x.shape)} in {a}, {tuple(y.shape)} in {b}. Compare "
                 "files of the same model."
             )
+        if (name in folded[0]) != (other in folded[1]):
+            x, y = _without_factors(x, y, {**folded[1], **folded[0]}.get(name, 0))
         decibels[name] = math.inf if torch.equal(x, y) else float(snr_db(x, y))
     return FileComparison(
         inspect_file(a, trust),
@@ -353,6 +364,23 @@ def compare_files(a: str | Path, b: str | Path, trust: bool = False) -> FileComp
         [name for name in first if name not in common],
         [name for name in second if name not in common.values()],
     )
+
+
+def _folded(path: Path) -> dict[str, int]:
+    """Layers of an `.onnx` file that hold a BatchNorm, and the axis of their channels."""
+    if path.suffix != ".onnx":
+        return {}
+    folded: dict[str, int] = _metadata(_onnx_model(path)).get("folded", {})
+    return folded
+
+
+def _without_factors(x: Tensor, y: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Two weights, each channel divided by its entry that is largest in both; zeros have none."""
+    x, y = (t.movedim(axis, 0).flatten(1) for t in (x, y))
+    largest = (x * y).abs().argmax(1, keepdim=True)
+    factors = x.gather(1, largest), y.gather(1, largest)
+    there = (factors[0] * factors[1] != 0).flatten()
+    return (x / factors[0])[there], (y / factors[1])[there]
 
 
 def _match(name: str, others: Mapping[str, Any]) -> str | None:

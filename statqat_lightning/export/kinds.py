@@ -31,6 +31,7 @@ class Kind:
         exact: Whether it has to agree bit for bit.
         in_float32: Whether it computes in float32 whatever the model's precision.
         weights_only: Whether it leaves the rounding of inputs out.
+        folded: Whether BatchNorms are folded into the layers before them.
     """
 
     field: str
@@ -43,6 +44,7 @@ class Kind:
     exact: bool = False
     in_float32: bool = False
     weights_only: bool = False
+    folded: bool = False
 
     def replacing(self, path: Path) -> AbstractContextManager[Path]:
         """A temporary path that takes the place of `path` when all went well."""
@@ -59,6 +61,7 @@ KINDS = (
         require=require_packages,
         needs_call=True,
         in_float32=True,
+        folded=True,
     ),
     Kind("program", "pt2", "torch.export", ".pt2", needs_call=True),
     Kind(

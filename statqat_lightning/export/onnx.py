@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from statqat_lightning.export.files import replacing
+from statqat_lightning.export.folding import fold_batch_norm
 from statqat_lightning.export.frozen import freeze, frozen_layers
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, output_names
 from statqat_lightning.export.native import KEY, library_version
@@ -66,7 +67,8 @@ def require_packages() -> None:
 def save_onnx(model: nn.Module, path: str | Path, example: Any) -> None:
     """Write a quantized model to an `.onnx` file with a dynamic batch dimension.
 
-    The file computes in float32, and appears under its name when it is complete.
+    The file computes in float32, and appears under its name when it is complete. BatchNorm is
+    folded into the layers before it where that is exact, see `fold_batch_norm`.
 
     Args:
         model: A frozen model, or a model with quantizers, which is frozen first.
@@ -87,9 +89,12 @@ def save_onnx(model: nn.Module, path: str | Path, example: Any) -> None:
     # A dimension of size 1 would be taken for a constant.
     call = ForwardCall.of(example).copy().to_float32().with_batch(least=2)
     outputs = call.run(frozen)
+    folded = fold_batch_norm(frozen, call)
+    frozen = folded.model
     use_operators(frozen)
     names = call.names(frozen), output_names(outputs)
-    proto = _translate(TensorsOnly(frozen, call).eval(), call, *names)
+    metadata = {"library_version": library_version(), "folded": folded.axes}
+    proto = _translate(TensorsOnly(frozen, call).eval(), call, metadata, *names)
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(proto)
 
@@ -112,7 +117,11 @@ def _refuse_what_has_no_operators(frozen: nn.Module) -> None:
 
 
 def _translate(
-    model: nn.Module, call: ForwardCall, input_names: list[str], output_names: list[str]
+    model: nn.Module,
+    call: ForwardCall,
+    metadata: dict[str, Any],
+    input_names: list[str],
+    output_names: list[str],
 ) -> bytes:
     import onnx
     import onnx_ir
@@ -152,7 +161,7 @@ def _translate(
     _tidy(graph)
     graph.producer_name = "statqat_lightning"
     graph.producer_version = library_version()
-    graph.metadata_props[KEY] = json.dumps({"library_version": library_version()})
+    graph.metadata_props[KEY] = json.dumps(metadata)
     graph.metadata_props["input_names"] = ",".join(input_names)
     proto = onnx_ir.to_proto(graph)
     onnx.checker.check_model(proto)

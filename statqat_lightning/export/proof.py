@@ -11,6 +11,7 @@ from torch import nn
 
 from statqat_lightning.export.divergence import first_divergence
 from statqat_lightning.export.files import size_of
+from statqat_lightning.export.folding import fold_batch_norm
 from statqat_lightning.export.frozen import frozen_layers, scale_name
 from statqat_lightning.export.inputs import outputs_of
 from statqat_lightning.export.plain import with_rounded_inputs
@@ -61,6 +62,12 @@ class Proof:
                 "weights only, and compared with the model whose inputs are in float; these layers "
                 f"round their inputs: {', '.join(name or '(the model)' for name in rounded)}."
             )
+        if writer.kind.folded and examples:
+            folded = fold_batch_norm(
+                copy.deepcopy(frozen).float(), examples[0].call.to_float32().with_batch(2)
+            )
+            frozen = folded.model
+            remarks += [f"{name!r} is not folded: {why}." for name, why in folded.left.items()]
         try:
             runtime = writer.load(path)
             comparison = compare(runtime, examples)
