@@ -10,6 +10,7 @@ from statqat_lightning.functional import fake_quantize as fake_quantize
 from statqat_lightning.functional import snr_db as snr_db
 from statqat_lightning.insertion import prepare as prepare
 from statqat_lightning.insertion import remove as remove
+from statqat_lightning.placement import place as place
 from statqat_lightning.recipe import QuantRecipe as QuantRecipe
 from statqat_lightning.recipe import QuantRule as QuantRule
 from statqat_lightning.recipe import TensorSpec as TensorSpec

@@ -17,6 +17,7 @@ import torch
 from statqat_lightning.export.checkpoints import export_checkpoint
 from statqat_lightning.export.inspection import compare_files, inspect_file
 from statqat_lightning.export.kinds import KINDS
+from statqat_lightning.placement import TARGETS
 
 FIELDS = {kind.option: kind.field for kind in KINDS}
 
@@ -84,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         "--input-shape", metavar="N,C,H,W", help="random numbers of this shape as input"
     )
     export.add_argument(
+        "--target",
+        choices=TARGETS,
+        help="the runtime meant: layers it has no integer kernels for are named "
+        "(default: the one of the training)",
+    )
+    export.add_argument(
         "--not-strict", action="store_true", help="keep files that differ from the trained model"
     )
     export.set_defaults(command=_export)
@@ -113,6 +120,7 @@ def _export(options: argparse.Namespace) -> None:
         trust=options.trust,
         submodule=options.submodule,
         strict=not options.not_strict,
+        **({} if options.target is None else {"target": options.target}),
         **{field: kind in kinds for kind, field in FIELDS.items()},
     )
     print(report)

@@ -18,6 +18,8 @@ from torch import nn
 from statqat_lightning.dataflow import OUTPUT_KIND, Dataflow, Operation, Value, record
 from statqat_lightning.formats import CodebookFormat, IntFormat, get_format
 from statqat_lightning.insertion import assigned_rules
+from statqat_lightning.layer_kinds import has_weights
+from statqat_lightning.quantized_layer import kind_of
 from statqat_lightning.recipe import ROLES, QuantRecipe, QuantRule, TensorSpec, full_name
 
 TARGETS = ("onnxruntime",)
@@ -178,10 +180,13 @@ class _Places:
             return
         once = [name for name, calls in self.flow.calls.items() if name and calls == 1]
         makers = [name for name in value.returned_by if name in once]
+        with_weights = {
+            o.name for o in readers if o.module is not None and has_weights(kind_of(o.module))
+        }
         takers = [
             name
             for name in reversed(value.taken_by)
-            if name in once and name not in self.rules and _reads_all(name, readers)
+            if name in once and name not in with_weights and _reads_all(name, readers)
         ]
         if makers:
             self._change(makers[0], outputs=spec)

@@ -21,10 +21,13 @@ from statqat_lightning.insertion import (
     load_quantizer_state,
     quantizer_state,
     refresh,
+    remove,
     set_enabled,
     set_observing,
 )
 from statqat_lightning.observers import Reduce
+from statqat_lightning.placement import Placement, place
+from statqat_lightning.recipe import QuantRecipe
 
 
 class CannotCalibrate(Exception):
@@ -51,6 +54,41 @@ def calibrate(
         CannotCalibrate: With the reason; nothing has changed then.
     """
     _run_isolated(trainer, pl_module, lambda: _calibrate(trainer, pl_module, num_batches, reduce))
+
+
+def place_by_batch(
+    trainer: Trainer, pl_module: LightningModule, recipe: QuantRecipe, target: str
+) -> Placement:
+    """Where a target needs quantizers, as one training batch shows in a float copy of the module.
+
+    Args:
+        trainer: The Trainer, at the start of training.
+        pl_module: The module; it stays as it is.
+        recipe: What its layers get.
+        target: The runtime, see `place`.
+
+    Raises:
+        CannotCalibrate: With the reason, if no batch can be run.
+        ValueError: See `place`.
+    """
+    found: list[Placement] = []
+
+    def run() -> Exception | None:
+        twin = _twin(pl_module)
+        remove(twin)
+        steps = _steps(trainer, twin, 1, "StatQAT placement", observing=False)
+        try:
+            found.append(place(twin, recipe, lambda: next(steps), target))
+        except StopIteration:
+            return CannotCalibrate("there is no batch")
+        except ValueError:
+            raise
+        except Exception as error:
+            return error
+        return None
+
+    _run_isolated(trainer, pl_module, run)
+    return found[0]
 
 
 def reestimate_batch_norm(

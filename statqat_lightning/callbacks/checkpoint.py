@@ -22,16 +22,18 @@ class QuantizerEntry:
     It holds plain data and no callback, so that it can stay with a module when the fit is over.
 
     Attributes:
-        recipe: The recipe as plain data.
+        recipe: The recipe in force as plain data.
         weights: Whether weights are quantized in the phase of the training.
         inputs: Whether inputs are.
         averaged: Whether the checkpoint holds averaged weights, of which the scales know nothing.
+        placed_for: The target that the recipe was placed for, and the recipe before that.
     """
 
     recipe: Mapping[str, Any]
     weights: bool
     inputs: bool
     averaged: bool
+    placed_for: tuple[str | None, Mapping[str, Any]] | None = None
 
     def __call__(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Write it, unless the quantizers were taken out or the checkpoint has it already."""
@@ -44,13 +46,23 @@ class QuantizerEntry:
             "quantized": [self.weights, self.inputs],
             "averaged": self.averaged,
         }
+        if self.placed_for is not None:
+            target, recipe = self.placed_for
+            checkpoint[CHECKPOINT_KEY]["placed_for"] = {"target": target, "recipe": dict(recipe)}
 
 
-def read_entry(checkpoint: Mapping[str, Any], recipe: QuantRecipe) -> Mapping[str, Any] | None:
+def read_entry(
+    checkpoint: Mapping[str, Any], recipe: QuantRecipe, target: str | None = None
+) -> Mapping[str, Any] | None:
     """The entry in a checkpoint; None in that of a float run.
 
+    Args:
+        checkpoint: The checkpoint.
+        recipe: The recipe that it should be of.
+        target: The target that it should have been placed for.
+
     Raises:
-        ValueError: If it is of a later version or of another recipe.
+        ValueError: If it is of a later version, of another recipe or for another target.
     """
     entry: Mapping[str, Any] | None = checkpoint.get(CHECKPOINT_KEY)
     if entry is None:
@@ -60,10 +72,17 @@ def read_entry(checkpoint: Mapping[str, Any], recipe: QuantRecipe) -> Mapping[st
             f"StatQATCallback: the quantizer state in the checkpoint has version "
             f"{entry['version']}; this one reads {STATE_VERSION}. Update statqat-lightning."
         )
-    if entry["recipe"] != recipe.to_dict():
+    placed_for = entry.get("placed_for", {"target": None, "recipe": entry["recipe"]})
+    if placed_for["target"] != target:
+        raise ValueError(
+            f"StatQATCallback: got target={target!r}, but the checkpoint was trained for "
+            f"{placed_for['target']!r}. Use that target, or load only the weights (they are those "
+            "of the float model)."
+        )
+    if placed_for["recipe"] != recipe.to_dict():
         raise ValueError(
             "StatQATCallback: the checkpoint was made with another recipe. Use that recipe, or "
             "load only the weights (they are those of the float model). Checkpoint (-) and "
-            f"callback (+):\n{difference(entry['recipe'], recipe.to_dict())}"
+            f"callback (+):\n{difference(placed_for['recipe'], recipe.to_dict())}"
         )
     return entry

@@ -206,6 +206,7 @@ class ExportCallback(Callback):
                 data=_evaluation_data(trainer, pl_module) if self.test_examples != 0 else None,
                 most_data=self.test_examples,
                 measure_latency=self.measure_latency,
+                target=_target(trainer),
             )
         except ExportDifferenceError as error:
             self.report = error.report
@@ -430,5 +431,15 @@ def _is_trial(trainer: Trainer) -> bool:
 
 
 def _recipe(trainer: Trainer) -> QuantRecipe | None:
+    callback = _statqat(trainer)
+    return callback.effective_recipe if callback is not None else None
+
+
+def _target(trainer: Trainer) -> str | None:
+    callback = _statqat(trainer)
+    return callback.target if callback is not None else None
+
+
+def _statqat(trainer: Trainer) -> StatQATCallback | None:
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
-    return next((c.recipe for c in callbacks if isinstance(c, StatQATCallback)), None)
+    return next((c for c in callbacks if isinstance(c, StatQATCallback)), None)

@@ -16,6 +16,7 @@ from statqat_lightning.callbacks.averaging import Averaging
 from statqat_lightning.callbacks.calibration import (
     CannotCalibrate,
     calibrate,
+    place_by_batch,
     reestimate_batch_norm,
 )
 from statqat_lightning.callbacks.checkpoint import QuantizerEntry, read_entry
@@ -39,7 +40,8 @@ from statqat_lightning.insertion import (
 )
 from statqat_lightning.insertion_report import InsertionReport
 from statqat_lightning.observers import ObserverConfig, Reduce
-from statqat_lightning.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.placement import check_target
+from statqat_lightning.recipe import ROLES, QuantRecipe, TensorSpec
 from statqat_lightning.schedule import QuantSchedule, When
 
 _BATCHES_BETWEEN_CHECKS = 50  # for NaN in inputs: each check waits for the device
@@ -89,6 +91,15 @@ class StatQATCallback(Callback):
         enabled: False inserts, observes and reports, but changes no number: the run is the float
             run, bit for bit.
         verbose: Print the insertion report.
+        target: A runtime whose integer kernels the model is trained for: `"onnxruntime"` rounds the
+            outputs of convolutions and the terms of residual sums, too, without which it computes
+            them in float. Where that is, one training batch shows, ahead of calibration; the
+            checkpoint remembers. Formats without integer kernels stay as they are.
+
+    Attributes:
+        report: What was done to each layer, None before.
+        placed: The recipe with a rule for each place that the target needs; None before, and
+            without a target.
 
     Raises:
         ValueError: If an argument is out of range or names something unknown.
@@ -109,6 +120,7 @@ class StatQATCallback(Callback):
         max_observed: int = 8192,
         enabled: bool = True,
         verbose: bool = True,
+        target: str | None = None,
     ) -> None:
         if isinstance(weights, QuantRecipe):
             raise TypeError("StatQATCallback: got a QuantRecipe as weights; pass it as recipe=....")
@@ -129,6 +141,15 @@ class StatQATCallback(Callback):
         if isinstance(schedule, dict):
             schedule = QuantSchedule.from_dict(schedule)
         self.recipe = QuantRecipe.choose(recipe, weights, activations, exclude, first_last_bits)
+        self.target = check_target(target)
+        if target is not None and self._learns_scales():
+            raise ValueError(
+                f"StatQATCallback: got target={target!r} with learned scales (quantizer 'lsq'), "
+                "which an optimizer has to know before a batch shows where they are. Use another "
+                "quantizer, or place them ahead: "
+                "recipe=place(model, recipe, lambda: model(example), target).recipe."
+            )
+        self.placed: QuantRecipe | None = None
         self.calibration_batches = calibration_batches
         self.schedule = schedule or QuantSchedule(freeze_at=freeze_at)
         self.phases = Phases(self.schedule)
@@ -181,10 +202,7 @@ class StatQATCallback(Callback):
             )
         if not is_a(strategy, "ModelParallelStrategy"):
             return
-        specs = [
-            spec for rule in self.recipe.rules for spec in (rule.weights, rule.inputs, rule.outputs)
-        ]
-        if any(isinstance(s, TensorSpec) and s.quantizer == "lsq" for s in specs):
+        if self._learns_scales():
             raise ValueError(
                 f"StatQATCallback: got learned scales (quantizer 'lsq') under {name}. They are not "
                 "sharded, so nothing averages their gradients over the ranks. Use another "
@@ -198,9 +216,20 @@ class StatQATCallback(Callback):
                 "tensor_parallel_size=1 and fully_shard over the data-parallel mesh."
             )
 
+    def _learns_scales(self) -> bool:
+        specs = [getattr(rule, role) for rule in self.recipe.rules for role in ROLES]
+        return any(spec is not None and spec.quantizer == "lsq" for spec in specs)
+
+    @property
+    def effective_recipe(self) -> QuantRecipe:
+        """The recipe in force: as placed for the target, once that is known."""
+        return self.placed or self.recipe
+
     def _insert(self, pl_module: LightningModule, *_: Any) -> None:
         before = [layer.quantizers for layer in quantized_layers(pl_module)]
-        self.report = prepare(pl_module, recipe=self.recipe, observer=self.observer_config)
+        if not before:
+            self.placed = None  # it was another module's
+        self.report = self._prepare(pl_module)
         if self.averaging.replaces_weights_of_checkpoints and learned_scale_keys(pl_module):
             remove(pl_module)
             raise ValueError(
@@ -216,21 +245,30 @@ class StatQATCallback(Callback):
         if self.verbose and before != after:
             rank_zero_info(f"StatQAT inserted fake quantizers:\n{self.report}")
 
+    def _prepare(self, pl_module: LightningModule) -> InsertionReport:
+        return prepare(pl_module, recipe=self.effective_recipe, observer=self.observer_config)
+
     @property
     def _entry(self) -> QuantizerEntry:
-        averaged = self.averaging.replaces_weights_of_checkpoints
         return QuantizerEntry(
-            self.recipe.to_dict(), self.phases.now.weights, self.phases.now.inputs, averaged
+            self.effective_recipe.to_dict(),
+            self.phases.now.weights,
+            self.phases.now.inputs,
+            averaged=self.averaging.replaces_weights_of_checkpoints,
+            placed_for=(self.target, self.recipe.to_dict()) if self.placed else None,
         )
 
     def _write_entry(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._entry(pl_module, checkpoint)
 
     def _read_entry(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        entry = read_entry(checkpoint, self.recipe)
+        entry = read_entry(checkpoint, self.recipe, self.target)
         if entry is None:
             self._weights_are_new = True
             return
+        if "placed_for" in entry:
+            self.placed = QuantRecipe.from_dict(entry["recipe"])
+            self.report = self._prepare(pl_module)
         load_quantizer_state(pl_module, entry["quantizers"])
         weights, inputs = entry.get("quantized", (True, True))
         self.phases.now = self.phases.now._replace(weights=weights, inputs=inputs)
@@ -319,6 +357,7 @@ class StatQATCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module)  # sharding strategies load checkpoints after `on_fit_start`
         self._last_step = trainer.global_step
+        self._place(trainer, pl_module)
         self.phases.start(trainer, pl_module, self.enabled)
         self._warnings.start()
         quantizers = activation_quantizers(pl_module)
@@ -335,10 +374,30 @@ class StatQATCallback(Callback):
                 "the first batch; from then on they are quantized by what was seen so far.",
             )
             rank_zero_info(notes[0])
-        report = prepare(pl_module, recipe=self.recipe, observer=self.observer_config)
-        self.report = dataclasses.replace(report, notes=notes)
+        before = self.report.notes if self.report is not None else ()
+        report = self._prepare(pl_module)
+        self.report = dataclasses.replace(report, notes=(*before, *notes))
         self._warnings.of_idle_layers(pl_module)
         self._warnings.of_negatives(pl_module)
+
+    def _place(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put quantizers where the target needs them, unless a checkpoint has said where."""
+        if self.target is None or self.placed is not None:
+            return
+        try:
+            placement = place_by_batch(trainer, pl_module, self.recipe, self.target)
+        except CannotCalibrate as reason:
+            raise ValueError(
+                f"StatQATCallback: got target={self.target!r}, but no training batch can show "
+                f"where it needs quantizers: {reason}. Place them ahead: "
+                "recipe=place(model, recipe, lambda: model(example), target).recipe."
+            ) from reason
+        self.placed = placement.recipe
+        notes = tuple(f"{self.target}: {note}" for note in placement.left)
+        self.report = dataclasses.replace(self._prepare(pl_module), notes=notes)
+        set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
+        if self.verbose:
+            rank_zero_info(f"StatQAT placed fake quantizers for {self.target}:\n{self.report}")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -30,6 +30,7 @@ from statqat_lightning.export.verify import (
 )
 from statqat_lightning.export.writers import writers
 from statqat_lightning.insertion import quantized_layers
+from statqat_lightning.placement import check_target
 from statqat_lightning.recipe import QuantRecipe
 
 _MOST_EXAMPLES = 256
@@ -58,6 +59,7 @@ def export_model(
     data: Iterable[Any] | None = None,
     most_data: int | None = 1000,
     measure_latency: bool = True,
+    target: str | None = None,
 ) -> ExportReport:
     """Write the files of a quantized model, and compare each with the fake-quantized model.
 
@@ -89,6 +91,9 @@ def export_model(
         data: Batches `(inputs, labels)` or of inputs alone, for predictions and accuracy.
         most_data: Most examples of `data` to use; None for all.
         measure_latency: Whether to time the files against the float model.
+        target: The runtime that the model is meant for, `"onnxruntime"`: the report then names the
+            quantized layers for which it has no integer kernels. It finds them for models that were
+            trained with this target, see `StatQATCallback`.
 
     Returns:
         Paths, sizes and differences. A forward that cannot be exported is a note there, and the
@@ -97,7 +102,8 @@ def export_model(
     Raises:
         ExportDifferenceError: If a file differs, and `strict`; it names the first layer that does.
             All other files have been written then, and its `report` describes them.
-        ValueError: If the model cannot be frozen, or has no submodule of that name.
+        ValueError: If the model cannot be frozen, or has no submodule of that name; if there is no
+            such target.
         ModuleNotFoundError: If the extra `onnx` or `torchao` is needed and not installed.
         OSError: If a file cannot be written.
     """
@@ -108,6 +114,7 @@ def export_model(
         "torchao": torchao,
         "compressed": compressed,
     }
+    check_target(target)
     for kind in KINDS:
         if chosen[kind.field]:
             kind.require()
@@ -141,6 +148,7 @@ def export_model(
         strict and not is_random,
         bound,
         runtimes.float_model(reference, module) if call and measure_latency else None,
+        target,
     )
     outside = [
         layer.name
@@ -159,11 +167,11 @@ def export_model(
             continue
         if kind.needs_call and outside:
             notes.append(f"{kind.title}: {whole}")
-        target = with_ending(path, kind.ending)
+        file = with_ending(path, kind.ending)
         try:
-            with kind.replacing(target) as temporary:
+            with kind.replacing(file) as temporary:
                 writer.write(temporary, call)
-                found = proof.of(writer, temporary, target)
+                found = proof.of(writer, temporary, file)
             reports[kind.field] = found
         except ExportDifferenceError as error:
             differing.append(error)

@@ -39,7 +39,7 @@ def export_checkpoint(
         example: Input of a forward; None takes the module's `example_input_array`.
         submodule: The part of the model to write, `module` of `export_model`.
         trust: See `read_checkpoint`.
-        **options: As in `export_model`.
+        **options: As in `export_model`; `target` is that of the training if it is not given.
 
     Raises:
         ValueError: If the checkpoint or the module is not what is expected.
@@ -53,8 +53,9 @@ def export_checkpoint(
     load_checkpoint(model, state, str(checkpoint))
     example = getattr(model, "example_input_array", None) if example is None else example
     recipe = QuantRecipe.from_dict(state[KEY]["recipe"])
-    target = checkpoint.with_suffix("") if path is None else path
-    return export_model(model, target, example, module=submodule, recipe=recipe, **options)
+    options = {"target": state[KEY].get("placed_for", {}).get("target")} | options
+    where = checkpoint.with_suffix("") if path is None else path
+    return export_model(model, where, example, module=submodule, recipe=recipe, **options)
 
 
 def _found(name: str) -> Callable[..., nn.Module]:

@@ -32,6 +32,7 @@ class Kind:
         in_float32: Whether it computes in float32 whatever the model's precision.
         weights_only: Whether it leaves the rounding of inputs out.
         folded: Whether BatchNorms are folded into the layers before them.
+        target: The runtime that runs it, if models can be trained for it, see `place`.
     """
 
     field: str
@@ -45,6 +46,7 @@ class Kind:
     in_float32: bool = False
     weights_only: bool = False
     folded: bool = False
+    target: str | None = None
 
     def replacing(self, path: Path) -> AbstractContextManager[Path]:
         """A temporary path that takes the place of `path` when all went well."""
@@ -62,6 +64,7 @@ KINDS = (
         needs_call=True,
         in_float32=True,
         folded=True,
+        target="onnxruntime",
     ),
     Kind("program", "pt2", "torch.export", ".pt2", needs_call=True),
     Kind(

@@ -15,7 +15,7 @@ from statqat_lightning.export.folding import fold_batch_norm
 from statqat_lightning.export.frozen import frozen_layers, scale_name
 from statqat_lightning.export.inputs import outputs_of
 from statqat_lightning.export.plain import with_rounded_inputs
-from statqat_lightning.export.runtimes import Runtime
+from statqat_lightning.export.runtimes import Runtime, layers_in_float
 from statqat_lightning.export.verify import (
     ArtefactReport,
     Example,
@@ -40,6 +40,7 @@ class Proof:
         strict: Whether a file that differs is an error.
         bound: Largest difference in output steps.
         plain: The float model to compare speed with; None not to.
+        target: The runtime that the model is meant for, see `export_model`.
     """
 
     frozen: nn.Module
@@ -48,6 +49,7 @@ class Proof:
     strict: bool
     bound: float
     plain: nn.Module | None
+    target: str | None = None
 
     def of(self, writer: Writer, path: Path, target: Path) -> ArtefactReport:
         """Load a file, run it, compare it and time it.
@@ -78,6 +80,10 @@ class Proof:
             ) from error
         if runtime.batch is not None and examples:
             remarks.append(f"The forward fixes its batch size: {runtime.batch} only.")
+        if self.target and writer.kind.target == self.target and (rest := layers_in_float(path)):
+            remarks.append(
+                f"ONNX Runtime computes these quantized layers in float: {', '.join(rest)}."
+            )
         divergence = None
         bound = 0.0 if writer.kind.exact else self.bound
         # Not `max_steps > bound`: that is false for NaN.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import importlib.util
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -165,13 +166,15 @@ def onnx_session(path: str | Path) -> Any:
     return _session(str(path))
 
 
-def _session(model: str | bytes) -> Any:
+def _session(model: str | bytes, optimized: Path | None = None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
@@ -183,6 +186,35 @@ def _fed(session: Any, call: ForwardCall, outputs: list[str] | None = None) -> l
     names = entry.split(",") if entry else [i.name for i in session.get_inputs()]
     feed = {n: a for n, a in zip(names, arrays, strict=True) if n in known}
     return [torch.from_numpy(np.array(value)) for value in session.run(outputs, feed)]
+
+
+_INTEGER_KERNELS = (
+    *("QLinearConv", "QLinearMatMul", "QGemm", "MatMulInteger", "MatMulIntegerToFloat"),
+    *("DynamicQuantizeMatMul", "ConvInteger", "MatMulNBits", "QAttention"),
+)
+
+
+def layers_in_float(path: Path) -> list[str]:
+    """Quantized layers of an `.onnx` file that ONNX Runtime computes in float on this machine.
+
+    The runtime fuses what it has integer kernels for when it loads a file; this is what it leaves.
+    """
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder, "optimized.onnx")
+        _session(str(path), optimized)
+        nodes = onnx.load(optimized).graph.node
+    integer = {n for node in nodes if node.op_type in _INTEGER_KERNELS for n in node.input}
+    # Fusion may lay a weight out anew, and then calls it by its old name and more.
+    read = {name.partition("_codes")[0] for name in integer if "_codes" in name}
+    own = [i.name for i in onnx.load(path, load_external_data=False).graph.initializer]
+    layers = [name.removesuffix("_codes") for name in own if name.endswith("_codes")]
+    return [
+        name.rpartition(".")[0].removeprefix("model").removeprefix(".")
+        for name in layers
+        if name not in read
+    ]
 
 
 _ON_THE_WAY = {

@@ -1,0 +1,251 @@
+"""Quantizers where ONNX Runtime's integer kernels need them, held by the graphs it runs."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from statqat_lightning.export.onnx import save_onnx
+from statqat_lightning.export.runtimes import layers_in_float, onnx_session
+from statqat_lightning.insertion import prepare, quantized_layers, refresh, set_observing
+from statqat_lightning.placement import Placement, place
+from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+
+W8A8 = QuantRecipe.default("int8", "int8")
+
+
+class Block(nn.Module):
+    """A residual block as torchvision writes it: one ReLU for both places, a sum in place."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x
+        activated: Tensor = self.relu(out)
+        return activated
+
+
+class Residual(nn.Module):
+    """The stem's ReLU is a function: no module returns what the first block takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu(self.norm(self.conv(x))))
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+def placed(model: nn.Module, recipe: QuantRecipe = W8A8, *shape: int) -> Placement:
+    example, twin = torch.randn(shape or (2, 3, 8, 8)), copy.deepcopy(model).eval()
+    return place(twin, recipe, lambda: twin(example), "onnxruntime")
+
+
+def in_onnxruntime(
+    model: nn.Module, recipe: QuantRecipe, path: Path, *shape: int
+) -> tuple[list[str], Counter[str], Tensor, Tensor]:
+    """Layers in float, operators of the optimized graph, outputs of the model and of the file."""
+    import onnx
+    import onnxruntime
+
+    torch.manual_seed(0)
+    x = torch.randn(shape or (16, 3, 8, 8))
+    prepare(model.eval(), recipe=recipe)
+    with torch.no_grad():
+        set_observing(model, True)
+        model(x)
+        refresh(model)
+        set_observing(model, False)
+        expected = model(x)
+    save_onnx(model, path, x)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path.with_suffix(".optimized.onnx"))
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(options.optimized_model_filepath).graph
+    session = onnx_session(path)
+    outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    operators = Counter(node.op_type for node in graph.node)
+    return layers_in_float(path), operators, expected, torch.from_numpy(outputs)
+
+
+def test_a_residual_network_runs_in_integers(tmp_path: Path) -> None:
+    model = Residual()
+    placement = placed(model)
+
+    rest, operators, expected, given = in_onnxruntime(model, placement.recipe, tmp_path / "a.onnx")
+
+    assert placement.left == ()
+    assert operators["QLinearConv"] == 5
+    assert operators["QLinearAdd"] == 2
+    assert not operators["Conv"] + operators["FusedConv"] + operators["Add"]
+    assert "conv" not in rest
+    assert (given - expected).abs().max() <= expected.abs().max() / 127 * 2
+
+
+def test_without_a_target_convolutions_before_sums_are_in_float(tmp_path: Path) -> None:
+    rest, operators, *_ = in_onnxruntime(Residual(), W8A8, tmp_path / "a.onnx")
+
+    assert operators["QLinearAdd"] == 0
+    assert {"blocks.0.conv2", "blocks.1.conv2"} <= {*rest}
+
+
+def test_each_tensor_is_rounded_once() -> None:
+    model = Residual()
+    prepare(model, recipe=placed(model).recipe)
+
+    layers = {
+        layer.name: [q.role for q in layer.quantizers.activations()]
+        for layer in quantized_layers(model)
+    }
+
+    assert layers == {
+        "conv": ["input"],
+        "blocks.0": ["input", "output"],  # the stem's ReLU, and the block's own
+        "blocks.0.conv1": [],
+        "blocks.0.conv2": ["input"],
+        "blocks.0.bn2": ["output"],
+        "blocks.1": ["output"],
+        "blocks.1.conv1": [],
+        "blocks.1.conv2": ["input"],
+        "blocks.1.bn2": ["output"],
+        "head": ["input"],
+    }
+
+
+def test_signed_tensors_use_the_whole_range() -> None:
+    rules = {rule.pattern: rule for rule in placed(Residual()).recipe.rules}
+
+    spec: Any = rules["blocks.0.bn2"].outputs
+    assert spec.format == "int8_full"
+    assert spec.unsigned_if_nonnegative
+
+
+def test_the_last_output_stays_in_float() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+
+    rules = {rule.pattern: rule for rule in placed(model).recipe.rules}
+
+    assert rules["2"].outputs is None
+    assert "1" not in rules
+
+
+def test_tensors_that_are_rounded_already_are_not_rounded_again() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 2, 1), nn.Flatten()
+    )
+
+    rules = {rule.pattern: rule for rule in placed(model).recipe.rules}
+
+    assert rules["1"].outputs is not None
+    assert rules["3"].inputs is None
+    assert rules["3"].weights is not None
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs"), [("int8", "int4"), ("fp8_e4m3", "fp8_e4m3"), ("int8", None)]
+)
+def test_formats_without_integer_kernels_stay_where_they_are(
+    weights: str, inputs: str | None
+) -> None:
+    model = Residual()
+    recipe = QuantRecipe.default(weights, inputs, first_last_bits=None)
+
+    rules = {rule.pattern: rule for rule in placed(model, recipe).recipe.rules}
+
+    given = recipe.rules[0]
+    assert {*rules} == {
+        *(layer for layer in rules if layer.split(".")[-1].startswith(("conv", "head")))
+    }
+    assert all(r.weights == given.weights and r.inputs == given.inputs for r in rules.values())
+
+
+def test_four_bit_weights_run_in_eight_bit_kernels(tmp_path: Path) -> None:
+    model = Residual()
+    recipe = QuantRecipe.default("int4", "int8")
+
+    _, operators, *_ = in_onnxruntime(model, placed(model, recipe).recipe, tmp_path / "a.onnx")
+
+    assert operators["QLinearConv"] == 5
+
+
+def test_layers_that_rules_leave_in_float_stay_in_float() -> None:
+    recipe = QuantRecipe([QuantRule("blocks.0.conv2"), *W8A8.rules])
+
+    placement = placed(Residual(), recipe)
+
+    assert "blocks.0.conv2" not in {rule.pattern for rule in placement.recipe.rules}
+    assert len(placement.left) == 1
+    assert "read by blocks.0.conv2, " in placement.left[0]  # so the layer before gives on floats
+
+
+def test_a_sum_that_no_module_returns_is_reported() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.a(x))
+            y = F.relu(self.b(x) + x)
+            out: Tensor = self.c(y) + y
+            return out
+
+    placement = placed(Functional())
+
+    assert len(placement.left) == 2
+    assert "'tanh'" in placement.left[0]
+    assert "read by b, add" in placement.left[0]
+    rules = {rule.pattern: rule for rule in placement.recipe.rules}
+    assert rules["b"].inputs is not None  # rounded there, at least
+    assert rules["b"].outputs is not None
+
+
+def test_formats_the_target_cannot_run_are_refused() -> None:
+    recipe = QuantRecipe([QuantRule("*", "int8", "nf4")])
+
+    with pytest.raises(ValueError, match=r"^conv: got inputs='nf4', which onnxruntime cannot run"):
+        placed(Residual(), recipe)
+
+
+def test_unknown_target() -> None:
+    with pytest.raises(ValueError, match="got 'tensorrt'; expected None or one of onnxruntime"):
+        place(Residual(), W8A8, lambda: None, "tensorrt")
+
+
+def test_the_quantizer_and_its_options_are_kept() -> None:
+    spec = TensorSpec("int8", quantizer="percentile", unsigned_if_nonnegative=True, percentile=99.0)
+
+    rules = placed(Residual(), QuantRecipe([QuantRule("*", "int8", spec)])).recipe.rules
+
+    outputs: Any = next(r.outputs for r in rules if r.outputs is not None)
+    assert (outputs.quantizer, outputs.options) == (spec.quantizer, spec.options)
+
+
+def test_a_recipe_that_was_placed_is_plain_data(tmp_path: Path) -> None:
+    recipe = placed(Residual()).recipe
+
+    recipe.to_yaml(tmp_path / "placed.yaml")
+
+    assert QuantRecipe.from_yaml(tmp_path / "placed.yaml").to_dict() == recipe.to_dict()
+    prepare(Residual(), recipe=tmp_path / "placed.yaml")
