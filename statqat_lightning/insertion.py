@@ -536,7 +536,7 @@ def describe(quantizer: FakeQuantizer) -> str:
         and not quantizer.ready
         and quantizer.spec.unsigned_if_nonnegative
     ):
-        fmt = f"{fmt} or u{fmt}"
+        fmt = f"{fmt} or u{fmt.removesuffix('_full')}"
     return f"{fmt} {quantizer.granularity} {quantizer.quantizer.name}"
 
 

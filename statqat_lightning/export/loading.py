@@ -376,7 +376,10 @@ def _check_quantizers(model: nn.Module, state: Mapping[str, Any], where: str) ->
     own = quantizer_state(model)
     for name in sorted(own.keys() & state.keys()):
         shapes = [tuple(s["scale"].shape) for s in (state[name], own[name])]
-        formats = [s["format"].removeprefix("u") for s in (state[name], own[name])]
+        # Inputs decide on their sign in training, and have one range without it.
+        formats = [
+            s["format"].removeprefix("u").removesuffix("_full") for s in (state[name], own[name])
+        ]
         if shapes[0] != shapes[1] or formats[0] != formats[1]:
             raise ValueError(
                 f"{where}: quantizer {name!r} is {state[name]['format']} with scales of shape "

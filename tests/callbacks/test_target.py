@@ -1,0 +1,233 @@
+"""`StatQATCallback(target="onnxruntime")`: placed, trained, resumed, exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from statqat_lightning.callbacks.export import ExportCallback
+from statqat_lightning.callbacks.qat import StatQATCallback
+from statqat_lightning.export.checkpoints import export_checkpoint
+from statqat_lightning.export.loading import load_quantized
+from statqat_lightning.insertion import quantized_layers, quantizer_state
+from statqat_lightning.recipe import TensorSpec
+from tests.callbacks.digits import (
+    STEPS_PER_EPOCH,
+    DigitsModule,
+    SeedEachBatch,
+    assert_same,
+    digits,
+    held_out,
+    loader,
+    make_trainer,
+    statqat,
+    train,
+)
+from tests.test_placement import Block
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.block = Block(8)
+        self.mix = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv(x)))
+        out: Tensor = self.head(self.mix(self.block(x)).mean((2, 3)))
+        return out
+
+
+class ResidualModule(DigitsModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+
+PLACES = {
+    "net.conv": ["input"],
+    "net.block": ["input"],
+    "net.block.conv1": [],
+    "net.block.conv2": ["input"],
+    "net.block.bn2": ["output"],
+    "net.mix.0": ["input"],
+    "net.mix.1": ["output"],
+    "net.head": ["input"],
+}
+"""What is rounded, by module: the sum and its terms beside the inputs of layers."""
+
+
+def places(module: nn.Module) -> dict[str, list[str]]:
+    return {
+        layer.name: [q.role for q in layer.quantizers.activations()]
+        for layer in quantized_layers(module)
+    }
+
+
+def for_onnxruntime(**options: Any) -> Any:
+    return statqat("int8", "int8", target="onnxruntime", **options)
+
+
+def test_quantizers_are_placed_before_calibration() -> None:
+    callback = for_onnxruntime()
+
+    module, witness = train(callback, module=ResidualModule)
+
+    assert places(module) == PLACES
+    assert len(witness.states) == 6
+    assert {*witness.states[0]} == {*witness.states[-1]}  # from the first step on
+    quantizers = [q for layer in quantized_layers(module) for q in layer.quantizers.activations()]
+    assert all(q.ready for q in quantizers)
+    assert callback.report is not None
+    assert "net.block" in str(callback.report)
+
+
+def test_placement_leaves_the_run_as_it_is() -> None:
+    """BatchNorm, metrics, random numbers and the order of data: as without a target."""
+    plain, one = train(statqat("int8", "int8", enabled=False), module=ResidualModule)
+    placed, two = train(for_onnxruntime(enabled=False), module=ResidualModule)
+
+    assert one.losses == two.losses
+    assert_same(plain.state_dict(), placed.state_dict())
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    data = loader(shuffle=False)
+    keeper = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    options: Any = {"module": ResidualModule, "data": data, "max_epochs": 3}
+    whole, witness = train(for_onnxruntime(), SeedEachBatch(), keeper, **options)
+
+    resumed, rest = train(
+        for_onnxruntime(),
+        SeedEachBatch(),
+        ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1),
+        ckpt_path=tmp_path / "epoch=1.ckpt",
+        seed=99,
+        **options,
+    )
+
+    assert places(resumed) == places(whole) == PLACES
+    assert rest.losses == witness.losses[-STEPS_PER_EPOCH:]
+    assert_same(rest.states, witness.states[-STEPS_PER_EPOCH:])
+    assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+
+def test_a_second_fit_and_another_module_are_placed_anew() -> None:
+    callback = for_onnxruntime()
+    first, _ = train(callback, module=ResidualModule)
+    again, _ = train(callback, module=first)
+    other, _ = train(callback, module=DigitsModule)
+
+    assert places(again) == PLACES
+    assert places(other) == {
+        "net.0": ["input"],
+        "net.3": ["input"],
+        "net.5": ["output"],
+        "net.8": [],
+    }
+
+
+def test_it_is_exported_in_integers_from_the_run_and_from_its_checkpoint(tmp_path: Path) -> None:
+    keeper = ModelCheckpoint(tmp_path, filename="run", save_top_k=-1)
+    export = ExportCallback(tmp_path / "model", measure_latency=False)
+
+    module, _ = train(for_onnxruntime(), export, keeper, module=ResidualModule)
+
+    report: Any = export.report
+    assert report.native.max_difference == 0
+    assert report.onnx.agreement > 0.98
+    assert [r for r in report.onnx.remarks if "in float" in r] == [
+        "ONNX Runtime computes these quantized layers in float: net.head."
+    ]
+    images = digits().tensors[0][:64]
+    loaded = load_quantized(ResidualModule(), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded(images), module.eval()(images))
+    later = export_checkpoint(
+        tmp_path / "run.ckpt",
+        ResidualModule,
+        tmp_path / "later",
+        images,
+        submodule="net",
+        measure_latency=False,
+    )
+    assert later.onnx is not None
+    assert any("in float" in remark for remark in later.onnx.remarks)
+
+
+def test_a_checkpoint_is_evaluated_by_a_fresh_module(tmp_path: Path) -> None:
+    keeper = ModelCheckpoint(tmp_path, filename="run", save_top_k=-1)
+    module, _ = train(for_onnxruntime(), keeper, module=ResidualModule)
+    fresh = ResidualModule()
+
+    make_trainer(for_onnxruntime(), keeper).test(
+        fresh, held_out(), ckpt_path=tmp_path / "run.ckpt", verbose=False
+    )
+
+    assert places(fresh) == PLACES
+    assert_same(quantizer_state(fresh), quantizer_state(module))
+
+
+@pytest.mark.parametrize("trained", [None, "onnxruntime"])
+def test_a_checkpoint_for_another_target_is_refused(tmp_path: Path, trained: str | None) -> None:
+    keeper = ModelCheckpoint(tmp_path, filename="run", save_top_k=-1)
+    train(statqat("int8", "int8", target=trained), keeper, module=ResidualModule)
+    other = None if trained else "onnxruntime"
+
+    with pytest.raises(ValueError, match=rf"got target={other!r}, but .* trained for {trained!r}"):
+        make_trainer(statqat("int8", "int8", target=other), keeper).test(
+            ResidualModule(), held_out(), ckpt_path=tmp_path / "run.ckpt", verbose=False
+        )
+
+
+def test_what_cannot_be_placed_is_in_the_report() -> None:
+    class Functional(ResidualModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.block = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            net = self.net
+            x = F.relu(net.conv(x))
+            y = F.relu(net.block(x) + x)
+            out: Tensor = net.head((net.mix(y) + y).mean((2, 3)))
+            return out
+
+    callback = for_onnxruntime()
+    train(callback, module=Functional)
+
+    notes: Any = callback.report
+    assert any("read by net.mix.0, add" in note and "in float" in note for note in notes.notes)
+    assert "nn.ReLU() of its own" in str(notes)
+
+
+def test_a_run_without_a_batch_to_look_at_says_how_to_go_on() -> None:
+    class ByHand(ResidualModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            self.optimizers().step()  # type: ignore[union-attr]
+
+    with pytest.raises(ValueError, match=r"no training batch can show .* manual optimization"):
+        train(for_onnxruntime(), module=ByHand)
+
+
+def test_learned_scales_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"learned scales .* place them ahead"):
+        StatQATCallback(TensorSpec("int8", quantizer="lsq"), target="onnxruntime")
+
+
+def test_unknown_target() -> None:
+    with pytest.raises(ValueError, match="got 'onnx'; expected None or one of onnxruntime"):
+        statqat(target="onnx")
