@@ -77,12 +77,20 @@ def place(model: nn.Module, recipe: QuantRecipe, run: Callable[[], Any], target:
         target: The runtime, one of `TARGETS`.
 
     Raises:
-        ValueError: If there is no such target, or a layer gets a format that it cannot run.
+        ValueError: If there is no such target, a layer gets a format that it cannot run, or the run
+            is not one of the model.
     """
     check_target(target)
     rules = assigned_rules(model, recipe)
     _refuse_formats(rules, target)
-    return _Places(rules, record(model, run)).placement()
+    flow = record(model, run)
+    if not any(flow.calls[name] for name in rules):
+        raise ValueError(
+            "place: got a run in which none of the layers that are to be quantized ran: "
+            f"{', '.join(rules)}. Expected one of this very model, not of a copy: "
+            "lambda: model(example)."
+        )
+    return _Places(rules, flow).placement()
 
 
 def _refuse_formats(rules: Mapping[str, QuantRule], target: str) -> None:

@@ -249,3 +249,10 @@ def test_a_recipe_that_was_placed_is_plain_data(tmp_path: Path) -> None:
 
     assert QuantRecipe.from_yaml(tmp_path / "placed.yaml").to_dict() == recipe.to_dict()
     prepare(Residual(), recipe=tmp_path / "placed.yaml")
+
+
+def test_a_run_of_another_model_is_refused() -> None:
+    model = Residual()
+
+    with pytest.raises(ValueError, match=r"none of the layers .* ran: conv, blocks"):
+        place(copy.deepcopy(model), W8A8, lambda: model(torch.randn(2, 3, 8, 8)), "onnxruntime")
