@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from statqat_lightning.biases import CONVOLUTIONS, KEEPING, NORMS
 from statqat_lightning.dataflow import OUTPUT_KIND, Dataflow, Operation, Value, record
 from statqat_lightning.formats import CodebookFormat, IntFormat, get_format
 from statqat_lightning.insertion import assigned_rules
@@ -25,18 +26,9 @@ from statqat_lightning.recipe import ROLES, QuantRecipe, QuantRule, TensorSpec, 
 TARGETS = ("onnxruntime",)
 """Runtimes that quantizers can be placed for."""
 
-_CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
-_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
 _FOLDED = ("relu", "ReLU", "relu6", "ReLU6")
 """Clipping that is part of rounding to unsigned integers."""
 _SUMS = ("add", "cat", "concat")
-_KEEPING = (
-    *("max_pool1d", "max_pool2d", "max_pool3d", "MaxPool1d", "MaxPool2d", "MaxPool3d"),
-    *("flatten", "Flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze"),
-    *("unsqueeze", "getitem", "pad", "Identity", "dropout", "Dropout", "Dropout2d", "chunk"),
-    *("split", "clone", "to", "ZeroPad2d", "ChannelShuffle", "movedim", "relu", "ReLU"),
-)
-"""What leaves values on the grid that they lie on."""
 
 
 @dataclass
@@ -80,10 +72,14 @@ def place(model: nn.Module, recipe: QuantRecipe, run: Callable[[], Any], target:
         ValueError: If there is no such target, a layer gets a format that it cannot run, or the run
             is not one of the model.
     """
+    return place_in(record(model, run), model, recipe, target)
+
+
+def place_in(flow: Dataflow, model: nn.Module, recipe: QuantRecipe, target: str) -> Placement:
+    """Like `place`, in a run that was recorded already, see `record`."""
     check_target(target)
     rules = assigned_rules(model, recipe)
     _refuse_formats(rules, target)
-    flow = record(model, run)
     if not any(flow.calls[name] for name in rules):
         raise ValueError(
             "place: got a run in which none of the layers that are to be quantized ran: "
@@ -135,7 +131,7 @@ class _Places:
                 continue
             if operation.inputs:
                 self.rounded.setdefault(operation.inputs[0], spec)
-            if operation.kind in _CONVOLUTIONS:
+            if operation.kind in CONVOLUTIONS:
                 end = _end_of(operation.outputs[0])
                 if not _is_result(end):
                     self.rounded.setdefault(end, spec)
@@ -156,7 +152,7 @@ class _Places:
     def _spec_of(self, operation: Operation) -> TensorSpec | None:
         """How tensors around a layer are rounded; None if the runtime has no integers for it."""
         rule = self.rules.get(operation.name) if operation.module is not None else None
-        if rule is None or operation.kind not in (*_CONVOLUTIONS, "Linear"):
+        if rule is None or operation.kind not in (*CONVOLUTIONS, "Linear"):
             return None
         weights, inputs = rule.weights, rule.inputs
         if not (isinstance(weights, TensorSpec) and isinstance(inputs, TensorSpec)):
@@ -212,7 +208,7 @@ class _Places:
     def _is_on_grid(self, value: Value) -> bool:
         """Whether a value consists of values that are rounded already."""
         maker = value.producer
-        while maker is not None and maker.kind in _KEEPING and len(maker.inputs) == 1:
+        while maker is not None and maker.kind in KEEPING and len(maker.inputs) == 1:
             if maker.inputs[0] in self.rounded:
                 return True
             maker = maker.inputs[0].producer
@@ -237,7 +233,7 @@ class _Places:
 
 def _end_of(value: Value) -> Value:
     """What the runtime computes together: BatchNorm and ReLU behind a layer are part of it."""
-    for kinds in (_NORMS, _FOLDED):
+    for kinds in (NORMS, _FOLDED):
         if len(value.consumers) == 1 and value.consumers[0].kind in kinds:
             value = value.consumers[0].outputs[0]
     return value

@@ -23,7 +23,7 @@ ROWS: list[set[str]] = [
     {"quantizers"},
     {"observers", "fake_quantizer", "tensor_spec", "weights_together", "attention", "layer_kinds"},
     {"recipe", "schedule", "quantized_layer", "insertion", "insertion_report"},
-    {"dataflow", "placement"},
+    {"dataflow", "biases", "placement"},
     {"report", "plots", "allocation", "export"},
     {"callbacks"},
     {"cli"},

@@ -1,8 +1,8 @@
 """Speed of exported networks in ONNX Runtime, beside the float network in the same process.
 
-Random weights and inputs: the time does not depend on them. Networks are placed for the runtime's
-integer kernels (`target="onnxruntime"`) and, for comparison, not; the last rows multiply one vector
-with a 4-bit matrix. The variants take turns, see `measuring.py`; a speedup is the median over rounds
+Random weights and inputs: time does not depend on them. Networks are placed for the runtime's
+integer kernels (`target="onnxruntime"`) and, for comparison, not; the last rows multiply a vector
+with a 4-bit matrix. The variants take turns, see `measuring.py`; a speedup is the median of rounds
 of the float network's time by the variant's.
 """
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
 from statqat_lightning.callbacks.lightning_names import is_a
+from statqat_lightning.dataflow import Dataflow, record
 from statqat_lightning.insertion import (
     load_quantizer_state,
     quantizer_state,
@@ -26,8 +27,6 @@ from statqat_lightning.insertion import (
     set_observing,
 )
 from statqat_lightning.observers import Reduce
-from statqat_lightning.placement import Placement, place
-from statqat_lightning.recipe import QuantRecipe
 
 
 class CannotCalibrate(Exception):
@@ -56,33 +55,26 @@ def calibrate(
     _run_isolated(trainer, pl_module, lambda: _calibrate(trainer, pl_module, num_batches, reduce))
 
 
-def place_by_batch(
-    trainer: Trainer, pl_module: LightningModule, recipe: QuantRecipe, target: str
-) -> Placement:
-    """Where a target needs quantizers, as one training batch shows in a float copy of the module.
+def record_batch(trainer: Trainer, pl_module: LightningModule) -> Dataflow:
+    """What a training batch shows of the dataflow, in a float copy of the module.
 
     Args:
         trainer: The Trainer, at the start of training.
         pl_module: The module; it stays as it is.
-        recipe: What its layers get.
-        target: The runtime, see `place`.
 
     Raises:
         CannotCalibrate: With the reason, if no batch can be run.
-        ValueError: See `place`.
     """
-    found: list[Placement] = []
+    found: list[Dataflow] = []
 
     def run() -> Exception | None:
         twin = _twin(pl_module)
         remove(twin)
         steps = _steps(trainer, twin, 1, "StatQAT placement", observing=False)
         try:
-            found.append(place(twin, recipe, lambda: next(steps), target))
+            found.append(record(twin, lambda: next(steps)))
         except StopIteration:
             return CannotCalibrate("there is no batch")
-        except ValueError:
-            raise
         except Exception as error:
             return error
         return None

@@ -189,7 +189,7 @@ class ExportCallback(Callback):
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StatQATCallback):
-                callback.averaging.finish(pl_module)  # its own turn may come later
+                callback.finish(pl_module)  # its own turn may come later
         if reason := self._why_not(trainer, pl_module):
             rank_zero_info(f"ExportCallback: nothing written: {reason}")
             return

@@ -12,11 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from statqat_lightning.biases import BiasPlace, bias_places, round_biases
 from statqat_lightning.callbacks.averaging import Averaging
 from statqat_lightning.callbacks.calibration import (
     CannotCalibrate,
     calibrate,
-    place_by_batch,
+    record_batch,
     reestimate_batch_norm,
 )
 from statqat_lightning.callbacks.checkpoint import QuantizerEntry, read_entry
@@ -40,7 +41,7 @@ from statqat_lightning.insertion import (
 )
 from statqat_lightning.insertion_report import InsertionReport
 from statqat_lightning.observers import ObserverConfig, Reduce
-from statqat_lightning.placement import check_target
+from statqat_lightning.placement import check_target, place_in
 from statqat_lightning.recipe import ROLES, QuantRecipe, TensorSpec
 from statqat_lightning.schedule import QuantSchedule, When
 
@@ -94,7 +95,9 @@ class StatQATCallback(Callback):
         target: A runtime whose integer kernels the model is trained for: `"onnxruntime"` rounds the
             outputs of convolutions and the terms of residual sums, too, without which it computes
             them in float. Where that is, one training batch shows, ahead of calibration; the
-            checkpoint remembers. Formats without integer kernels stay as they are.
+            checkpoint remembers. At the end of the fit, biases of convolutions become multiples of
+            input scale times weight scale, as the runtime adds them. Formats without integer
+            kernels stay as they are.
 
     Attributes:
         report: What was done to each layer, None before.
@@ -150,6 +153,7 @@ class StatQATCallback(Callback):
                 "recipe=place(model, recipe, lambda: model(example), target).recipe."
             )
         self.placed: QuantRecipe | None = None
+        self._biases: tuple[BiasPlace, ...] = ()
         self.calibration_batches = calibration_batches
         self.schedule = schedule or QuantSchedule(freeze_at=freeze_at)
         self.phases = Phases(self.schedule)
@@ -381,17 +385,21 @@ class StatQATCallback(Callback):
         self._warnings.of_negatives(pl_module)
 
     def _place(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put quantizers where the target needs them, unless a checkpoint has said where."""
-        if self.target is None or self.placed is not None:
+        """Look where the target needs quantizers, and put them there unless a checkpoint has."""
+        if self.target is None:
             return
         try:
-            placement = place_by_batch(trainer, pl_module, self.recipe, self.target)
+            flow = record_batch(trainer, pl_module)
         except CannotCalibrate as reason:
             raise ValueError(
                 f"StatQATCallback: got target={self.target!r}, but no training batch can show "
                 f"where it needs quantizers: {reason}. Place them ahead: "
                 "recipe=place(model, recipe, lambda: model(example), target).recipe."
             ) from reason
+        self._biases = bias_places(flow)
+        if self.placed is not None:
+            return
+        placement = place_in(flow, pl_module, self.recipe, self.target)
         self.placed = placement.recipe
         notes = tuple(f"{self.target}: {note}" for note in placement.left)
         self.report = dataclasses.replace(self._prepare(pl_module), notes=notes)
@@ -447,7 +455,16 @@ class StatQATCallback(Callback):
         self.phases.release()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.finish(pl_module)
+
+    def finish(self, pl_module: LightningModule) -> None:
+        """What is left to do when no step follows; a second call changes nothing.
+
+        Scales of averaged weights, and biases as the target adds them, see `round_biases`.
+        """
         self.averaging.finish(pl_module)
+        if self.enabled:
+            round_biases(pl_module, self._biases)
 
 
 def _reduction(trainer: Trainer) -> Reduce | None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from statqat_lightning.biases import bias_places, round_biases
+from statqat_lightning.dataflow import record
 from statqat_lightning.export import runtimes
 from statqat_lightning.export.files import with_ending
 from statqat_lightning.export.frozen import freeze_quietly, left_in_float
@@ -29,7 +31,7 @@ from statqat_lightning.export.verify import (
     output_steps,
 )
 from statqat_lightning.export.writers import writers
-from statqat_lightning.insertion import quantized_layers
+from statqat_lightning.insertion import quantized_layers, remove
 from statqat_lightning.placement import check_target
 from statqat_lightning.recipe import QuantRecipe
 
@@ -91,9 +93,10 @@ def export_model(
         data: Batches `(inputs, labels)` or of inputs alone, for predictions and accuracy.
         most_data: Most examples of `data` to use; None for all.
         measure_latency: Whether to time the files against the float model.
-        target: The runtime that the model is meant for, `"onnxruntime"`: the report then names the
-            quantized layers for which it has no integer kernels. It finds them for models that were
-            trained with this target, see `StatQATCallback`.
+        target: The runtime that the model is meant for, `"onnxruntime"`. The report then names the
+            quantized layers for which it has no integer kernels, which is most of them unless the
+            model was trained with this target, see `StatQATCallback`. Biases are rounded as it
+            rounds them, see `round_biases`, and files compared with that model.
 
     Returns:
         Paths, sizes and differences. A forward that cannot be exported is a note there, and the
@@ -120,7 +123,6 @@ def export_model(
             kind.require()
     reference = copy.deepcopy(model).cpu().eval()
     notes = [f"Left in float: {name} ({why})." for name, why in left_in_float(reference).items()]
-    frozen = freeze_quietly(reference)
     try:
         part = reference.get_submodule(module)
     except AttributeError as error:
@@ -129,6 +131,16 @@ def export_model(
             f"{', '.join(name for name, _ in model.named_children())} or one below."
         ) from error
     call = None if example is None else ForwardCall.of(example).copy().with_batch(_MOST_EXAMPLES)
+    if (
+        target is not None
+        and call is not None
+        and (rounded := _round_biases(reference, module, call))
+    ):
+        notes.append(
+            f"Biases are rounded as {target} adds them, to multiples of input scale times weight "
+            f"scale: {', '.join(rounded)}."
+        )
+    frozen = freeze_quietly(reference)
     examples = [Example(call, outputs_of(call.run(part)))] if call else []
     is_random = any(not _equal(e.outputs, outputs_of(e.call.run(part))) for e in examples)
     if is_random:
@@ -193,6 +205,14 @@ def export_model(
         differing[0].report = report
         raise differing[0]
     return report
+
+
+def _round_biases(reference: nn.Module, module: str, call: ForwardCall) -> list[str]:
+    """See `round_biases`; a model that was trained for the target has such biases."""
+    plain = copy.deepcopy(reference)
+    remove(plain)
+    part = plain.get_submodule(module)
+    return round_biases(reference, bias_places(record(part, lambda: call.run(part))), module)
 
 
 def _labelled(
