@@ -183,12 +183,48 @@ def test_mx_codes_are_elements_of_the_standard_times_powers_of_two(tmp_path: Pat
         model = calibrated(nn.Sequential(nn.Linear(72, 8)), recipe_of(name), x)
         save_onnx(model, tmp_path / "m.onnx", x)
         stored = initializers(tmp_path / "m.onnx")
-        codes = onnx.numpy_helper.to_array(stored["0.weight_codes"])
         scale = onnx.numpy_helper.to_array(stored["0.weight_scale"])
-        assert codes.shape == (8 * 3, 32)
         assert np.array_equal(np.frexp(scale)[0], np.full(8 * 3, 0.5))
-        values = codes.astype(np.uint8).view(element) if name == "mxfp4" else codes
-        weight = (values.astype(np.float32) * scale[:, None]).reshape(8, 96)[:, :72]
+        packed = np.frombuffer(stored["0.weight_codes"].raw_data, np.uint8)
+        if name == "mxfp4":
+            packed = np.stack([packed & 15, packed >> 4], 1)
+        values = packed.view(element).astype(np.float32).reshape(8 * 3, 32)
+        weight = (values * scale[:, None]).reshape(8, 96)[:, :72]
         layer = freeze(model).get_submodule("0")
         assert isinstance(layer, FrozenLayer)
         assert np.array_equal(weight, layer.read_weight("weight").numpy())
+
+
+def test_integer_convolutions_differ_by_their_bias_rounded_to_integers(tmp_path: Path) -> None:
+    """ONNX Runtime's QLinearConv adds a bias in int32 steps of `input scale * weight scale`."""
+    x = torch.randn(8, 8, 12, 12)
+    net = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3))
+    model = calibrated(net, recipe_of("int8", "uint8"), x.relu())
+    path = tmp_path / "m.onnx"
+    save_onnx(model, path, x)
+    assert kernels(path)["QLinearConv"] == 1
+    optimized = onnx.load(path.with_suffix(".optimized"))
+    (node,) = (n for n in optimized.graph.node if n.op_type == "QLinearConv")
+    (after,) = (n for n in optimized.graph.node if node.output[0] in n.input)
+    name = after.output[0] if after.op_type == "Transpose" else node.output[0]
+    optimized.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    session = onnxruntime.InferenceSession(optimized.SerializeToString())
+    (codes,) = session.run([name], {session.get_inputs()[0].name: x.numpy()})
+
+    first, _, second = (freeze(model).get_submodule(str(number)) for number in range(3))
+    assert isinstance(first, FrozenLayer)
+    step = (first.get_buffer("input_scale") * first.get_buffer("weight_scale")).double().flatten()
+    bias, scale = first.bias, second.get_buffer("input_scale").double()
+    assert isinstance(bias, Tensor)
+
+    def expected(bias: Tensor) -> Tensor:
+        given = first.rounded("input", x).double()
+        weight = first.read_weight("weight").double()
+        out = torch.nn.functional.conv2d(given, weight, bias, padding=1)
+        return (out / scale).round().clamp(0, 255)
+
+    ours, theirs = expected(bias.double()), expected((bias.double() / step).round() * step)
+    given = torch.from_numpy(codes.astype(np.float64))
+    assert (ours != given).any()  # a few are on the edge between two codes
+    assert (ours - given).abs().max() == 1
+    assert torch.equal(theirs, given)
