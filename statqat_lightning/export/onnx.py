@@ -3,8 +3,10 @@
 - Inputs: Clip to the grid where the container type is wider than the format, QuantizeLinear and
   DequantizeLinear with zero point 0, or 128 for signed integers; FP6 and FP4 by arithmetic that
   rounds as the format does.
-- Weights: DequantizeLinear over int8, uint8 or float8 initializers; FP6 and FP4 as indices of a
-  table of values (FP4 in 4 bits), which ONNX Runtime turns into weights once, when it loads.
+- Weights: DequantizeLinear over int8, uint8, int4, uint4 or float8 initializers; FP6, FP4 and
+  codebooks as indices of a table of values (in 4 bits where it has 16), and block formats as rows
+  of blocks times a scale each: ONNX Runtime turns these into weights once, when it loads.
+- Linear layers: see `onnx_graph.lay_out_linears`.
 
 QuantizeLinear divides by the scale and rounds half to even, as fake quantization does.
 """
@@ -27,14 +29,20 @@ from statqat_lightning.export.folding import fold_batch_norm
 from statqat_lightning.export.frozen import freeze, frozen_layers
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, output_names
 from statqat_lightning.export.native import KEY, library_version
+from statqat_lightning.export.onnx_graph import lay_out_linears, pack_tables, split_clips, tidy
 from statqat_lightning.export.operators import (
     FLOAT8,
     is_table,
     use_operators,
 )
 from statqat_lightning.export.tracing import where_it_stopped
-from statqat_lightning.formats import CodebookFormat, FloatFormat, IntFormat, get_format
-from statqat_lightning.granularity import PerBlock
+from statqat_lightning.formats import (
+    BlockFormat,
+    CodebookFormat,
+    FloatFormat,
+    IntFormat,
+    get_format,
+)
 
 FLOAT8_ONNX = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
 OPSET = 21
@@ -101,12 +109,6 @@ def save_onnx(model: nn.Module, path: str | Path, example: Any) -> None:
 
 def _refuse_what_has_no_operators(frozen: nn.Module) -> None:
     for name, layer in frozen_layers(frozen):
-        for role, weight in layer.frozen_weights.items():
-            if isinstance(weight.granularity, PerBlock):
-                raise ONNXExportError(
-                    f"{name}/{role}: got format {weight.fmt.name!r}, {weight.granularity}; blocks "
-                    "are not written to ONNX yet. The native file holds them."
-                )
         for role, activation in layer.frozen_activations.items():
             if isinstance(activation.fmt, CodebookFormat):
                 raise ONNXExportError(
@@ -156,9 +158,10 @@ def _translate(
             "This forward cannot be exported to ONNX as it is. If only a part of "
             "the model is needed, name it (module=...); the native file does not need tracing."
         ) from error
-    _split_clips(graph)
-    _pack_tables(graph)
-    _tidy(graph)
+    split_clips(graph)
+    lay_out_linears(graph)
+    pack_tables(graph)
+    tidy(graph)
     graph.producer_name = "statqat_lightning"
     graph.producer_version = library_version()
     graph.metadata_props[KEY] = json.dumps(metadata)
@@ -215,35 +218,41 @@ def _translate_weight(
     import onnx
 
     op, fmt = _operators(), get_format(format)
-    if not is_table(fmt):
-        if group:
-            weight = op.DequantizeLinear(codes, scale, axis=axis, block_size=group)
-        elif axis >= 0 and isinstance(fmt, IntFormat):
-            # ONNX Runtime before 1.28 fuses Gemm, and then misses zero points in the scales' shape.
-            kind = onnx.TensorProto.INT8 if fmt.is_signed else onnx.TensorProto.UINT8
-            size = shape[axis]
-            zeros = onnx.helper.make_tensor("zero_points", kind, [size], [0] * size)
-            weight = op.DequantizeLinear(codes, scale, op.Constant(value=zeros), axis=axis)
-        elif axis >= 0:
-            weight = op.DequantizeLinear(codes, scale, axis=axis)
-        else:
-            weight = op.DequantizeLinear(codes, scale)
-        return _reshaped(op, weight, shape) if group and len(shape) > 2 else weight
-    values = fmt.code_values.to(torch.float32)
-    table = op.Constant(
-        value=onnx.helper.make_tensor(
+    if is_table(fmt):
+        values = fmt.code_values.to(torch.float32)
+        table = onnx.helper.make_tensor(
             "table", onnx.TensorProto.FLOAT, [len(values)], values.tolist()
         )
-    )
-    weight = op.Gather(table, op.Cast(codes, to=onnx.TensorProto.INT32))
+        indices = op.Cast(codes, to=onnx.TensorProto.INT32)
+        return _scaled(op, op.Gather(op.Constant(value=table), indices), scale, axis, group, shape)
+    if isinstance(fmt, BlockFormat):
+        # ONNX Runtime dequantizes float8 at each forward anew; this it computes when it loads.
+        values = op.Cast(codes, to=onnx.TensorProto.FLOAT)
+        return _scaled(op, values, scale, axis, group, shape)
+    if group:
+        weight = op.DequantizeLinear(codes, scale, axis=axis, block_size=group)
+        return _reshaped(op, weight, shape) if [*codes.shape] != shape else weight
+    if axis >= 0 and isinstance(fmt, IntFormat):
+        # ONNX Runtime before 1.28 fuses Gemm, and then misses zero points in the scales' shape.
+        kind = onnx.TensorProto.INT8 if fmt.is_signed else onnx.TensorProto.UINT8
+        size = shape[axis]
+        zeros = onnx.helper.make_tensor("zero_points", kind, [size], [0] * size)
+        return op.DequantizeLinear(codes, scale, op.Constant(value=zeros), axis=axis)
+    if axis >= 0:
+        return op.DequantizeLinear(codes, scale, axis=axis)
+    return op.DequantizeLinear(codes, scale)
+
+
+def _scaled(op: Any, values: Any, scale: Any, axis: int, group: int, shape: list[int]) -> Any:
+    """Values of codes times scale."""
     if group:
         groups = [shape[0], -1, group]
-        product = op.Mul(_reshaped(op, weight, groups), op.Unsqueeze(scale, _integers(op, [-1])))
+        product = op.Mul(_reshaped(op, values, groups), op.Unsqueeze(scale, _integers(op, [-1])))
         return _reshaped(op, product, shape)
     if axis >= 0:
         ones = [1] * (len(shape) - 1 - axis)
         scale = _reshaped(op, scale, [*([1] * axis), -1, *ones])
-    return op.Mul(weight, scale)
+    return op.Mul(values, scale)
 
 
 def _operators() -> Any:
@@ -262,101 +271,3 @@ def _integers(op: Any, values: list[int]) -> Any:
 
 def _reshaped(op: Any, x: Any, shape: list[int]) -> Any:
     return op.Reshape(x, _integers(op, shape))
-
-
-def _split_clips(graph: Any) -> None:
-    """Write Clip as Min and Max where the QuantizeLinear behind it does not clip as far.
-
-    ONNX Runtime looks through Clip and Relu to QuantizeLinear, and rounds the bias of the layer
-    before to a multiple of `input scale * weight scale`. That is a coarse step for formats narrower
-    than their container, and gains no speed, because such a Clip keeps the integer kernel away.
-    """
-    import onnx_ir
-
-    for node in list(graph.graph):
-        if node.op_type != "Clip" or node.outputs[0].is_graph_output():
-            continue
-        consumers = node.outputs[0].consumers()
-        if not consumers or any(c.op_type != "QuantizeLinear" for c in consumers):
-            continue
-        low, high = (
-            node.inputs[i] if i < len(node.inputs) and node.inputs[i] is not None else None
-            for i in (1, 2)
-        )
-        ends = [_ends_of(consumer) for consumer in consumers]
-        value, last = node.inputs[0], node
-        for kind, bound, end in (
-            ("Min", high, min(e[1] for e in ends)),
-            ("Max", low, max(e[0] for e in ends)),
-        ):
-            if bound is None:
-                continue
-            limit = float(bound.const_value.numpy())
-            if limit < end if kind == "Min" else limit > end:
-                step = onnx_ir.node(kind, [value, bound])
-                graph.graph.insert_after(last, step)
-                step.outputs[0].dtype, step.outputs[0].shape = (
-                    node.outputs[0].dtype,
-                    node.outputs[0].shape,
-                )
-                value, last = step.outputs[0], step
-        if last is not node:
-            for consumer in consumers:
-                consumer.replace_input_with(0, value)
-            graph.graph.remove(node, safe=True)
-
-
-def _ends_of(quantize: Any) -> tuple[float, float]:
-    """Where QuantizeLinear saturates; for float8 nowhere, see `_translate_input`."""
-    import onnx_ir
-
-    scale, kind = float(quantize.inputs[1].const_value.numpy()), quantize.inputs[2].dtype
-    if kind != onnx_ir.DataType.UINT8:
-        return -math.inf, math.inf
-    middle = int(quantize.inputs[2].const_value.numpy())
-    return -middle * scale, (255 - middle) * scale
-
-
-def _pack_tables(graph: Any) -> None:
-    """Store the indices of 16-entry tables in 4 bits."""
-    import ml_dtypes
-    import onnx_ir
-
-    for node in graph.graph:
-        if node.op_type != "Gather" or (indices := node.inputs[1].producer()) is None:
-            continue
-        table, codes = node.inputs[0], indices.inputs[0]
-        table_size = table.const_value.size if table.const_value is not None else 0
-        stored = codes.const_value
-        if (
-            indices.op_type == "Cast"
-            and table_size == 16
-            and stored is not None
-            and stored.dtype == onnx_ir.DataType.UINT8
-        ):
-            codes.const_value = onnx_ir.Tensor(
-                stored.numpy().astype(ml_dtypes.uint4),
-                dtype=onnx_ir.DataType.UINT4,
-                name=codes.name,
-            )
-            codes.dtype = onnx_ir.DataType.UINT4
-
-
-def _tidy(graph: Any) -> None:
-    """Call the batch dimension `batch`, and drop the exporter's traces of Python code."""
-    import onnx_ir
-
-    dimensions = [v.shape[0] for v in graph.graph.inputs if v.shape is not None and len(v.shape)]
-    batch = {d.value for d in dimensions if isinstance(d, onnx_ir.SymbolicDim)}
-    values = [*graph.graph.inputs, *graph.graph.outputs]
-    for node in graph.graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-        values += node.outputs
-    for value in values:
-        value.metadata_props.clear()
-        if value.shape is not None and len(batch) == 1:
-            value.shape = onnx_ir.Shape(
-                "batch" if isinstance(d, onnx_ir.SymbolicDim) and d.value in batch else d
-                for d in value.shape
-            )

@@ -18,9 +18,15 @@ from statqat_lightning.export.frozen import (
     frozen_layers,
     scale_name,
 )
-from statqat_lightning.formats import Format, IntFormat, get_format
+from statqat_lightning.formats import BlockFormat, Format, IntFormat, get_format
 from statqat_lightning.functional import QParams, dequantize, quantize
-from statqat_lightning.granularity import PerChannel, PerGroup
+from statqat_lightning.granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+)
 
 FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 """Float formats that runtimes have as a type."""
@@ -49,13 +55,13 @@ def dequantize_weight(
         scale: Float32, see `stored_scale`.
         format: Name of the number format.
         axis: Axis of the codes along which `scale` lies; -1 for one scale.
-        group: Size of groups along `axis`; 0 for none.
-        shape: Shape of the weight.
+        group: Size of groups along `axis`, the last of which may be short; 0 for none.
+        shape: Shape of the result, with as many elements as `codes`.
     """
     fmt = get_format(format)
     values = fmt.decode(codes) if is_table(fmt) else codes.to(torch.float32)
     if group:
-        scale = scale.repeat_interleave(group, axis)
+        scale = scale.repeat_interleave(group, axis).narrow(axis, 0, codes.shape[axis])
     elif axis >= 0:
         scale = scale.view([-1 if i == axis else 1 for i in range(codes.dim())])
     return (values * scale).view(shape)
@@ -68,27 +74,46 @@ def _(codes: Tensor, scale: Tensor, format: str, axis: int, group: int, shape: l
 
 def is_table(fmt: Format) -> bool:
     """Whether runtimes lack the type, so that its codes index a table of values."""
-    return not isinstance(fmt, IntFormat) and fmt.name not in FLOAT8
+    return not isinstance(fmt, IntFormat) and _element(fmt) not in FLOAT8
+
+
+def _element(fmt: Format) -> str:
+    return fmt.element.name if isinstance(fmt, BlockFormat) else fmt.name
+
+
+def _in_rows(tensor: FrozenTensor) -> bool:
+    """Whether each block becomes a row: DequantizeLinear knows blocks of integers only."""
+    return isinstance(tensor.granularity, PerBlock) and not isinstance(tensor.fmt, IntFormat)
 
 
 def stored_codes(codes: Tensor, tensor: FrozenTensor) -> Tensor:
     """Codes as a file stores them: int8, uint8, float8, or uint8 indices of a table.
 
     Groups become the last axis of a matrix: DequantizeLinear knows blocks along one axis only.
+    Blocks of floats become rows of a matrix, filled up where the last one is short.
     """
+    if isinstance(tensor.granularity, PerGroup):
+        codes = codes.flatten(1)
+    elif _in_rows(tensor):
+        codes = tensor.granularity.rows(codes).contiguous()
     if isinstance(tensor.fmt, IntFormat):
         container = torch.int8 if tensor.fmt.is_signed else torch.uint8
-        codes = tensor.fmt.decode(codes).to(container)
-    elif not is_table(tensor.fmt):
-        codes = codes.view(FLOAT8[tensor.fmt.name])
-    return codes.flatten(1) if isinstance(tensor.granularity, PerGroup) else codes
+        return tensor.fmt.decode(codes).to(container)
+    return codes if is_table(tensor.fmt) else codes.view(FLOAT8[_element(tensor.fmt)])
 
 
 def stored_scale(scale: Tensor, tensor: FrozenTensor) -> Tensor:
-    """The scale as DequantizeLinear takes it: `()`, `(channels,)` or `(rows, groups)`."""
-    if isinstance(tensor.granularity, PerGroup):
+    """The scale as DequantizeLinear takes it.
+
+    `()`, `(channels,)`, `(rows, groups)`, `(blocks,)` for blocks of floats, or the shape of the
+    weight with the number of blocks in place of their axis for blocks of integers.
+    """
+    granularity = tensor.granularity
+    if isinstance(granularity, PerGroup):
         return scale.squeeze(-1)
-    return scale.flatten() if isinstance(tensor.granularity, PerChannel) else scale
+    if isinstance(granularity, PerBlock) and not _in_rows(tensor):
+        return scale.squeeze(-1).movedim(-1, granularity.axis)
+    return scale if isinstance(granularity, PerTensor) else scale.flatten()
 
 
 class TracedLayer(FrozenLayer):
@@ -96,23 +121,36 @@ class TracedLayer(FrozenLayer):
 
     limits: dict[str, tuple[float, float]]
     weight_shapes: dict[str, list[int]]
+    block_shapes: dict[str, list[int]]
+    """Shapes of weights with their blocks as last axis, see `PerBlock.view`."""
 
     def dequantized_weight(self, role: str) -> Tensor:
-        tensor = self.frozen_weights[role]
-        granularity = tensor.granularity
-        group = granularity.size if isinstance(granularity, PerGroup) else 0
-        axis = granularity.axis if isinstance(granularity, PerChannel) else (1 if group else -1)
+        tensor, shape = self.frozen_weights[role], self.weight_shapes[role]
         codes, scale = self.get_buffer(codes_name(role)), self.get_buffer(scale_name(role))
+        in_rows = _in_rows(tensor)
+        axis, group = (0, 0) if in_rows else _axis_and_group(tensor.granularity)
         weight: Tensor = dequantize_weight(
-            codes, scale, tensor.fmt.name, axis, group, self.weight_shapes[role]
+            codes, scale, tensor.fmt.name, axis, group, list(codes.shape) if in_rows else shape
         )
-        return weight
+        if not in_rows:
+            return weight
+        blocks = self.block_shapes[role]
+        return tensor.granularity.restore(weight.view(blocks), tuple(shape))
 
     def rounded(self, role: str, x: Tensor) -> Tensor:
         scale, (low, high) = self.get_buffer(scale_name(role)), self.limits[role]
         name = self.frozen_activations[role].fmt.name
         rounded: Tensor = round_to_grid(x, scale, low, high, name)
         return rounded
+
+
+def _axis_and_group(granularity: Granularity) -> tuple[int, int]:
+    """The arguments of `dequantize_weight`."""
+    if isinstance(granularity, PerGroup):
+        return 1, granularity.size
+    if isinstance(granularity, PerBlock):
+        return granularity.axis, granularity.size
+    return granularity.axis if isinstance(granularity, PerChannel) else -1, 0
 
 
 _CLASSES: dict[type[Any], type[Any]] = {}
@@ -126,10 +164,11 @@ def use_operators(frozen: torch.nn.Module) -> None:
         if own not in _CLASSES:
             _CLASSES[own] = type(f"Traced{own.__name__}", (TracedLayer, own), {})
         traced: Any = layer
-        traced.limits, traced.weight_shapes = {}, {}
+        traced.limits, traced.weight_shapes, traced.block_shapes = {}, {}, {}
         for role, tensor in layer.frozen_weights.items():
             codes, scale = layer.get_buffer(codes_name(role)), layer.get_buffer(scale_name(role))
             traced.weight_shapes[role] = list(codes.shape)
+            traced.block_shapes[role] = list(tensor.granularity.view(codes).shape)
             layer.register_buffer(codes_name(role), stored_codes(codes, tensor).contiguous())
             layer.register_buffer(scale_name(role), stored_scale(scale, tensor).contiguous())
         for role, tensor in layer.frozen_activations.items():

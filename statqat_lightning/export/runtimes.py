@@ -219,7 +219,7 @@ def layers_in_float(path: Path) -> list[str]:
 
 _ON_THE_WAY = {
     *("DequantizeLinear", "Gather", "Cast", "Mul", "Reshape", "Transpose", "Unsqueeze", "Squeeze"),
-    *("Identity", "Flatten"),
+    *("Identity", "Flatten", "Slice", "Split"),
 }
 _PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
@@ -357,10 +357,15 @@ def constant_weights(path: Path) -> dict[str, Tensor]:
         layer, role = layer.removeprefix("model").removeprefix("."), tensor.removesuffix("_codes")
         wanted[weight_key(layer, role)] = value
     names = [*dict.fromkeys(wanted.values())]
+    # MatMul takes weights as (in, out).
+    turned = {name for name in names for n in consumers.get(name, []) if n.op_type == "MatMul"}
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.input[:]
     del graph.output[:]
     graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
     values = dict(zip(names, _session(model.SerializeToString()).run(names, {}), strict=True))
-    return {layer: torch.from_numpy(np.array(values[name])) for layer, name in wanted.items()}
+    return {
+        layer: torch.from_numpy(np.array(values[name].T if name in turned else values[name]))
+        for layer, name in wanted.items()
+    }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,82 @@ def test_a_killed_export_leaves_old_or_new_files() -> None:
         *("m.safetensors", "m.onnx", "m.pt2", "m.export.json")
     }
     assert all(name.startswith(".m") for name in unfinished)
+
+
+KILLED_FOLDER = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.export.models import calibrated, outputs, recipe_of
+from statqat_lightning.export import freeze, load_compressed, save_compressed
+
+FILE_EVENTS = (
+    *("open", "os.mkdir", "os.rename", "os.chmod", "os.remove", "os.rmdir", "shutil.rmtree"),
+    *("tempfile.mkdtemp", "os.listdir", "os.scandir", "ctypes.dlopen", "ctypes.dlsym"),
+)
+torch.manual_seed(0)
+x = torch.randn(4, 16)
+
+
+def network():
+    return torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+
+
+models = [calibrated(network(), recipe_of(fmt), x) for fmt in ("int4", "int8")]
+frozen = [freeze(model) for model in models]
+expected = [outputs(model, x) for model in models]
+
+
+def write(number):
+    save_compressed(frozen[number], "m.compressed")
+
+
+def which():
+    given = load_compressed(network(), "m.compressed")(x)
+    equal = [torch.equal(given, wanted) for wanted in expected]
+    assert sum(equal) == 1, "neither the old model nor the new one"
+    assert len([*Path("m.compressed").iterdir()]) == 2
+    return equal.index(True)
+
+
+def killed_at(moment):
+    left = [moment]
+
+    def hook(event, arguments):
+        if event in FILE_EVENTS:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        sys.addaudithook(hook)
+        write(1)
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+write(0)
+seen, moment = [], 0
+while killed_at(moment):
+    seen.append(which())
+    if seen[-1]:
+        write(0)
+    moment += 1
+assert which() == 1  # nothing killed the last one
+assert seen[0] == 0 and seen[-1] == 1, seen
+assert seen == sorted(seen), seen
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="folders are exchanged in one step on Linux")
+def test_a_killed_export_leaves_an_old_or_a_new_folder() -> None:
+    """Killed before each thing that the export does with files."""
+    run_fresh(KILLED_FOLDER)
+    unfinished = {f.name for f in Path().iterdir()} - {"m.compressed"}
+    assert unfinished
+    assert all(name.startswith(".m.compressed-") for name in unfinished)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

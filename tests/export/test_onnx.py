@@ -248,18 +248,10 @@ def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
         save_onnx(small_net(), tmp_path / "m.onnx", images())
 
 
-@pytest.mark.parametrize(
-    ("weights", "inputs", "message"),
-    [
-        ("mxfp4", None, "0/weight: got format 'mxfp4', per_block:32; blocks are not written"),
-        ("int8", "nf4", "0/input: got format 'nf4'; expected integers or floats, because"),
-    ],
-)
-def test_what_has_no_operators_is_refused(
-    weights: str, inputs: str | None, message: str, tmp_path: Path
-) -> None:
+def test_what_has_no_operators_is_refused(tmp_path: Path) -> None:
     x = images()
-    model = calibrated(small_net(), recipe_of(weights, inputs), x)
+    model = calibrated(small_net(), recipe_of("int8", "nf4"), x)
+    message = "0/input: got format 'nf4'; expected integers or floats, because"
     with pytest.raises(ONNXExportError, match=message):
         save_onnx(model, tmp_path / "model.onnx", x)
     assert not [*tmp_path.iterdir()]

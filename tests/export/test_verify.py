@@ -257,10 +257,15 @@ def test_a_forward_that_fixes_its_batch_is_compared_on_that_batch() -> None:
             return out
 
     model = calibrated(Fixed(), recipe_of("int4", "int8"), torch.randn(2, 4))
-    report = export_model(model, "model", torch.randn(7, 4), onnx=False, program=True)
+    report = export_model(model, "model", torch.randn(7, 4), program=True)
     assert report.program is not None
     assert report.program.remarks == ("The forward fixes its batch size: 3 only.",)
     assert (report.program.max_steps, report.program.examples) == (0, 6)
+    assert report.onnx is not None
+    assert report.onnx.remarks == ("The forward fixes its batch size: 7 only.",)
+    graph = onnx.load("model.onnx").graph
+    for value in (*graph.input, *graph.output):
+        assert [d.dim_value for d in value.type.tensor_type.shape.dim] == [7, 4]
 
 
 def test_a_file_that_does_not_run_is_an_error(

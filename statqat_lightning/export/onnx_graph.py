@@ -1,0 +1,258 @@
+"""Graphs as ONNX Runtime's kernels want them; each pass changes a graph in place.
+
+None changes what a graph computes, apart from the order of sums.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+NARROW = 4
+"""Most bits that are stored in half a byte."""
+_SMALLEST_BLOCK = 16
+"""Of ONNX Runtime's kernel for narrow weights; it takes powers of two."""
+
+
+class _Product(NamedTuple):
+    """A node that multiplies with a weight `(out, in)`, and what else goes into it."""
+
+    node: Any
+    x: Any
+    bias: Any | None
+
+
+def lay_out_linears(graph: Any) -> None:
+    """Store weights of Linear layers as `(in, out)`, and multiply with MatMul, where it gains.
+
+    - Where inputs are integers, MatMul becomes ONNX Runtime's MatMulIntegerToFloat, which sums in
+      integers and scales in float32. A Gemm would become QGemm, which rounds the bias to a multiple
+      of the product of the scales and the output to the grid of the layer behind in one go; or a
+      product in float, if no layer is behind. The bias comes by Sum, because ONNX Runtime makes a
+      Gemm of MatMul and Add.
+    - Where inputs are in float and codes of a column fit into 4 bits, they become MatMulNBits,
+      which multiplies with the codes as they are. 8-bit codes stay: that kernel takes many times as
+      long with them unless it is allowed to round inputs. So do weights of several products, which
+      ONNX Runtime would dequantize for each.
+    """
+    import onnx_ir
+
+    for node in list(graph.graph):
+        if node.op_type != "DequantizeLinear":
+            continue
+        codes, products = node.inputs[0], _products(node.outputs[0])
+        stored = codes.const_value
+        if stored is None or len(stored.shape) != 2 or not products or len(codes.uses()) > 1:
+            continue
+        if stored.dtype not in (onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8):
+            continue
+        rounded = [_is_rounded(product.x) for product in products]
+        block = node.attributes.get_int("block_size", 0)
+        integers = stored.numpy()
+        if all(rounded) and not block:
+            kind = stored.dtype
+        elif rounded == [False] and _fits(integers) and _is_fast_block(block):
+            kind = _narrow(stored.dtype)
+        else:
+            continue
+        _turn(node, integers, kind, block)
+        for product in products:
+            _multiply(graph, product, node.outputs[0], "Sum" if all(rounded) else "Add")
+
+
+def _products(weight: Any) -> list[_Product]:
+    """All that a weight is used for, if that is nothing but products with its transpose."""
+    found: list[_Product] = []
+    for node, index in weight.uses():
+        if node.op_type == "Gemm" and index == 1 and _is_plain(node):
+            bias = node.inputs[2] if len(node.inputs) > 2 else None
+            found.append(_Product(node, node.inputs[0], bias))
+        elif node.op_type == "Transpose" and [*node.attributes.get_ints("perm", ())] == [1, 0]:
+            uses = node.outputs[0].uses()
+            if any(user.op_type != "MatMul" or place != 1 for user, place in uses):
+                return []
+            found += [_Product(user, user.inputs[0], None) for user, _ in uses]
+        else:
+            return []
+    return found
+
+
+def _is_plain(gemm: Any) -> bool:
+    """Whether it is `x @ weight.T + bias`."""
+    attributes = gemm.attributes
+    turned = attributes.get_int("transA", 0), attributes.get_int("transB", 0)
+    factors = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
+    return turned == (0, 1) and factors == (1.0, 1.0)
+
+
+def _is_rounded(x: Any) -> bool:
+    """Whether a value comes from integers."""
+    producer = x.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def _fits(integers: Any) -> bool:
+    low, high = (0, 15) if integers.dtype == np.uint8 else (-8, 7)
+    return bool(integers.min() >= low and integers.max() <= high)
+
+
+def _is_fast_block(size: int) -> bool:
+    return size == 0 or (size >= _SMALLEST_BLOCK and size & (size - 1) == 0)
+
+
+def _narrow(kind: Any) -> Any:
+    import onnx_ir
+
+    is_signed = kind == onnx_ir.DataType.INT8
+    return onnx_ir.DataType.INT4 if is_signed else onnx_ir.DataType.UINT4
+
+
+def _turn(dequantize: Any, integers: Any, kind: Any, block: int) -> None:
+    """Store codes as `(in, out)` of a type, and scales along with them."""
+    import onnx_ir
+
+    scale = dequantize.inputs[1]
+    scales = scale.const_value.numpy()
+    store(dequantize.inputs[0], integers.T, kind)
+    dequantize.outputs[0].shape = dequantize.inputs[0].shape
+    if kind in (onnx_ir.DataType.INT4, onnx_ir.DataType.UINT4):
+        dequantize.resize_inputs(2)  # without the zeros of the wider type
+        if not scales.ndim:
+            scales = np.broadcast_to(scales, len(integers))  # MatMulNBits wants one a column
+    store(scale, scales.T, scale.const_value.dtype)
+    if scales.ndim:
+        dequantize.attributes["axis"] = onnx_ir.AttrInt64("axis", 0 if block else 1)
+
+
+def store(value: Any, array: Any, kind: Any) -> None:
+    """Give an initializer other contents."""
+    import onnx_ir
+
+    array = np.ascontiguousarray(array).astype(kind.numpy())
+    value.const_value = onnx_ir.Tensor(array, dtype=kind, name=value.name)
+    value.dtype, value.shape = kind, onnx_ir.Shape(array.shape)
+
+
+def _multiply(graph: Any, product: _Product, weight: Any, sum_with_bias: str) -> None:
+    """MatMul, and a sum with the bias if there is one, in place of a product."""
+    import onnx_ir
+
+    old = product.node.outputs[0]
+    turned = product.node.inputs[1].producer()
+    nodes = [onnx_ir.node("MatMul", [product.x, weight])]
+    if product.bias is not None:
+        nodes.append(onnx_ir.node(sum_with_bias, [nodes[0].outputs[0], product.bias]))
+    for node in nodes:
+        node.outputs[0].dtype, node.outputs[0].shape = old.dtype, old.shape
+    new = nodes[-1].outputs[0]
+    onnx_ir.convenience.replace_nodes_and_values(
+        graph.graph, product.node, [product.node], nodes, [old], [new]
+    )
+    if turned.op_type == "Transpose" and not turned.outputs[0].uses():
+        graph.graph.remove(turned, safe=True)
+
+
+def split_clips(graph: Any) -> None:
+    """Write Clip as Min and Max where the QuantizeLinear behind it does not clip as far.
+
+    ONNX Runtime looks through Clip and Relu to QuantizeLinear, and rounds the bias of the layer
+    before to a multiple of `input scale * weight scale`. That is a coarse step for formats narrower
+    than their container, and gains no speed, because such a Clip keeps the integer kernel away.
+    """
+    import onnx_ir
+
+    for node in list(graph.graph):
+        if node.op_type != "Clip" or node.outputs[0].is_graph_output():
+            continue
+        consumers = node.outputs[0].consumers()
+        if not consumers or any(c.op_type != "QuantizeLinear" for c in consumers):
+            continue
+        low, high = (
+            node.inputs[i] if i < len(node.inputs) and node.inputs[i] is not None else None
+            for i in (1, 2)
+        )
+        ends = [_ends_of(consumer) for consumer in consumers]
+        value, last = node.inputs[0], node
+        for kind, bound, end in (
+            ("Min", high, min(e[1] for e in ends)),
+            ("Max", low, max(e[0] for e in ends)),
+        ):
+            if bound is None:
+                continue
+            limit = float(bound.const_value.numpy())
+            if limit < end if kind == "Min" else limit > end:
+                step = onnx_ir.node(kind, [value, bound])
+                graph.graph.insert_after(last, step)
+                step.outputs[0].dtype, step.outputs[0].shape = (
+                    node.outputs[0].dtype,
+                    node.outputs[0].shape,
+                )
+                value, last = step.outputs[0], step
+        if last is not node:
+            for consumer in consumers:
+                consumer.replace_input_with(0, value)
+            graph.graph.remove(node, safe=True)
+
+
+def _ends_of(quantize: Any) -> tuple[float, float]:
+    """Where QuantizeLinear saturates; for float8 nowhere, see `_translate_input`."""
+    import onnx_ir
+
+    scale, kind = float(quantize.inputs[1].const_value.numpy()), quantize.inputs[2].dtype
+    if kind != onnx_ir.DataType.UINT8:
+        return -math.inf, math.inf
+    middle = int(quantize.inputs[2].const_value.numpy())
+    return -middle * scale, (255 - middle) * scale
+
+
+def pack_tables(graph: Any) -> None:
+    """Store the indices of 16-entry tables in 4 bits."""
+    import onnx_ir
+
+    for node in graph.graph:
+        if node.op_type != "Gather" or (indices := node.inputs[1].producer()) is None:
+            continue
+        table, codes = node.inputs[0], indices.inputs[0]
+        table_size = table.const_value.size if table.const_value is not None else 0
+        stored = codes.const_value
+        if (
+            indices.op_type == "Cast"
+            and table_size == 16
+            and stored is not None
+            and stored.dtype == onnx_ir.DataType.UINT8
+        ):
+            store(codes, stored.numpy(), onnx_ir.DataType.UINT4)
+
+
+def tidy(graph: Any) -> None:
+    """Call the batch dimension `batch`, and drop the exporter's traces of Python code."""
+    import onnx_ir
+
+    values = [*graph.graph.inputs, *graph.graph.outputs]
+    for node in graph.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        values += node.outputs
+    first = [v.shape[0] for v in graph.graph.inputs if v.shape is not None and len(v.shape)]
+    batch = {d.value for d in first if isinstance(d, onnx_ir.SymbolicDim) and not _is_fixed(d)}
+    for value in values:
+        value.metadata_props.clear()
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape(_size(d, batch) for d in value.shape)
+
+
+def _is_fixed(size: Any) -> bool:
+    """Whether a size that the exporter took for dynamic is one number: the forward fixes it."""
+    return str(size.value).isdecimal()
+
+
+def _size(size: Any, batch: set[Any]) -> Any:
+    import onnx_ir
+
+    if not isinstance(size, onnx_ir.SymbolicDim):
+        return size
+    if _is_fixed(size):
+        return int(str(size.value))
+    return "batch" if {size.value} == batch else size
