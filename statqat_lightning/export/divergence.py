@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,13 @@ _FLIPS = 2
 """Inputs on the edge between two codes that may fall to the other side in one sum."""
 
 
+Roundings = Mapping[tuple[str, str], Sequence[Tensor]]
+"""Rounded inputs and outputs by layer and role, one for each time that they are rounded."""
+
+_MOVED = 0.1
+"""Share of the values of one tensor that may fall to the other side of an edge."""
+
+
 @dataclass(frozen=True)
 class Divergence:
     """A layer whose output does not follow from the outputs before it.
@@ -30,14 +38,17 @@ class Divergence:
         layer: Its name; empty for what comes after the last layer.
         difference: Largest absolute difference of its outputs.
         allowed: What rounding explains.
+        role: What of the layer it is, if it is not what the layer computes.
     """
 
     layer: str
     difference: float
     allowed: float
+    role: str = ""
 
     def __str__(self) -> str:
         place = f"layer {self.layer!r}" if self.layer else "what comes after the last layer"
+        place = f"the rounded {self.role} of {place}" if self.role else place
         return f"{place}: {self.difference:.3g}, where rounding explains {self.allowed:.3g}"
 
 
@@ -99,6 +110,75 @@ def first_divergence(
         if divergence := _divergence("", ours, reshaped, None):
             return divergence
     return None
+
+
+@torch.no_grad()
+def first_rounding(
+    frozen: nn.Module, call: ForwardCall, found: Roundings, outputs: Sequence[Tensor]
+) -> Divergence | None:
+    """The first rounded tensor of an artefact that does not follow from those before it.
+
+    Like `first_divergence`, at the places where values are rounded. A runtime that computes whole
+    layers in integers, rounding included, shows no others.
+
+    Args:
+        frozen: The frozen model that was written.
+        call: Input of a forward.
+        found: The artefact's rounded tensors.
+        outputs: Outputs of the artefact.
+
+    Returns:
+        None if each tensor differs by one code at most, and in few places.
+    """
+    divergences: list[Divergence] = []
+    calls: Counter[tuple[str, str]] = Counter()
+
+    def compare(name: str, layer: FrozenLayer, role: str, x: Tensor) -> Tensor:
+        ours = type(layer).rounded(layer, role, x)
+        number, calls[name, role] = calls[name, role], calls[name, role] + 1
+        given = found.get((name, role), ())
+        if number >= len(given) or given[number].numel() != ours.numel():
+            return ours
+        theirs = given[number].to(ours.dtype).reshape(ours.shape)
+        difference = (ours - theirs).abs()
+        allowed = _to_the_next_code(layer, role, ours)
+        too_far = float((difference / allowed).max()) > 1.01 if ours.numel() else False
+        moved = int((difference > 0.5 * allowed).sum())
+        if too_far or moved > max(_FLIPS, _MOVED * ours.numel()) or theirs.isnan().any():
+            step = float(allowed.max())
+            divergences.append(Divergence(name, float(difference.max()), step, role))
+        return theirs
+
+    layers = frozen_layers(frozen)
+    for name, layer in layers:
+        layer.__dict__["rounded"] = partial(compare, name, layer)
+    try:
+        expected = outputs_of(call.run(frozen))
+    finally:
+        for _, layer in layers:
+            del layer.__dict__["rounded"]
+    if divergences:
+        return divergences[0]
+    for ours, theirs in zip(expected, outputs, strict=False):
+        if divergence := _divergence("", ours, theirs.reshape(ours.shape), None):
+            return divergence
+    return None
+
+
+def rounded_places(frozen: nn.Module) -> list[tuple[str, str]]:
+    """Layer and role of all that a frozen model rounds in its forward."""
+    return [
+        (name, role) for name, layer in frozen_layers(frozen) for role in layer.frozen_activations
+    ]
+
+
+def _to_the_next_code(layer: FrozenLayer, role: str, values: Tensor) -> Tensor:
+    """Distance from values of a grid to the next one, the farther of the two."""
+    grid = layer.frozen_activations[role].fmt.values.to(torch.float32)
+    scale = layer.get_buffer(scale_name(role)).float()
+    index = torch.searchsorted(grid, (values.float() / scale).contiguous()).clamp(1, len(grid) - 2)
+    gaps = torch.maximum(grid[index + 1] - grid[index], grid[index] - grid[index - 1])
+    return gaps * scale
 
 
 def _divergence(

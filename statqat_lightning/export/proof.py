@@ -7,13 +7,17 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from statqat_lightning.export.divergence import first_divergence
+from statqat_lightning.export.divergence import (
+    first_divergence,
+    first_rounding,
+    rounded_places,
+)
 from statqat_lightning.export.files import size_of
 from statqat_lightning.export.folding import fold_batch_norm
 from statqat_lightning.export.frozen import frozen_layers, scale_name
-from statqat_lightning.export.inputs import outputs_of
+from statqat_lightning.export.inputs import ForwardCall, outputs_of
 from statqat_lightning.export.plain import with_rounded_inputs
 from statqat_lightning.export.runtimes import Runtime, layers_in_float
 from statqat_lightning.export.verify import (
@@ -27,6 +31,17 @@ from statqat_lightning.export.writers import Writer
 from statqat_lightning.insertion import set_enabled
 
 _LATENCY_BATCH = 32
+
+
+def _in_double(frozen: nn.Module, examples: list[Example]) -> list[Example]:
+    """What the frozen model makes of the examples where sums are as good as exact."""
+    double = copy.deepcopy(frozen).double()
+
+    def outputs(call: ForwardCall) -> list[Tensor]:
+        wide = call.map(lambda t: t.double() if t.is_floating_point() else t)
+        return [t.float() for t in outputs_of(wide.run(double))]
+
+    return [Example(e.call, outputs(e.call), e.labels) for e in examples]
 
 
 @dataclass
@@ -84,16 +99,27 @@ class Proof:
             remarks.append(
                 f"ONNX Runtime computes these quantized layers in float: {', '.join(rest)}."
             )
+        exact = None
         divergence = None
         bound = 0.0 if writer.kind.exact else self.bound
         # Not `max_steps > bound`: that is false for NaN.
         if examples and not comparison.max_steps <= bound:
             divergence = self._located(writer, runtime, frozen, examples)
+            if divergence is None and writer.kind.in_float32:
+                exact = compare(runtime, _in_double(self.frozen, examples))
             if divergence is None and not writer.kind.exact and math.isfinite(comparison.max_steps):
                 remarks.append(
                     f"differs by {comparison.max_steps:.3g} steps, but each layer by itself "
                     "agrees: values on the edge between two codes fell to the other side."
                 )
+                if exact is not None:
+                    agreement = (
+                        "" if exact.agreement is None else f", agreement {exact.agreement:.2%}"
+                    )
+                    remarks.append(
+                        f"from the model evaluated in float64, without the rounding of its own sums, "
+                        f"it differs by {exact.max_steps:.3g} steps{agreement}."
+                    )
             else:
                 text = (
                     f"{target}: differs from the fake-quantized model by "
@@ -119,6 +145,8 @@ class Proof:
             milliseconds=times and times[0],
             float_milliseconds=times and times[1],
             divergence=divergence,
+            exact_agreement=exact and exact.agreement,
+            exact_steps=exact and exact.max_steps,
             remarks=tuple(remarks),
         )
 
@@ -145,10 +173,19 @@ class Proof:
             if runtime.batch is not None:
                 call = call.with_batch(runtime.batch, least=runtime.batch)
             outputs = runtime.run(call)
-            layers = runtime.layer_outputs(call)
             if writer.kind.in_float32:
                 frozen, call = frozen.float(), call.to_float32()
-            if divergence := first_divergence(frozen, call, layers, outputs):
+            # A runtime that fuses rounding into layers shows rounded tensors as it computes them;
+            # to show more it has to compute otherwise, which helps to name what is wrong.
+            rounding = None
+            shown = {} if runtime.roundings is None else runtime.roundings(call)
+            if shown and shown.keys() >= {*rounded_places(frozen)}:
+                rounding = first_rounding(frozen, call, shown, outputs)
+                if rounding is None:
+                    continue
+            layers = runtime.layer_outputs(call)
+            divergence = first_divergence(frozen, call, layers, outputs) or rounding
+            if divergence is not None:
                 return str(divergence)
         return None
 

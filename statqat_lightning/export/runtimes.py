@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.export.divergence import LayerOutputs, record_layers
+from statqat_lightning.export.divergence import LayerOutputs, Roundings, record_layers
 from statqat_lightning.export.frozen import frozen_layers, weight_key
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, outputs_of
 from statqat_lightning.export.loading import load_quantized
@@ -35,12 +35,14 @@ class Runtime:
         run: Outputs of a forward.
         layer_outputs: Outputs of layers in a forward, as far as the runtime can tell them.
         batch: The one batch size that the file takes, None if it takes any.
+        roundings: Rounded tensors in a forward, of a runtime that fuses rounding into layers.
     """
 
     name: str
     run: Run
     layer_outputs: Callable[[ForwardCall], LayerOutputs]
     batch: int | None = None
+    roundings: Callable[[ForwardCall], Roundings] | None = None
 
 
 def _in_torch(name: str, model: nn.Module, layers: Sequence[str]) -> Runtime:
@@ -150,7 +152,14 @@ def load_onnx(path: Path) -> Runtime:
         given = iter(values)
         return {layer: [next(given) for _ in layer_names] for layer, layer_names in names.items()}
 
-    return Runtime(_onnxruntime(), lambda call: _fed(session, call), layer_outputs, fixed)
+    def roundings(call: ForwardCall) -> Roundings:
+        names, extended = _with_roundings(path)
+        values = iter(_fed(_session(extended), call, [n for each in names.values() for n in each]))
+        return {place: [next(values) for _ in each] for place, each in names.items()}
+
+    return Runtime(
+        _onnxruntime(), lambda call: _fed(session, call), layer_outputs, fixed, roundings
+    )
 
 
 def _onnxruntime() -> str:
@@ -256,6 +265,35 @@ def _with_layer_outputs(path: Path) -> tuple[dict[str, list[str]], bytes]:
             if name not in known:
                 known.add(name)
                 model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    return found, model.SerializeToString()
+
+
+def _with_roundings(path: Path) -> tuple[dict[tuple[str, str], list[str]], bytes]:
+    """The graph with its rounded tensors added to its outputs, and what they are called.
+
+    They are known by the names of their scales: `model.{layer}.{role}_scale`. Unlike the outputs of
+    layers, they keep nothing from being fused.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    consumers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+    found: dict[tuple[str, str], list[str]] = {}
+    known = {value.name for value in model.graph.output}
+    for quantize in model.graph.node:
+        if quantize.op_type != "QuantizeLinear":
+            continue
+        layer, _, scale = quantize.input[1].rpartition(".")
+        place = layer.removeprefix("model").removeprefix("."), scale.removesuffix("_scale")
+        for node in consumers.get(quantize.output[0], [])[:1]:
+            found.setdefault(place, []).append(node.output[0])
+            if node.output[0] not in known:
+                known.add(node.output[0])
+                output = onnx.helper.make_empty_tensor_value_info(node.output[0])
+                model.graph.output.append(output)
     return found, model.SerializeToString()
 
 

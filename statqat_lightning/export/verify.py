@@ -46,6 +46,9 @@ class ArtefactReport:
         milliseconds: Median time of a forward; None if not measured.
         float_milliseconds: The same of the float model in the same runtime.
         divergence: The first layer that differs, where the difference is above the bound.
+        exact_agreement: Share of predictions equal to those of the model evaluated in float64, for
+            files above the bound all of whose layers agree; else None, like the next.
+        exact_steps: Largest difference from that.
         remarks: What a reader has to know about this file.
     """
 
@@ -61,6 +64,8 @@ class ArtefactReport:
     milliseconds: float | None = None
     float_milliseconds: float | None = None
     divergence: str | None = None
+    exact_agreement: float | None = None
+    exact_steps: float | None = None
     remarks: tuple[str, ...] = ()
 
     @property
