@@ -58,7 +58,11 @@ class Encoder(nn.Module):
 
 
 def mobilenet() -> nn.Module:
-    return Resized(torchvision.models.mobilenet_v3_small(num_classes=10), 64)
+    network = torchvision.models.mobilenet_v3_small(num_classes=10)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1  # its own 0.01 is for long trainings
+    return Resized(network, 64)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module] | None] = {

@@ -29,6 +29,7 @@ from statqat_lightning.export.packing import pack, packed_size, unpack
 from statqat_lightning.export.plain import integer_linears, integers_and_scales, plain_model
 from statqat_lightning.export.torchao import formats_of
 from statqat_lightning.export.tracing import ExportError
+from statqat_lightning.export.wording import some
 from statqat_lightning.fake_quantizer import WEIGHT
 
 FILES = ("model.safetensors", "config.json")
@@ -59,7 +60,7 @@ def save_compressed(
         raise ExportError(
             "compressed-tensors (pack-quantized) holds signed integers of 2 to 8 bits of Linear "
             f"layers, per channel, tensor or group; expected no other quantized layers and one of "
-            f"these at least, got {formats_of(frozen)}. It cannot hold: {', '.join(others)}. The "
+            f"these at least, got {formats_of(frozen)}. It cannot hold: {some(others)}. The "
             "native file and .pt2 hold every format and layer."
         )
     tensors: dict[str, Tensor] = {}

@@ -22,6 +22,7 @@ from statqat_lightning.export.frozen import (
 )
 from statqat_lightning.export.native import KEY, read_header, read_scale
 from statqat_lightning.export.packing import packed_size, unpack
+from statqat_lightning.export.wording import some
 from statqat_lightning.fake_quantizer import OUTPUT, FakeQuantizer
 from statqat_lightning.formats import get_format
 from statqat_lightning.functional import QParams, dequantize
@@ -314,8 +315,8 @@ def _prefix(model: nn.Module, keys: set[str], where: str) -> str:
         hint = f" It seems to hold a part of this model, with {outer[0]!r}; pass that part alone."
     raise ValueError(
         f"{where}: none of the names in it is a name of {type(model).__name__}.{hint} In the file: "
-        f"{_some(keys)}. "
-        f"In the model: {_some(own)}."
+        f"{some(keys)}. "
+        f"In the model: {some(own)}."
     )
 
 
@@ -354,9 +355,9 @@ def _load_tensors(
     given = {k: v for k, v in tensors.items() if not k.endswith("_extra_state")}
     problems = []
     if missing := own.keys() - given.keys() - optional:
-        problems.append(f"only in the model: {_some(missing)}")
+        problems.append(f"only in the model: {some(missing)}")
     if unexpected := given.keys() - own.keys():
-        problems.append(f"only in the file: {_some(unexpected)}")
+        problems.append(f"only in the file: {some(unexpected)}")
     problems += [
         f"{name}: shape {tuple(given[name].shape)} in the file, {tuple(own[name].shape)} in the "
         "model"
@@ -405,10 +406,3 @@ def _shared_keys(model: nn.Module, in_file: Any) -> frozenset[str]:
         names.setdefault(id(tensor), []).append(name)
     groups = [group for group in names.values() if any(name in in_file for name in group)]
     return frozenset(name for group in groups for name in group if name not in in_file)
-
-
-def _some(names: Any, most: int = 5) -> str:
-    """A few of many names."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more

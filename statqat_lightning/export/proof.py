@@ -27,6 +27,7 @@ from statqat_lightning.export.verify import (
     compare,
     latency,
 )
+from statqat_lightning.export.wording import some
 from statqat_lightning.export.writers import Writer
 from statqat_lightning.insertion import set_enabled
 
@@ -77,7 +78,7 @@ class Proof:
             frozen, examples = self._without_inputs()
             remarks.append(
                 "weights only, and compared with the model whose inputs are in float; these layers "
-                f"round their inputs: {', '.join(name or '(the model)' for name in rounded)}."
+                f"round their inputs: {some(name or '(the model)' for name in rounded)}."
             )
         if writer.kind.folded and examples:
             folded = fold_batch_norm(
@@ -97,7 +98,7 @@ class Proof:
             remarks.append(f"The forward fixes its batch size: {runtime.batch} only.")
         if self.target and writer.kind.target == self.target and (rest := layers_in_float(path)):
             remarks.append(
-                f"ONNX Runtime computes these quantized layers in float: {', '.join(rest)}."
+                f"ONNX Runtime computes these quantized layers in float: {some(rest, 20)}."
             )
         exact = None
         divergence = None
@@ -113,12 +114,10 @@ class Proof:
                     "agrees: values on the edge between two codes fell to the other side."
                 )
                 if exact is not None:
-                    agreement = (
-                        "" if exact.agreement is None else f", agreement {exact.agreement:.2%}"
-                    )
+                    agreed = "" if exact.agreement is None else f", agreement {exact.agreement:.2%}"
                     remarks.append(
-                        f"from the model evaluated in float64, without the rounding of its own sums, "
-                        f"it differs by {exact.max_steps:.3g} steps{agreement}."
+                        "from the model evaluated in float64, without rounding of its own sums, it "
+                        f"differs by {exact.max_steps:.3g} steps{agreed}."
                     )
             else:
                 text = (
@@ -145,8 +144,8 @@ class Proof:
             milliseconds=times and times[0],
             float_milliseconds=times and times[1],
             divergence=divergence,
-            exact_agreement=exact and exact.agreement,
-            exact_steps=exact and exact.max_steps,
+            exact_agreement=None if exact is None else exact.agreement,
+            exact_steps=None if exact is None else exact.max_steps,
             remarks=tuple(remarks),
         )
 
