@@ -16,22 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.dataflow import Dataflow, Value
+from statqat_lightning.dataflow import CONVOLUTIONS, KEEPING, NORMS, Dataflow, Value
 from statqat_lightning.fake_quantizer import INPUT, OUTPUT, FakeQuantizer
 from statqat_lightning.formats import IntFormat
 from statqat_lightning.granularity import PerChannel, PerTensor
 from statqat_lightning.insertion import quantized_layers
 from statqat_lightning.quantized_layer import LayerQuantizers
-
-CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
-NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
-KEEPING = (
-    *("max_pool1d", "max_pool2d", "max_pool3d", "MaxPool1d", "MaxPool2d", "MaxPool3d"),
-    *("flatten", "Flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze"),
-    *("unsqueeze", "getitem", "pad", "Identity", "dropout", "Dropout", "Dropout2d", "chunk"),
-    *("split", "clone", "to", "ZeroPad2d", "ChannelShuffle", "movedim", "relu", "ReLU"),
-)
-"""What leaves values on the grid that they lie on."""
 
 _ALREADY = 0.02
 """Nearer than this share of a step to a multiple, a bias is one that was rounded before."""

@@ -21,6 +21,15 @@ from statqat_lightning.quantized_layer import base_class, kind_of
 
 OUTPUT_KIND = "output"
 """Kind of what reads tensors outside all modules: the caller, who gets the result or goes on."""
+CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
+NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
+KEEPING = (
+    *("max_pool1d", "max_pool2d", "max_pool3d", "MaxPool1d", "MaxPool2d", "MaxPool3d"),
+    *("flatten", "Flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze"),
+    *("unsqueeze", "getitem", "pad", "Identity", "dropout", "Dropout", "Dropout2d", "chunk"),
+    *("split", "clone", "to", "ZeroPad2d", "ChannelShuffle", "movedim", "relu", "ReLU"),
+)
+"""What leaves values on the grid that they lie on."""
 
 
 @dataclass(eq=False)

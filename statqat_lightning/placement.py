@@ -15,8 +15,16 @@ from typing import Any
 
 from torch import nn
 
-from statqat_lightning.biases import CONVOLUTIONS, KEEPING, NORMS
-from statqat_lightning.dataflow import OUTPUT_KIND, Dataflow, Operation, Value, record
+from statqat_lightning.dataflow import (
+    CONVOLUTIONS,
+    KEEPING,
+    NORMS,
+    OUTPUT_KIND,
+    Dataflow,
+    Operation,
+    Value,
+    record,
+)
 from statqat_lightning.formats import CodebookFormat, IntFormat, get_format
 from statqat_lightning.insertion import assigned_rules
 from statqat_lightning.layer_kinds import has_weights
