@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from statqat_lightning import ExportCallback, SNRMonitor, StatQATCallback, TensorSpec, get_format
 from statqat_lightning.export.verify import onnx_session
+from statqat_lightning.placement import TARGETS
 from statqat_lightning.report import History, plot_snr
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -110,6 +111,9 @@ def add_quantization_arguments(
     )
     group.add_argument(
         "--first-last-bits", type=positive, default=8, help="least bits of first and last layer"
+    )
+    group.add_argument(
+        "--target", choices=TARGETS, help="train for the integer kernels of a runtime (8 bits)"
     )
 
 
@@ -589,6 +593,7 @@ def train_and_report(
         run / "model.onnx",
         quantizer=args.quantizer,
         first_last_bits=args.first_last_bits,
+        target=args.target,
     )
     trainer = make_trainer(
         args.output,
