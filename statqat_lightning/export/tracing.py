@@ -39,6 +39,8 @@ def trace(model: nn.Module, call: ForwardCall) -> ExportedProgram:
         with warnings.catch_warnings(), torch.no_grad():
             # What tracing warns of concerns its own insides.
             warnings.simplefilter("ignore")
+            # What is computed once and kept, such as the ends of a grid, cannot be traced.
+            call.run(model)
             return torch.export.export(
                 model,
                 call.args,
