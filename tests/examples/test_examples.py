@@ -23,6 +23,7 @@ COMMANDS = (
     "digits.py",
     "cifar10_resnet20.py",
     "image_folder.py",
+    "benchmarks/language_model.py",
     "benchmarks/scale_quality.py",
     "benchmarks/step_time.py",
     "benchmarks/fake_quantize.py",
