@@ -317,7 +317,8 @@ def compare(benchmark: Benchmark, formats: list[str], methods: list[str]) -> dic
 def print_table(results: dict[str, Any]) -> None:
     """One line for each run; losses are in thousandths of a bit per byte."""
     print(
-        f"\nfloat {results['float']:.4f} bits per byte, {results['float_continued']:.4f} trained further"
+        f"\nfloat {results['float']:.4f} bits per byte, trained further "
+        f"{results['float_continued']:.4f}"
     )
     print(
         f"{'':8}{'':10}{'post-training':>24}{'trained':>20}{'of min-max':>12}{'lr':>8}{'s':>7}"

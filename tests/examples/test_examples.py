@@ -24,6 +24,7 @@ COMMANDS = (
     "cifar10_resnet20.py",
     "image_folder.py",
     "benchmarks/language_model.py",
+    "benchmarks/ranks.py",
     "benchmarks/scale_quality.py",
     "benchmarks/step_time.py",
     "benchmarks/fake_quantize.py",
