@@ -58,7 +58,7 @@ def test_the_default_is_the_quick_table_of_resnet20(
 
 def test_an_unknown_variant_is_one_line(load: Any) -> None:
     with pytest.raises(
-        SystemExit, match="error: --variants: got 'StatQAT W8'. Did you mean .*W8A8"
+        SystemExit, match=r"^error: --variants: got 'StatQAT W8'\. Did you mean .*W8A8"
     ):
         load("step_time").variant_names(["StatQAT W8"])
 
