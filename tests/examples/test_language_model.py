@@ -16,6 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from statqat_lightning.insertion import quantized_layers
+
 TINY = (
     *("--layers", "1", "--width", "16", "--heads", "2", "--context", "8", "--batch-size", "4"),
     *("--steps", "3", "--eval-bytes", "256", "--accelerator", "cpu"),
@@ -147,6 +149,34 @@ def test_a_run_prints_its_table_and_is_not_repeated(
     monkeypatch.setattr(byte_gpt.LanguageModel, "training_step", never)
     monkeypatch.setattr(byte_gpt.LanguageModel, "test_step", never)
     assert run("out", *options)[1] == results
+
+
+def test_what_is_evaluated_is_quantized(
+    run: Any, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load("byte_gpt").LanguageModel
+    step, formats = module.test_step, []
+
+    def looking(self: Any, *args: Any) -> None:
+        formats.append(
+            {
+                layer.name.removeprefix("model."): [
+                    q.fmt.name for q in layer.quantizers.present() if q.ready and q.enabled
+                ]
+                for layer in quantized_layers(self)
+            }
+        )
+        step(self, *args)
+
+    monkeypatch.setattr(module, "test_step", looking)
+    run("out", "--float-steps", "5", "--formats", "W4A8", "--methods", "min-max")
+    kinds = [seen for i, seen in enumerate(formats) if i == 0 or seen != formats[i - 1]]
+    assert kinds[0] == {}  # float, and float continued
+    for seen in kinds[1:]:  # post-training, and trained
+        assert seen["blocks.0.up"] == ["int4", "int8"]
+        assert seen["head"] == ["int8", "int8"]
+    assert len(formats) % 4 == 0
+    assert sum(seen == {} for seen in formats) == len(formats) // 2
 
 
 def test_stopped_float_training_goes_on_to_the_same_weights(
