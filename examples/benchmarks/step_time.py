@@ -1,144 +1,36 @@
 """Time of a QAT training step beside the float step and torch.ao's, ResNet-20 on random images.
 
 The variants take turns, see `measuring.py`. The ratio of a variant is the median over rounds of its
-time by the time of the float step of the same round. Every quantized step
-observes all inputs and chooses all scales anew.
+time by the time of the float step of the same round. Every quantized step observes all inputs and
+chooses all scales anew, unless its name says otherwise.
+
+More networks (`--models`), more variants and peers (`--variants all`), memory (`--memory`) and
+`torch.compile` (`--compile`) on request.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
+import platform
 import statistics
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import BasicBlock, ResNet20, positive
+from common import fail, near_misses, positive
 from measuring import measure, medians, ratio, write_results
+from step_models import MODELS, Workload
+from step_variants import FLOAT, OURS, QUICK, VARIANTS, Step, Unavailable, build
 
-from statqat_lightning import prepare
-from statqat_lightning.insertion import refresh, set_observing
-
-Step = Callable[[Tensor, Tensor], None]
-
-FORMATS = {  # name in the table: weights, activations
-    "StatQAT W8A8": ("int8", "int8"),
-    "StatQAT W4A4": ("int4", "int4"),
-    "StatQAT FP4": ("fp4_e2m1", "fp4_e2m1"),
-}
-
-
-PEERS = {  # torch.ao in eager mode
-    "torch.ao, fused": {"fuse": True, "sums": True},
-    "torch.ao, not fused": {"fuse": False, "sums": True},
-    "torch.ao, fused, float sums": {"fuse": True, "sums": False},
-    "torch.ao, not fused, float sums": {"fuse": False, "sums": False},
-}
-
-
-def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
-) -> None:
-    """The part of a step that all variants share."""
-    loss = F.cross_entropy(model(images), labels)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
-def sgd(model: nn.Module) -> torch.optim.SGD:
-    """The optimizer of the CIFAR-10 example, at a rate at which nothing diverges."""
-    return torch.optim.SGD(
-        model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, nesterov=True
-    )
-
-
-def float_step(model: nn.Module) -> Step:
-    optimizer = sgd(model)
-    return lambda images, labels: train_step(model, optimizer, images, labels)
-
-
-def statqat_step(model: nn.Module, weights: str, activations: str, images: Tensor) -> Step:
-    """Our step: what `StatQATCallback` does around a batch, without a Trainer."""
-    prepare(model, weights, activations)
-    set_observing(model, True)
-    model(images)  # calibration: makes all inputs ready
-    refresh(model)
-    optimizer = sgd(model)
-
-    def step(images: Tensor, labels: Tensor) -> None:
-        set_observing(model, True)
-        train_step(model, optimizer, images, labels)
-        set_observing(model, False)
-        refresh(model)
-
-    return step
-
-
-class TorchAoResNet20(nn.Module):
-    """ResNet-20 as torch.ao's eager mode wants it: stubs at both ends, layers as modules."""
-
-    def __init__(self, network: ResNet20, *, sums: bool) -> None:
-        super().__init__()
-        self.quant = torch.ao.quantization.QuantStub()
-        self.dequant = torch.ao.quantization.DeQuantStub()
-        self.stem = nn.Sequential(network.conv1, network.bn1, nn.ReLU())
-        stages = (network.layer1, network.layer2, network.layer3)
-        blocks = [block for stage in stages for block in stage if isinstance(block, BasicBlock)]
-        self.blocks = nn.Sequential(*(TorchAoBlock(block, sums=sums) for block in blocks))
-        self.linear = network.linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(self.stem(self.quant(x)))
-        return self.dequant(self.linear(x.mean((2, 3))))
-
-
-class TorchAoBlock(nn.Module):
-    def __init__(self, block: BasicBlock, *, sums: bool) -> None:
-        super().__init__()
-        self.sum = torch.ao.nn.quantized.FloatFunctional() if sums else None
-        self.first = nn.Sequential(block.conv1, block.bn1, nn.ReLU())
-        self.second = nn.Sequential(block.conv2, block.bn2)
-        self.stride, self.new_channels = block.stride, block.new_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.second(self.first(x))
-        if self.new_channels:
-            half = self.new_channels // 2
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, half))
-        return F.relu(y + x) if self.sum is None else self.sum.add_relu(y, x)
-
-
-def torch_ao_step(network: ResNet20, *, fuse: bool, sums: bool) -> Step:
-    """torch.ao's eager `prepare_qat` with the default QAT configuration of its x86 backend.
-
-    Args:
-        network: The float network.
-        fuse: Whether convolution, batch norm and ReLU are fused before, as its tutorial does; this
-            saves fake quantizers and costs a second normalisation. Which is faster depends on the
-            machine, so both are measured.
-        sums: Whether residual sums are quantized, too. torch.ao cannot convert a model whose sums
-            are not, so this is what its users run; without it, it does no more than our side does.
-    """
-    model: nn.Module = TorchAoResNet20(network, sums=sums).train()
-    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
-    if fuse:
-        for name, module in list(model.named_modules()):
-            if name == "stem" or name.endswith((".first", ".second")):
-                parts = [str(i) for i in range(len(module))]
-                torch.ao.quantization.fuse_modules_qat(module, parts, inplace=True)
-    torch.ao.quantization.prepare_qat(model, inplace=True)
-    optimizer = sgd(model)
-    return lambda images, labels: train_step(model, optimizer, images, labels)
+MEGABYTE = 2.0**20
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
@@ -147,17 +39,145 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Most memory of tensors that a step holds at a time, beyond what it finds when it begins."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        run()
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate((change for _, change in changes), initial=0))
+
+
+def run_model(args: argparse.Namespace, make: Callable[[int], Workload]) -> dict[str, Any]:
+    """Measure all variants of a network, and print its tables."""
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    workload = make(args.batch_size)
+    batches = [(inputs.to(device), labels.to(device)) for inputs, labels in workload.batches]
+
+    def compiled(model: nn.Module) -> nn.Module:
+        if args.compile:
+            model.compile(backend=args.compile)
+        return model
+
+    steps: dict[str, Step] = {}
+    missing: dict[str, str] = {}
+    for name in args.variants:
+        torch._dynamo.reset()
+        try:
+            steps[name] = build(name, workload, device, compiled)
+        except Unavailable as reason:
+            missing[name] = str(reason)
+
+    # A variant's own batches, in turn.
+    turns = {name: itertools.cycle(batches) for name in steps}
+    runs = {name: lambda s=step, t=turns[name]: s(*next(t)) for name, step in steps.items()}
+    seconds = measure(runs, args.rounds, device=args.device)
+    per_round = {
+        name: [own / base for own, base in zip(values, seconds[FLOAT], strict=True)]
+        for name, values in seconds.items()
+    }
+    ratios = {name: quantiles(values) for name, values in per_round.items()}
+    means = {name: sum(values) / sum(seconds[FLOAT]) for name, values in seconds.items()}
+    ours = [name for name in steps if name.startswith(OURS)]
+    peers = [name for name in steps if not name.startswith((OURS, FLOAT))]
+    to_peers = {peer: {name: ratio(seconds, name, peer) for name in ours} for peer in peers}
+    peak: dict[str, int] = {}
+    if args.memory:
+        for run in runs.values():
+            run()  # what is allocated once, is
+        peak = {name: peak_bytes(run, device) for name, run in runs.items()}
+
+    where = (
+        f"{args.threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    )
+    how = f", torch.compile by {args.compile}" if args.compile else ""
+    float_ms = 1e3 * statistics.median(seconds[FLOAT])
+    print(
+        f"{workload.name}, batch {args.batch_size}, {where}, {args.rounds} rounds, "
+        f"torch {torch.__version__}{how}; float step {float_ms:.1f} ms"
+    )
+    memory = "   of means   peak MB   to float" if args.memory else "   of means"
+    print(f"{'variant':32} ratio to float (quartiles){memory}")
+    for name in args.variants:
+        if name in missing:
+            print(f"{name:32} {missing[name]}")
+            continue
+        low, middle, high = ratios[name]
+        line = f"{name:32} {middle:.3f} ({low:.3f} to {high:.3f})   {means[name]:9.3f}"
+        if peak:
+            line += f"{peak[name] / MEGABYTE:10.1f}{peak[name] / peak[FLOAT]:11.3f}"
+        print(line)
+    if peers and ours:
+        widths = [max(13, len(name)) for name in ours]
+        header = "  ".join(f"{name:>{w}}" for name, w in zip(ours, widths, strict=True))
+        print(f"\n{'ratio to':32} {header}")
+        for peer, row in to_peers.items():
+            cells = (f"{v:{w}.3f}" for v, w in zip(row.values(), widths, strict=True))
+            print(f"{peer:32} " + "  ".join(cells))
+
+    results = {
+        "network": workload.name,
+        "batch_size": args.batch_size,
+        "device": str(device),
+        "compile": args.compile,
+        "median_seconds": medians(seconds),
+        "ratio_to_float": {name: middle for name, (_, middle, _) in ratios.items()},
+        "quartiles": {name: [low, high] for name, (low, _, high) in ratios.items()},
+        "ratio_of_means": means,
+        "ratio_to_peers": to_peers,
+        "missing": missing,
+    }
+    return results | ({"peak_bytes": peak} if peak else {})
+
+
+def variant_names(names: list[str]) -> list[str]:
+    """The variants asked for, the float step among them."""
+    if names == ["quick"]:
+        return [*QUICK]
+    if names == ["all"]:
+        return [*VARIANTS]
+    for name in names:
+        if name not in VARIANTS:
+            raise fail(f"--variants: got {name!r}. {near_misses(name, [*VARIANTS])}")
+    return list(dict.fromkeys([FLOAT, *names]))
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--rounds", type=positive, default=60, help="steps of each variant")
     parser.add_argument("--threads", type=positive, default=2, help="threads of torch")
-    parser.add_argument("--batch-size", type=positive, default=64, help="images a step")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images or texts of a step")
+    parser.add_argument(
+        "--models", nargs="+", choices=tuple(MODELS), default=["resnet20"], help="networks"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", default=["quick"], help=f"quick, all, or of: {', '.join(VARIANTS)}"
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="also the peak of memory that a step allocates"
+    )
+    parser.add_argument(
+        "--compile", nargs="?", const="inductor", help="compile all variants, by this backend"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs"
+    )
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: quartiles are printed")
+    args.variants = variant_names(args.variants)
     return args
 
 
@@ -167,49 +187,13 @@ def main() -> None:
     # It announces its end, and where its successor lives.
     warnings.filterwarnings("ignore", "(?s).*torch.ao.quantization is deprecated")
     warnings.filterwarnings("ignore", "(?s).*reduce_range will be deprecated")
-    torch.manual_seed(0)
-    batches = [
-        (torch.randn(args.batch_size, 3, 32, 32), torch.randint(10, (args.batch_size,)))
-        for _ in range(4)
-    ]
-    network = ResNet20().train()
-
-    steps: dict[str, Step] = {"float": float_step(copy.deepcopy(network))}
-    for name, (weights, activations) in FORMATS.items():
-        steps[name] = statqat_step(copy.deepcopy(network), weights, activations, batches[0][0])
-    for name, options in PEERS.items():
-        steps[name] = torch_ao_step(copy.deepcopy(network), **options)
-
-    # A variant's own batches, in turn.
-    turns = {name: itertools.cycle(batches) for name in steps}
-    runs = {name: lambda s=step, t=turns[name]: s(*next(t)) for name, step in steps.items()}
-    seconds = measure(runs, args.rounds)
-    per_round = {
-        name: [own / base for own, base in zip(values, seconds["float"], strict=True)]
-        for name, values in seconds.items()
-    }
-    ratios = {name: quantiles(values) for name, values in per_round.items()}
-    to_peers = {peer: {name: ratio(seconds, name, peer) for name in FORMATS} for peer in PEERS}
-    print(
-        f"ResNet-20, batch {args.batch_size}, {args.threads} threads, {args.rounds} rounds, "
-        f"torch {torch.__version__}; float step {statistics.median(seconds['float']) * 1e3:.1f} ms"
-    )
-    print(f"{'variant':32} ratio to float (quartiles)")
-    for name, (low, middle, high) in ratios.items():
-        print(f"{name:32} {middle:.3f} ({low:.3f} to {high:.3f})")
-    print(f"\n{'ratio to':32} " + "  ".join(f"{name:>13}" for name in FORMATS))
-    for peer, row in to_peers.items():
-        print(f"{peer:32} " + "  ".join(f"{value:13.3f}" for value in row.values()))
-
-    results = {
-        "network": "ResNet-20",
-        "batch_size": args.batch_size,
-        "median_seconds": medians(seconds),
-        "ratio_to_float": {name: middle for name, (_, middle, _) in ratios.items()},
-        "quartiles": {name: [low, high] for name, (low, _, high) in ratios.items()},
-        "ratio_to_peers": to_peers,
-    }
-    write_results(args, results)
+    results = []
+    for number, name in enumerate(args.models):
+        if number:
+            print()
+        results.append(run_model(args, MODELS[name]))
+    facts = {"python": platform.python_version()}
+    write_results(args, facts | (results[0] if len(results) == 1 else {"models": results}))
 
 
 if __name__ == "__main__":
