@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-NARROW = 4
-"""Most bits that are stored in half a byte."""
 _SMALLEST_BLOCK = 16
 """Of ONNX Runtime's kernel for narrow weights; it takes powers of two."""
 
@@ -43,8 +41,8 @@ def lay_out_linears(graph: Any) -> None:
         if node.op_type != "DequantizeLinear":
             continue
         codes, products = node.inputs[0], _products(node.outputs[0])
-        stored = codes.const_value
-        if stored is None or len(stored.shape) != 2 or not products or len(codes.uses()) > 1:
+        stored, is_shared = codes.const_value, any(len(v.uses()) > 1 for v in node.inputs[:2])
+        if stored is None or len(stored.shape) != 2 or not stored.size or not products or is_shared:
             continue
         if stored.dtype not in (onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8):
             continue
@@ -89,8 +87,12 @@ def _is_plain(gemm: Any) -> bool:
 
 def _is_rounded(x: Any) -> bool:
     """Whether a value comes from integers."""
+    import onnx_ir
+
     producer = x.producer()
-    return producer is not None and producer.op_type == "DequantizeLinear"
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return False
+    return bool(producer.inputs[2].dtype == onnx_ir.DataType.UINT8)
 
 
 def _fits(integers: Any) -> bool:
