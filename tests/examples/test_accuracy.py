@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from statqat_lightning import get_format
+from statqat_lightning import StatQATCallback, get_format
 
 PEERS = ("Brevitas", "torch.ao")
 OURS = ("StatQAT", "min-max", "percentile", "OCTAV", "LSQ")
@@ -164,6 +164,14 @@ def test_all_methods_quantize_the_same_tensors_to_the_same_grids(
                 assert values.max() <= 12 * values[values > 0].min()  # 6 and 0.5
             else:
                 assert count(channel) <= len(grid)
+
+
+def test_our_method_is_what_users_get_by_default(accuracy: ModuleType) -> None:
+    for setting in accuracy.SETTINGS.values():
+        _, (callback,) = accuracy.METHODS["StatQAT"].build(accuracy.common.ResNet20(), setting)
+        default = StatQATCallback(setting.weights, setting.inputs)
+        assert callback.recipe.to_dict() == default.recipe.to_dict()
+        assert callback.schedule == default.schedule
 
 
 def test_what_cannot_run_is_a_row_that_says_so(
