@@ -213,7 +213,8 @@ class Normalize:
     highest: float = 255.0
 
     def __call__(self, images: Tensor) -> Tensor:
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        constants = (torch.tensor(v, device=images.device) for v in (self.mean, self.std))
+        mean, std = (v.view(-1, 1, 1) for v in constants)
         return images.float().sub_(mean * self.highest).div_(std * self.highest)
 
 
