@@ -72,8 +72,8 @@ class Setting:
     heads: int = 4
     context: int = 128
     batch_size: int = 8
-    float_steps: int = 500
-    steps: int = 40
+    float_steps: int = 1000
+    steps: int = 30
     float_lr: float = 2e-3
     lrs: tuple[float, ...] = (3e-4,)
     scale_lr: float = 0.1
