@@ -29,7 +29,13 @@ from statqat_lightning.export.folding import fold_batch_norm
 from statqat_lightning.export.frozen import freeze, frozen_layers
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, output_names
 from statqat_lightning.export.native import KEY, library_version
-from statqat_lightning.export.onnx_graph import lay_out_linears, pack_tables, split_clips, tidy
+from statqat_lightning.export.onnx_graph import (
+    keep_biases,
+    lay_out_linears,
+    pack_tables,
+    split_clips,
+    tidy,
+)
 from statqat_lightning.export.operators import (
     FLOAT8,
     is_table,
@@ -159,6 +165,7 @@ def _translate(
             "the model is needed, name it (module=...); the native file does not need tracing."
         ) from error
     split_clips(graph)
+    keep_biases(graph)
     lay_out_linears(graph)
     pack_tables(graph)
     tidy(graph)

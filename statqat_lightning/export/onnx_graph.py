@@ -198,6 +198,84 @@ def split_clips(graph: Any) -> None:
             graph.graph.remove(node, safe=True)
 
 
+def keep_biases(graph: Any) -> None:
+    """Keep convolutions in float whose bias ONNX Runtime would round too coarsely.
+
+    It rounds the bias of an integer convolution to multiples of input scale times weight scale,
+    which is a coarse step where these are of few bits. A model that was trained for it has such
+    biases already. Max stands in the way where ONNX Runtime would look through Relu and Clip.
+    """
+    import onnx_ir
+
+    for node in list(graph.graph):
+        if node.op_type != "Conv" or len(node.inputs) < 3 or node.inputs[2].const_value is None:
+            continue
+        scales = [_constant_scale(value.producer()) for value in node.inputs[:2]]
+        quantize = _rounded_by(node.outputs[0])
+        if quantize is None or any(scale is None for scale in scales):
+            continue
+        step = np.abs(scales[0] * scales[1]).reshape(-1)
+        bias = node.inputs[2].const_value.numpy()
+        error = np.abs(bias - np.round(bias / step) * step).max()
+        if error <= _HARMLESS * float(quantize.inputs[1].const_value.numpy()):
+            continue
+        (follower,) = node.outputs[0].consumers()
+        is_relu = follower.op_type == "Relu"
+        low = 0.0 if is_relu else _ends_of(quantize)[0]
+        if not np.isfinite(low):
+            continue
+        bound = onnx_ir.Value(
+            name=f"{node.name}_low",
+            const_value=onnx_ir.tensor(np.float32(low), name=f"{node.name}_low"),
+        )
+        bound.dtype, bound.shape = onnx_ir.DataType.FLOAT, onnx_ir.Shape(())
+        graph.graph.register_initializer(bound)
+        barrier = onnx_ir.node("Max", [node.outputs[0], bound])
+        barrier.outputs[0].dtype, barrier.outputs[0].shape = (
+            node.outputs[0].dtype,
+            node.outputs[0].shape,
+        )
+        graph.graph.insert_after(node, barrier)
+        if is_relu:
+            for user, place in list(follower.outputs[0].uses()):
+                user.replace_input_with(place, barrier.outputs[0])
+            graph.graph.remove(follower, safe=True)
+        else:
+            follower.replace_input_with(0, barrier.outputs[0])
+
+
+_PASSED = ("Relu", "Clip", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool")
+"""What ONNX Runtime looks through, or moves rounding in front of."""
+
+
+def _rounded_by(value: Any) -> Any:
+    """The QuantizeLinear that is all a value goes to, None if it goes elsewhere."""
+    while (consumer := _only_consumer(value)) is not None:
+        if consumer.op_type == "QuantizeLinear":
+            return consumer if consumer.inputs[1].const_value is not None else None
+        if consumer.op_type not in _PASSED:
+            return None
+        value = consumer.outputs[0]
+    return None
+
+
+_HARMLESS = 0.02
+"""Share of an output's step that the rounding of a bias may take."""
+
+
+def _only_consumer(value: Any) -> Any:
+    consumers = value.consumers()
+    return consumers[0] if len(consumers) == 1 and not value.is_graph_output() else None
+
+
+def _constant_scale(dequantize: Any) -> Any:
+    """The scale of DequantizeLinear, None for anything else."""
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return None
+    scale = dequantize.inputs[1].const_value
+    return None if scale is None else scale.numpy()
+
+
 def _ends_of(quantize: Any) -> tuple[float, float]:
     """Where QuantizeLinear saturates; for float8 nowhere, see `_translate_input`."""
     import onnx_ir
