@@ -32,6 +32,7 @@ COUNT, NEGATIVE, NONFINITE, SIGNAL, NOISE, QUANTIZED = range(6)
 NUM_SUMS = 6
 
 _MAX_PENDING = 8  # samples of one input: many micro-batches must not pile up
+_ROWS_IN_CACHE = 16  # raw histograms of so many inputs at once, on a CPU
 _RUN = 16  # neighbouring values in a sample: a cache line of float32
 
 
@@ -214,8 +215,10 @@ def add_up(observers: Sequence[InputObserver]) -> None:
                 values = sample.values
                 key = (sample.fmt, quantized, spectral, values.numel(), values.device)
                 kinds.setdefault(key, []).append((observer, sample))
-        for (fmt, _, spectral, *_), group in kinds.items():
-            _add_up_kind(group, fmt, spectral)
+        for (fmt, _, spectral, _, device), group in kinds.items():
+            most = _ROWS_IN_CACHE if device.type == "cpu" else len(group)
+            for start in range(0, len(group), most):
+                _add_up_kind(group[start : start + most], fmt, spectral)
 
 
 def _add_up_kind(
