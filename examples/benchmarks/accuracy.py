@@ -38,7 +38,7 @@ from accuracy_methods import METHODS, SETTINGS, Method, Setting
 from common import BatchedTensors, Compose, ImageClassifier, Normalize, RandomCropFlip
 
 SHORT = {"epochs": 1, "seeds": [0], "lrs": [0.02]}
-LONG = {"epochs": 30, "seeds": [0, 1, 2], "lrs": [0.005, 0.02, 0.05]}
+LONG = {"epochs": 30, "seeds": [0, 1, 2], "lrs": [0.001, 0.005, 0.02]}
 FLOAT = "float"
 PACKAGES = ("torch", "lightning", "statqat-lightning", "brevitas")
 
