@@ -63,9 +63,6 @@ class FakeQuantizer:
             that is not learned changes when it is refreshed, and only then.
     """
 
-    default_gradient: str
-    """Straight-through gradient where the specification names none."""
-
     def __init__(
         self,
         layer: str,
@@ -96,11 +93,6 @@ class FakeQuantizer:
         return f"{self.layer}/{self.role}" if self.layer else self.role
 
     @property
-    def gradient(self) -> str:
-        """Straight-through gradient, see `fake_quantize`; learned scales bring their own."""
-        return self.spec.gradient or self.default_gradient
-
-    @property
     def parameter_name(self) -> str | None:
         """What the layer calls the scale if it is learned, else None."""
         return f"{self.role}_scale" if self.quantizer.learned else None
@@ -125,7 +117,7 @@ class FakeQuantizer:
         if self.quantizer.learned:
             qparams = QParams(self.scale, None, self.granularity)
             return learned_fake_quantize(x, qparams, self.fmt)
-        return fake_quantize(x, self.qparams, self.fmt, self.gradient)
+        return fake_quantize(x, self.qparams, self.fmt, self.spec.gradient)
 
     def to(self, device: torch.device) -> None:
         """Move all tensors to `device`; their dtype stays float32."""
@@ -177,8 +169,6 @@ class WeightFakeQuantizer(FakeQuantizer):
     Attributes:
         together: During a training step, the weights that are quantized with this one.
     """
-
-    default_gradient = "pass_through"
 
     search_every = 16
     """Every so many refreshes is a search; in between, `Quantizer.track` follows the weight."""
@@ -239,7 +229,6 @@ class ActivationFakeQuantizer(FakeQuantizer):
         lowest: Smallest value seen while deciding, or 0; float32 `()`.
     """
 
-    default_gradient = "clipped"
     batches_to_decide = 8
 
     def __init__(

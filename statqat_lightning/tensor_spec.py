@@ -33,9 +33,7 @@ class TensorSpec:
             `block` belongs to block formats, and they to it.
         unsigned_if_nonnegative: Use the unsigned integers of the same width where calibration sees
             no negative value: after a ReLU that is one bit won.
-        gradient: Straight-through gradient, see `fake_quantize`; None for the default of the role:
-            weights `pass_through`, as a weight beyond the clip point would never move again, inputs
-            `clipped`.
+        gradient: Straight-through gradient, see `fake_quantize`.
         **options: Options of the quantizer.
 
     Raises:
@@ -47,7 +45,7 @@ class TensorSpec:
     granularity: str | None = None
     quantizer: str | None = None
     unsigned_if_nonnegative: bool = False
-    gradient: str | None = None
+    gradient: str = "clipped"
     options: tuple[tuple[str, Any], ...] = ()
 
     def __init__(
@@ -56,7 +54,7 @@ class TensorSpec:
         granularity: str | None = None,
         quantizer: str | None = None,
         unsigned_if_nonnegative: bool = False,
-        gradient: str | None = None,
+        gradient: str = "clipped",
         **options: Any,
     ) -> None:
         _refuse_unknown(options)
@@ -66,7 +64,7 @@ class TensorSpec:
         if quantizer is not None:
             rule = get_quantizer(quantizer, **options)
             rule.check_format(fmt)
-            if rule.learned and gradient not in (None, "clipped"):
+            if rule.learned and gradient != "clipped":
                 raise ValueError(
                     f"TensorSpec: got gradient={gradient!r} with quantizer {quantizer!r}; expected "
                     "'clipped': the gradient of a learned scale belongs to that of clipping."
@@ -84,7 +82,7 @@ class TensorSpec:
                 f"TensorSpec: got unsigned_if_nonnegative=True with format {fmt.name!r}; "
                 "expected a signed integer format."
             )
-        if gradient is not None and gradient not in GRADIENTS:
+        if gradient not in GRADIENTS:
             raise ValueError(
                 f"TensorSpec: got gradient={gradient!r}; expected one of {', '.join(GRADIENTS)}."
             )
@@ -135,7 +133,7 @@ class TensorSpec:
             entries["quantizer"] = self.quantizer
         if self.unsigned_if_nonnegative:
             entries["unsigned_if_nonnegative"] = True
-        if self.gradient is not None:
+        if self.gradient != "clipped":
             entries["gradient"] = self.gradient
         return entries | dict(self.options)
 

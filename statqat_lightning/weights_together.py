@@ -28,8 +28,7 @@ class _Entry:
     Attributes:
         weight: The parameter itself.
         version, pointer, scale_version: What changes when it or its scale is written to.
-        inside: 1 where the weight lies inside the clip points, else 0; None if the gradient passes
-            everywhere.
+        inside: 1 where the weight lies inside the clip points, else 0.
         values: The weight, fake-quantized.
     """
 
@@ -37,7 +36,7 @@ class _Entry:
     version: int
     pointer: int
     scale_version: int
-    inside: Tensor | None
+    inside: Tensor
     values: Tensor
 
 
@@ -54,7 +53,7 @@ class WeightsTogether:
         self._entries: dict[int, _Entry] | None = None
 
     def take(self, quantizer: WeightFakeQuantizer, weight: Tensor) -> Tensor | None:
-        """The quantized weight with its straight-through gradient.
+        """The quantized weight with a clipped straight-through gradient.
 
         Returns:
             What `fake_quantize` returns; None if the weight is not one of these, or was written to
@@ -73,8 +72,8 @@ class WeightsTogether:
             or entry.scale_version != quantizer.scale._version
         ):
             return None
-        # The copy, or product, fixes the gradient; the values are the grid's.
-        carrier = weight.clone() if entry.inside is None else weight * entry.inside
+        # The product fixes the gradient and keeps `inside` for it; the values are the grid's.
+        carrier = weight * entry.inside
         carrier.detach().copy_(entry.values)
         return carrier
 
@@ -84,31 +83,27 @@ class WeightsTogether:
         for quantizer, weight in self._weights:
             if quantizer.ready and quantizer.enabled:
                 row = quantizer.granularity.rows(weight).shape[1]
-                key = (quantizer.fmt, quantizer.gradient, row, weight.device)
-                kinds.setdefault(key, []).append((quantizer, weight))
+                kinds.setdefault((quantizer.fmt, row, weight.device), []).append(
+                    (quantizer, weight)
+                )
         entries: dict[int, _Entry] = {}
-        for (fmt, gradient, *_), group in kinds.items():
+        for (fmt, *_), group in kinds.items():
             views = [quantizer.granularity.rows(weight) for quantizer, weight in group]
             scale = torch.cat([quantizer.scale.flatten() for quantizer, _ in group]).unsqueeze(1)
             x = torch.cat(views).div_(scale)
-            sizes = [len(view) for view in views]
-            insides: Sequence[Tensor | None] = [None] * len(group)
-            if gradient == "clipped":
-                values = x.clamp(fmt.min, fmt.max)
-                inside = x.sub_(values).abs_().sign_().neg_().add_(1.0)
-                insides = torch.split(inside, sizes)
-            else:
-                values = x.clamp_(fmt.min, fmt.max)
+            values = x.clamp(fmt.min, fmt.max)
+            inside = x.sub_(values).abs_().sign_().neg_().add_(1.0)
             fmt.round_inside_(values).mul_(scale)
+            sizes = [len(view) for view in views]
             for (quantizer, weight), own_inside, own_values in zip(
-                group, insides, torch.split(values, sizes), strict=True
+                group, torch.split(inside, sizes), torch.split(values, sizes), strict=True
             ):
                 entries[id(quantizer)] = _Entry(
                     weight,
                     weight._version,
                     weight.data_ptr(),
                     quantizer.scale._version,
-                    None if own_inside is None else own_inside.view_as(weight),
+                    own_inside.view_as(weight),
                     own_values.view_as(weight),
                 )
         return entries
@@ -128,7 +123,7 @@ def _qualifies(quantizer: WeightFakeQuantizer, weight: Tensor) -> bool:
     """Whether a weight's rows are its memory in order, and few enough."""
     scale_shape = quantizer.scale.shape
     return (
-        quantizer.gradient in ("clipped", "pass_through")
+        quantizer.spec.gradient == "clipped"
         and not quantizer.quantizer.learned
         and type(weight) is torch.nn.Parameter
         and weight.dtype == torch.float32

@@ -12,6 +12,7 @@ command goes on where it was interrupted, and another one adds to the table.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -38,7 +39,7 @@ from accuracy_methods import METHODS, SETTINGS, Method, Setting
 from common import BatchedTensors, Compose, ImageClassifier, Normalize, RandomCropFlip
 
 SHORT = {"epochs": 1, "seeds": [0], "lrs": [0.02]}
-LONG = {"epochs": 30, "seeds": [0, 1, 2], "lrs": [0.005, 0.02, 0.05]}
+LONG = {"epochs": 30, "seeds": [0, 1, 2], "lrs": [0.001, 0.005, 0.02]}
 FLOAT = "float"
 PACKAGES = ("torch", "lightning", "statqat-lightning", "brevitas")
 
@@ -48,16 +49,21 @@ Data = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may use, and what its accuracy is measured on; the same for all methods."""
+    """What a run may use, and what its accuracy is measured on; the same for all methods.
+
+    Attributes:
+        start: Begin of the SHA-256 of the file of float weights.
+    """
 
     epochs: int
     images: int
     test_images: int
     batch_size: int
+    start: str
 
     def holds(self, run: Run) -> bool:
         """Whether a run had this budget."""
-        return all(run[name] == value for name, value in vars(self).items())
+        return all(run.get(name) == value for name, value in vars(self).items())
 
 
 class DataChecksum(L.Callback):
@@ -292,11 +298,12 @@ def main() -> None:
             f"{train_images} training images do not fill a batch of {args.batch_size}. Ask for "
             "more --images or a smaller --batch-size."
         )
-    budget = Budget(args.epochs, train_images, test_images, args.batch_size)
+    digest = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:12]
+    budget = Budget(args.epochs, train_images, test_images, args.batch_size, digest)
     used = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     print(f"ResNet-20 on CIFAR-10: {budget}\n{used}, {args.threads} threads", flush=True)
 
-    base = {"method": FLOAT, "test_images": test_images}
+    base = {"method": FLOAT, "test_images": test_images, "start": digest}
     if results.find(**base) is None:
         results.add(base | vars(budget) | {"accuracy": float_accuracy(data, args)})
     floats = results.find(**base)

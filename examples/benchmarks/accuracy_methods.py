@@ -77,7 +77,7 @@ def ours(
     weights: str | None,
     inputs: str | None,
     block_rule: str | None = None,
-    gradient: str | None = None,
+    gradient: str = "clipped",
     freeze_at: float | None = 0.9,
 ) -> Callable[[ResNet20, Setting], Prepared]:
     """A method of this package, in `StatQATCallback`.
@@ -86,7 +86,7 @@ def ours(
         weights: Quantizer of weights, None for the default.
         inputs: Quantizer of inputs, None for the default.
         block_rule: Rule of block formats, None for the default.
-        gradient: Straight-through gradient, None for the defaults.
+        gradient: Straight-through gradient.
         freeze_at: When scales stop, None for never.
     """
 

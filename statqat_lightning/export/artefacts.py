@@ -85,7 +85,8 @@ def export_model(
         torchao: Whether to write the `.torchao.pt` file, see `save_torchao`. It holds weights
             alone, and is compared with the model whose inputs are in float, like the next.
         compressed: Whether to write the folder `.compressed`, see `save_compressed`.
-        strict: Whether a file that differs by more than the bound is refused.
+        strict: Whether a file that differs by more than the bound is refused. Otherwise it is kept,
+            and one that its runtime cannot load or run is a note.
         bound: Largest difference in output steps, see `ArtefactReport.max_steps`. A larger one is
             accepted if every layer by itself agrees: then values on the edge between two codes fell
             to the other side, as sums in another order make them, and a remark says so. The native
@@ -201,7 +202,7 @@ def export_model(
         accuracy=_accuracy(examples),
     )
     report.to_json(with_ending(path, REPORT_ENDING))
-    if differing:
+    if differing and strict:
         differing[0].report = report
         raise differing[0]
     return report

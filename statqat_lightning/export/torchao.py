@@ -2,9 +2,10 @@
 
 A `.torchao.pt` file is a `state_dict` for the user's float model. Weights of Linear layers with
 signed integers are `IntxUnpackedToInt8Tensor`, which hold our codes and scales and multiply to the
-bit like our dequantized weights; all other quantized weights are dequantized. torchao has no static
-scales for inputs beside these tensors (it rounds activations per token, with scales of the moment),
-so the rounding of inputs is left out of the file, and whoever writes it is told of which layers.
+bit like our dequantized weights; all others, and the last projection of attention, are dequantized.
+torchao has no static scales for inputs beside these tensors (it rounds activations per token, with
+scales of the moment), so the rounding of inputs is left out of the file, and whoever writes it is
+told of which layers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from statqat_lightning.export.frozen import FrozenLayer, freeze, frozen_layers
 from statqat_lightning.export.plain import integer_linears, integers_and_scales, plain_model
 from statqat_lightning.export.tracing import ExportError
 from statqat_lightning.fake_quantizer import WEIGHT
+
+_OF_ATTENTION = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
 def require_torchao() -> None:
@@ -56,7 +59,11 @@ def to_torchao(model: nn.Module) -> nn.Module:
     require_torchao()
     frozen = model if frozen_layers(model) else freeze(model)
     chosen = {
-        name for name, layer in integer_linears(frozen) if layer.weight_dtype != torch.float64
+        name
+        for name, layer in integer_linears(frozen)
+        # Attention multiplies with the weight of its last projection by operators that these
+        # tensors lack.
+        if layer.weight_dtype != torch.float64 and not isinstance(layer, _OF_ATTENTION)
     }
     if not chosen:
         raise ExportError(

@@ -95,6 +95,8 @@ def test_an_interrupted_benchmark_goes_on(
     assert runs[0] == first[-1]
     assert run(accuracy, monkeypatch, *options) == runs
     assert len(started) == 4
+    torch.save(accuracy.common.ResNet20().state_dict(), "images/resnet20_cifar10.pt")
+    assert len(run(accuracy, monkeypatch, *options)) == 6  # other weights, other runs
 
 
 class Spy(TorchDispatchMode):

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from statqat_lightning.export import ExportError, load_torchao, save_torchao, to_torchao
 from statqat_lightning.export.frozen import freeze
-from statqat_lightning.insertion import set_enabled
+from statqat_lightning.insertion import prepare, set_enabled
 from tests.export.models import calibrated, images, outputs, recipe_of, small_net
 
 
@@ -89,3 +89,17 @@ def test_files_of_another_model_and_truncated_ones() -> None:
     Path("m.torchao.pt").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"m.torchao.pt: cannot be loaded"):
         load_torchao(linears(), "m.torchao.pt")
+
+
+def test_attention_runs_with_its_last_projection_in_float() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    prepare(model, "int8", None)
+    x = torch.randn(3, 5, 8)
+
+    plain = to_torchao(model)
+
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), model(x))
+    assert type(plain.get_parameter("layers.0.self_attn.out_proj.weight").data) is Tensor
