@@ -114,6 +114,8 @@ class _Places:
     rules: Mapping[str, QuantRule]
     flow: Dataflow
     rounded: dict[Value, TensorSpec] = field(default_factory=dict)
+    made: dict[Value, TensorSpec] = field(default_factory=dict)  # by convolutions and their sums
+    shared: set[Value] = field(default_factory=set)  # what is rounded for all that read it
     changed: dict[str, dict[str, TensorSpec | None]] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
 
@@ -140,22 +142,26 @@ class _Places:
             if operation.inputs:
                 self.rounded.setdefault(operation.inputs[0], spec)
             if operation.kind in CONVOLUTIONS:
-                end = _end_of(operation.outputs[0])
-                if not _is_result(end):
-                    self.rounded.setdefault(end, spec)
+                self._round_end(operation, spec)
 
     def _need_sums(self) -> None:
         """Terms and results of sums that convolutions give something to."""
         for operation in self.flow.operations:
             terms = operation.inputs
-            known = [self.rounded[value] for value in terms if value in self.rounded]
+            known = [self.made[value] for value in terms if value in self.made]
             if operation.kind not in _SUMS or len(terms) < 2 or not known:
                 continue
             for value in terms:
                 self.rounded.setdefault(value, known[0])
-            end = _end_of(operation.outputs[0])
-            if not _is_result(end):
-                self.rounded.setdefault(end, known[0])
+                self.shared.add(value)
+            self._round_end(operation, known[0])
+
+    def _round_end(self, operation: Operation, spec: TensorSpec) -> None:
+        end = _end_of(operation.outputs[0])
+        if not _is_result(end):
+            self.rounded.setdefault(end, spec)
+            self.made[end] = spec
+            self.shared.add(end)
 
     def _spec_of(self, operation: Operation) -> TensorSpec | None:
         """How tensors around a layer are rounded; None if the runtime has no integers for it."""
@@ -187,8 +193,9 @@ class _Places:
             for layer in layers:
                 self._change(layer.name, inputs=None)
             return
-        if len(readers) == 1 and layers:
-            self._change(layers[0].name, inputs=spec)
+        if value not in self.shared or (len(readers) == 1 and layers):
+            for layer in layers:
+                self._change(layer.name, inputs=spec)
             return
         once = [name for name, calls in self.flow.calls.items() if name and calls == 1]
         makers = [name for name in value.returned_by if name in once]
@@ -217,7 +224,7 @@ class _Places:
         """Whether a value consists of values that are rounded already."""
         maker = value.producer
         while maker is not None and maker.kind in KEEPING and len(maker.inputs) == 1:
-            if maker.inputs[0] in self.rounded:
+            if maker.inputs[0] in self.shared:
                 return True
             maker = maker.inputs[0].producer
         return False

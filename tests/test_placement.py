@@ -199,6 +199,19 @@ def test_layers_that_rules_leave_in_float_stay_in_float() -> None:
     assert "read by blocks.0.conv2, " in placement.left[0]  # so the layer before gives on floats
 
 
+def test_sums_of_linear_layers_stay_in_float() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    placement = placed(model, W8A8, 2, 5, 8)
+
+    assert placement.left == ()
+    assert all(rule.outputs is None for rule in placement.recipe.rules)
+    assert {rule.pattern.split(".")[-1] for rule in placement.recipe.rules} == {
+        *("self_attn", "out_proj", "linear1", "linear2")
+    }
+
+
 def test_a_sum_that_no_module_returns_is_reported() -> None:
     class Functional(nn.Module):
         def __init__(self) -> None:

@@ -118,7 +118,7 @@ def test_formats(formats: tuple[str, str]) -> None:
     export = ExportCallback("model.onnx")
     train(statqat(*formats, first_last_bits=None), export, limit_train_batches=2)
     assert export.report is not None
-    assert export.report.max_difference < 1e-5
+    assert all(artefact.max_steps < 0.1 for artefact in export.report.artefacts)
     assert export.report.agreement == 1
 
 
