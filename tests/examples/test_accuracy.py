@@ -58,6 +58,7 @@ def run(accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: str) ->
     return [r for r in json.loads(Path("out/runs.json").read_text())["runs"] if "setting" in r]
 
 
+@pytest.mark.slow
 def test_all_of_our_methods_see_the_same_batches(
     accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,6 +75,7 @@ def test_all_of_our_methods_see_the_same_batches(
     assert len({r["data"] for r in run(accuracy, monkeypatch, *options)}) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_benchmark_goes_on(
     accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +137,7 @@ def count(x: Tensor) -> int:
     return 1 + int((values.diff() > 1e-5 * values.abs().max()).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "setting"),
     [

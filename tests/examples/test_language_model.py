@@ -112,6 +112,7 @@ def run(
     return run
 
 
+@pytest.mark.slow
 def test_a_run_prints_its_table_and_is_not_repeated(
     run: Any, load: Any, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +152,7 @@ def test_a_run_prints_its_table_and_is_not_repeated(
     assert run("out", *options)[1] == results
 
 
+@pytest.mark.slow
 def test_what_is_evaluated_is_quantized(
     run: Any, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +181,7 @@ def test_what_is_evaluated_is_quantized(
     assert sum(seen == {} for seen in formats) == len(formats) // 2
 
 
+@pytest.mark.slow
 def test_stopped_float_training_goes_on_to_the_same_weights(
     run: Any, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.examples.test_examples import run_example
 
 
+@pytest.mark.slow
 def test_ranks_measures_every_combination(repository: Path) -> None:
     options = ("--layers", "100", "--ranks", "1", "2", "--batch-sizes", "2", "5")
     output = run_example(

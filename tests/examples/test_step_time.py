@@ -126,6 +126,7 @@ def test_absent_peers_are_rows_that_say_so(run: Any, load: Any, monkeypatch: Any
     assert results["peak_bytes"][names[0]] > results["peak_bytes"]["float"] > 1_000_000
 
 
+@pytest.mark.slow
 def test_compiled_steps_run(run: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     models = load("step_models")
     whole = models.ByteGPT
