@@ -214,16 +214,16 @@ def layers_in_float(path: Path) -> list[str]:
         optimized = Path(folder, "optimized.onnx")
         _session(str(path), optimized)
         nodes = onnx.load(optimized).graph.node
-    integer = {n for node in nodes if node.op_type in _INTEGER_KERNELS for n in node.input}
-    # Fusion may lay a weight out anew, and then calls it by its old name and more.
-    read = {name.partition("_codes")[0] for name in integer if "_codes" in name}
+    kernels = [node for node in nodes if node.op_type in _INTEGER_KERNELS]
+    named = {n.partition("_codes")[0] for node in kernels for n in node.input if "_codes" in n}
     own = [i.name for i in onnx.load(path, load_external_data=False).graph.initializer]
     layers = [name.removesuffix("_codes") for name in own if name.endswith("_codes")]
-    return [
-        name.rpartition(".")[0].removeprefix("model").removeprefix(".")
-        for name in layers
-        if name not in read
-    ]
+    rest = [name for name in layers if name not in named]
+    # A weight that was turned on the way has another name then, which tells how many those are.
+    nameless = sum(not any("_codes" in name for name in node.input) for node in kernels)
+    if nameless >= len(rest):
+        return []
+    return [name.rpartition(".")[0].removeprefix("model").removeprefix(".") for name in rest]
 
 
 _ON_THE_WAY = {
