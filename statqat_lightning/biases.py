@@ -116,8 +116,19 @@ def _grid(
         if found is not None:
             if not _is_integer(found):
                 return None
-            return weight.qparams.scale.double().flatten() * found.qparams.scale.double().cpu()
+            return weight.qparams.scale.double().flatten() * found.qparams.scale.double()
     return None
+
+
+def has_statistics(norm: Any) -> bool:
+    """Whether a BatchNorm does the same to every batch in evaluation."""
+    return norm.running_mean is not None and norm.running_var is not None
+
+
+def channel_factor(norm: Any) -> Tensor:
+    """What a BatchNorm with statistics multiplies each channel with, float64 `(channels,)`."""
+    factor: Tensor = (norm.running_var.double() + norm.eps).rsqrt()
+    return factor if norm.weight is None else factor * norm.weight.double()
 
 
 def _is_integer(quantizer: FakeQuantizer) -> bool:
@@ -133,10 +144,9 @@ def _round(layer: Any, norm: Any, grid: Tensor) -> bool:
     added = torch.zeros_like(grid) if own is None else own.double()
     factor = torch.ones_like(grid)
     if norm is not None:
-        if norm.running_mean is None or norm.running_var is None:
+        if not has_statistics(norm):
             return False
-        factor = (norm.running_var.double() + norm.eps).rsqrt()
-        factor = factor if norm.weight is None else factor * norm.weight.double()
+        factor = channel_factor(norm)
         added = added - norm.running_mean.double()
         if norm.bias is not None:
             added = added + norm.bias.double() / factor

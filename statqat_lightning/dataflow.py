@@ -39,7 +39,6 @@ class Value:
     Attributes:
         producer: The operation that made it; None for inputs, and what was made out of sight.
         shape: Its shape.
-        nonnegative: Whether nothing in it was negative.
         consumers: The operations that read it; one that reads it twice is there twice.
         returned_by: Names of the modules whose first output it was, the innermost first.
         taken_by: Names of the modules whose first argument it was, the outermost first.
@@ -47,7 +46,6 @@ class Value:
 
     producer: Operation | None
     shape: tuple[int, ...]
-    nonnegative: bool
     consumers: list[Operation] = field(default_factory=list)
     returned_by: list[str] = field(default_factory=list)
     taken_by: list[str] = field(default_factory=list)
@@ -85,13 +83,6 @@ class Dataflow:
     operations: list[Operation] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
 
-    def values(self) -> Iterator[Value]:
-        """Each tensor once, in the order in which operations read or made them."""
-        seen: dict[Value, None] = {}
-        for operation in self.operations:
-            seen |= dict.fromkeys([*operation.inputs, *operation.outputs])
-        return iter(seen)
-
 
 def record(model: nn.Module, run: Callable[[], Any]) -> Dataflow:
     """Watch a run of a model.
@@ -114,8 +105,13 @@ def is_atom(module: nn.Module) -> bool:
     """Whether a module is one operation."""
     if has_weights(kind_of(module)):
         return True
-    own = [c for c in base_class(module).__mro__ if not c.__module__.startswith("statqat_light")]
-    return own[0].__module__.startswith("torch.nn.") and not any(module.children())
+    return _own_class(module).__module__.startswith("torch.nn.") and not any(module.children())
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as it was before insertion and freezing."""
+    mro = base_class(module).__mro__
+    return next(c for c in mro if not c.__module__.startswith("statqat_lightning."))
 
 
 class _Recorder(TorchFunctionMode):
@@ -175,7 +171,7 @@ class _Recorder(TorchFunctionMode):
         if self._inside_atom:
             return
         if atom is not None:
-            self._note(_kind_of_layer(atom), atom, name, given, result)
+            self._note(_own_class(atom).__name__, atom, name, given, result)
         if (first := next(_floating(result), None)) is not None:
             self._value(first).returned_by.append(name)
 
@@ -192,9 +188,7 @@ class _Recorder(TorchFunctionMode):
         return self._values.get(id(tensor)) or self._new(tensor, None)
 
     def _new(self, tensor: Tensor, producer: Operation | None) -> Value:
-        with torch._C.DisableTorchFunction():
-            nonnegative = tensor.numel() > 0 and bool((tensor.detach() >= 0).all())
-            value = Value(producer, tuple(tensor.shape), nonnegative)
+        value = Value(producer, tuple(tensor.shape))
         self._values[id(tensor)] = value
         self._alive.append(tensor)
         return value
@@ -204,11 +198,6 @@ def _floating(structure: Any) -> Iterator[Tensor]:
     for leaf in tree_flatten(structure)[0]:
         if isinstance(leaf, Tensor) and torch.is_floating_point(leaf):
             yield leaf
-
-
-def _kind_of_layer(module: nn.Module) -> str:
-    own = [c for c in base_class(module).__mro__ if not c.__module__.startswith("statqat_light")]
-    return own[0].__name__
 
 
 def _kind_of_function(function: Any) -> str:

@@ -24,6 +24,7 @@ from statqat_lightning.fake_quantizer import (
     refresh_activations,
     refresh_weights,
 )
+from statqat_lightning.fast_paths import set_fast_paths
 from statqat_lightning.insertion_report import InsertionReport, LayerReport
 from statqat_lightning.layer_kinds import KINDS
 from statqat_lightning.observers import ObserverConfig, Reduce
@@ -196,7 +197,7 @@ def prepare(
             detach(module)
     for name, quantizers in made.items():
         attach(modules[name], quantizers)
-    _set_fast_paths(model)
+    set_fast_paths(model)
     if observer is not None:
         for quantizers in kept.values():
             for quantizer in quantizers.activations():
@@ -223,37 +224,7 @@ def remove(model: nn.Module) -> None:
     """Take all fake quantizers out of a model, in place; it is then the float model it was."""
     for _, module, _ in quantized_layers(model):
         detach(module)
-    _set_fast_paths(model)
-
-
-def _set_fast_paths(model: nn.Module) -> None:
-    """Keep encoders with quantizers off kernels that read weights without calling the layers.
-
-    In evaluation, an encoder layer runs as one kernel unless a module in it has a hook, and a stack
-    of them nests short sequences, which only that kernel takes, by an attribute that was set when
-    it was built. Without quantizers both are as they were.
-    """
-    for encoder in model.modules():
-        if not isinstance(encoder, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
-            continue
-        quantized = any(is_quantized(part) for part in encoder.modules())
-        if isinstance(encoder, nn.TransformerEncoder):
-            chosen = encoder.__dict__.pop("_statqat_nested", encoder.use_nested_tensor)
-            if quantized:
-                encoder.__dict__["_statqat_nested"] = chosen
-            encoder.use_nested_tensor = chosen and not quantized
-            continue
-        hooks = encoder._forward_pre_hooks
-        known = [key for key, hook in hooks.items() if hook is _no_fast_path]
-        if quantized and not known:
-            encoder.register_forward_pre_hook(_no_fast_path)
-        elif not quantized:
-            for key in known:
-                del hooks[key]
-
-
-def _no_fast_path(module: nn.Module, args: Any) -> None:
-    """Do nothing; that there is a hook is what counts."""
+    set_fast_paths(model)
 
 
 def _follows(module: nn.Module, rule: QuantRule) -> bool:

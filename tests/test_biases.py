@@ -14,9 +14,10 @@ from statqat_lightning.biases import BiasPlace, bias_places, round_biases
 from statqat_lightning.dataflow import record
 from statqat_lightning.export.onnx import save_onnx
 from statqat_lightning.export.runtimes import onnx_session
-from statqat_lightning.insertion import prepare, quantized_layers, refresh, set_observing
+from statqat_lightning.insertion import quantized_layers
 from statqat_lightning.placement import place
 from statqat_lightning.recipe import QuantRecipe
+from tests.export.models import observed
 from tests.test_placement import Residual
 
 
@@ -36,13 +37,7 @@ def quantized(model: nn.Module, x: Tensor) -> tuple[nn.Module, tuple[BiasPlace, 
     recipe = QuantRecipe.default("int8", "int8")
     recipe = place(model, recipe, lambda: model(x), "onnxruntime").recipe
     places = bias_places(record(model, lambda: model(x)))
-    prepare(model, recipe=recipe)
-    set_observing(model, True)
-    with torch.no_grad():
-        model(x)
-    refresh(model)
-    set_observing(model, False)
-    return model, places
+    return observed(model, recipe, x), places
 
 
 def residual() -> tuple[nn.Module, tuple[BiasPlace, ...], Tensor]:
@@ -147,10 +142,7 @@ def test_nothing_is_rounded_without_integers(weights: str, inputs: str | None) -
     x = torch.randn(8, 3, 8, 8)
     model = trained_like(Residual())
     places = bias_places(record(model, lambda: model(x)))
-    prepare(model, weights, inputs)
-    set_observing(model, True)
-    model(x)
-    refresh(model)
+    model = observed(model, QuantRecipe.default(weights, inputs), x)
 
     assert round_biases(model, places) == []
 

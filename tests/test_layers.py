@@ -22,7 +22,7 @@ ROWS: list[set[str]] = [
     {"error_analysis"},
     {"quantizers"},
     {"observers", "fake_quantizer", "tensor_spec", "weights_together", "attention", "layer_kinds"},
-    {"recipe", "schedule", "quantized_layer", "insertion", "insertion_report"},
+    {"recipe", "schedule", "quantized_layer", "fast_paths", "insertion", "insertion_report"},
     {"dataflow", "biases", "placement"},
     {"report", "plots", "allocation", "export"},
     {"callbacks"},

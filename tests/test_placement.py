@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from statqat_lightning.export.onnx import save_onnx
 from statqat_lightning.export.runtimes import layers_in_float, onnx_session
-from statqat_lightning.insertion import prepare, quantized_layers, refresh, set_observing
+from statqat_lightning.insertion import prepare, quantized_layers
 from statqat_lightning.placement import Placement, place
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+from tests.export.models import observed
 
 W8A8 = QuantRecipe.default("int8", "int8")
 
@@ -70,13 +71,8 @@ def in_onnxruntime(
 
     torch.manual_seed(0)
     x = torch.randn(shape or (16, 3, 8, 8))
-    prepare(model.eval(), recipe=recipe)
     with torch.no_grad():
-        set_observing(model, True)
-        model(x)
-        refresh(model)
-        set_observing(model, False)
-        expected = model(x)
+        expected = observed(model.eval(), recipe, x)(x)
     save_onnx(model, path, x)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(path.with_suffix(".optimized.onnx"))

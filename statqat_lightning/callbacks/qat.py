@@ -24,8 +24,9 @@ from statqat_lightning.callbacks.checkpoint import QuantizerEntry, read_entry
 from statqat_lightning.callbacks.hooks import WrappedHook, WrappedHooks
 from statqat_lightning.callbacks.input_warnings import InputWarnings
 from statqat_lightning.callbacks.input_warnings import StatQATWarning as StatQATWarning
-from statqat_lightning.callbacks.lightning_names import is_a, overrides
+from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
+from statqat_lightning.callbacks.refusals import refuse_trainer
 from statqat_lightning.insertion import (
     activation_quantizers,
     idle_activations,
@@ -176,14 +177,7 @@ class StatQATCallback(Callback):
         # Lightning calls LightningModule.setup and configure_model after this hook and loads
         # weights after those, with no hook of ours in between: so the module's own hooks are
         # wrapped on the instance.
-        plugin = type(trainer.precision_plugin).__name__
-        if plugin in ("BitsandbytesPrecision", "TransformerEnginePrecision"):
-            raise ValueError(
-                f"StatQATCallback: got a Trainer with {plugin}, which replaces the layers by "
-                'quantized ones of its own. Use another precision, such as "bf16-mixed", or leave '
-                "StatQATCallback out."
-            )
-        self._refuse_strategy(trainer)
+        refuse_trainer(trainer, self._learns_scales())
         self._hooks.unwrap()
         self._fitting = stage == "fit"
         self.averaging = Averaging(trainer.callbacks if self._fitting else ())  # type: ignore[attr-defined]
@@ -195,30 +189,6 @@ class StatQATCallback(Callback):
         self._hooks.wrap(pl_module, last, after=self._insert)
         self._hooks.wrap(pl_module, "on_save_checkpoint", after=self._write_entry)
         self._hooks.wrap(pl_module, "on_load_checkpoint", before=self._read_entry)
-
-    def _refuse_strategy(self, trainer: Trainer) -> None:
-        strategy = trainer.strategy
-        name = type(strategy).__name__
-        if is_a(strategy, "FSDPStrategy") or getattr(strategy, "zero_stage_3", False):
-            raise ValueError(
-                f"StatQATCallback: got {name}, under which layers do not hold their weights "
-                "between forward passes. Use ModelParallelStrategy with fully_shard, or DDP."
-            )
-        if not is_a(strategy, "ModelParallelStrategy"):
-            return
-        if self._learns_scales():
-            raise ValueError(
-                f"StatQATCallback: got learned scales (quantizer 'lsq') under {name}. They are not "
-                "sharded, so nothing averages their gradients over the ranks. Use another "
-                "quantizer, or DDP."
-            )
-        ranks = strategy.device_mesh["tensor_parallel"].size()  # type: ignore[attr-defined]
-        if ranks > 1:
-            raise ValueError(
-                f"StatQATCallback: got {name} with tensor parallelism over {ranks} ranks; expected "
-                "every layer whole on its rank during forward. Use "
-                "tensor_parallel_size=1 and fully_shard over the data-parallel mesh."
-            )
 
     def _learns_scales(self) -> bool:
         specs = [getattr(rule, role) for rule in self.recipe.rules for role in ROLES]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from statqat_lightning.biases import channel_factor, has_statistics
 from statqat_lightning.dataflow import OUTPUT_KIND, Dataflow, Operation, record
 from statqat_lightning.export.frozen import (
     FrozenLayer,
@@ -98,21 +99,19 @@ def _check_places(flow: Dataflow, layer: Operation, norm: Operation) -> None:
         raise CannotFold(f"the output of {layer.name!r} has its channels along another axis")
 
 
-def _fold(layer: FrozenLayer, norm: _BatchNorm) -> None:
+def _fold(layer: FrozenLayer, norm: Any) -> None:
     if not isinstance(layer, (*_LAYERS, *_TRANSPOSED)):
         raise CannotFold(f"it stands behind a {layer.kind.cls.__name__}")
     if OUTPUT in layer.frozen_activations:
         raise CannotFold("the output of the layer before it is quantized")
-    if norm.running_mean is None or norm.running_var is None:
+    if not has_statistics(norm):
         raise CannotFold("it has no running statistics, so it is not the same for all batches")
     axis = _axis(layer)
     if axis == 1 and layer.groups != 1:
         raise CannotFold("groups of a transposed convolution share channels of its weight")
     if layer.weight_dtype not in (torch.float32, torch.float64):
         raise CannotFold(f"a bias in {layer.weight_dtype} would round it")
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
+    factor = channel_factor(norm)
     if not factor.isfinite().all():
         raise CannotFold("its factors are not finite")
     bias: Any = layer._parameters.get("bias")

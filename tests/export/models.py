@@ -92,13 +92,18 @@ def recipe_of(weights: Any, inputs: Any = None, granularity: str | None = None) 
 
 def calibrated(model: nn.Module, recipe: QuantRecipe, *batch: Tensor) -> nn.Module:
     """The model in eval mode, with quantizers and BatchNorm statistics that know a batch."""
+    return observed(model.train(), recipe, *batch).eval()
+
+
+@torch.no_grad()
+def observed(model: nn.Module, recipe: QuantRecipe, *batch: Tensor) -> nn.Module:
+    """The model, in its own mode, with quantizers that know a batch."""
     prepare(model, recipe=recipe)
     set_observing(model, True)
-    with torch.no_grad():
-        model.train()(*batch)
+    model(*batch)
     refresh(model)
     set_observing(model, False)
-    return model.eval()
+    return model
 
 
 @torch.no_grad()

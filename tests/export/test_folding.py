@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from statqat_lightning.export.folding import fold_batch_norm
 from statqat_lightning.export.frozen import FrozenLayer, freeze, frozen_layers
 from statqat_lightning.export.inputs import ForwardCall
-from statqat_lightning.insertion import prepare, refresh, set_observing
+from statqat_lightning.insertion import prepare
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+from tests.export.models import observed
 
 LAYERS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(8, 6), nn.BatchNorm1d, (5, 8)),
@@ -46,11 +47,7 @@ def frozen_pair(
     torch.manual_seed(0)
     model = nn.Sequential(layer, norm, *behind).eval()
     x = torch.randn(shape)
-    prepare(model, recipe=QuantRecipe([rule]))
-    set_observing(model, True)
-    model(x)
-    refresh(model)
-    return freeze(model), x
+    return freeze(observed(model, QuantRecipe([rule]), x)), x
 
 
 def equal_but_for_rounding(ours: Tensor, theirs: Tensor) -> None:
@@ -144,11 +141,7 @@ def test_a_quantized_output_of_the_norm_stays_quantized() -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, 3), with_random_statistics(nn.BatchNorm2d(6))).eval()
     x = torch.randn(2, 4, 5, 5)
     rules = [QuantRule("0", "int8", "int8"), QuantRule("1", outputs="int4")]
-    prepare(model, recipe=QuantRecipe(rules))
-    set_observing(model, True)
-    model(x)
-    refresh(model)
-    frozen = freeze(model)
+    frozen = freeze(observed(model, QuantRecipe(rules), x))
 
     folded = fold_batch_norm(frozen, ForwardCall.of(x))
 
