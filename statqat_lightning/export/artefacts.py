@@ -132,11 +132,8 @@ def export_model(
             f"{', '.join(name for name, _ in model.named_children())} or one below."
         ) from error
     call = None if example is None else ForwardCall.of(example).copy().with_batch(_MOST_EXAMPLES)
-    if (
-        target is not None
-        and call is not None
-        and (rounded := _round_biases(reference, module, call))
-    ):
+    rounded = _round_biases(reference, module, call) if target and call else []
+    if rounded:
         notes.append(
             f"Biases are rounded as {target} adds them, to multiples of input scale times weight "
             f"scale: {', '.join(rounded)}."

@@ -22,6 +22,7 @@ from statqat_lightning.export.plain import with_rounded_inputs
 from statqat_lightning.export.runtimes import Runtime, layers_in_float
 from statqat_lightning.export.verify import (
     ArtefactReport,
+    Comparison,
     Example,
     ExportDifferenceError,
     compare,
@@ -43,6 +44,17 @@ def _in_double(frozen: nn.Module, examples: list[Example]) -> list[Example]:
         return [t.float() for t in outputs_of(wide.run(double))]
 
     return [Example(e.call, outputs(e.call), e.labels) for e in examples]
+
+
+def _of_flips(comparison: Comparison, exact: Comparison) -> list[str]:
+    """Remarks on a file above the bound all of whose layers agree."""
+    agreed = "" if exact.agreement is None else f", agreement {exact.agreement:.2%}"
+    return [
+        f"differs by {comparison.max_steps:.3g} steps, but each layer by itself "
+        "agrees: values on the edge between two codes fell to the other side.",
+        "from the model evaluated in float64, without rounding of its own sums, it "
+        f"differs by {exact.max_steps:.3g} steps{agreed}.",
+    ]
 
 
 @dataclass
@@ -100,36 +112,17 @@ class Proof:
             remarks.append(
                 f"ONNX Runtime computes these quantized layers in float: {some(rest, 20)}."
             )
-        exact = None
-        divergence = None
+        divergence, exact = None, None
         bound = 0.0 if writer.kind.exact else self.bound
         # Not `max_steps > bound`: that is false for NaN.
         if examples and not comparison.max_steps <= bound:
             divergence = self._located(writer, runtime, frozen, examples)
-            if divergence is None and writer.kind.in_float32:
-                exact = compare(runtime, _in_double(self.frozen, examples))
-            if divergence is None and not writer.kind.exact and math.isfinite(comparison.max_steps):
-                remarks.append(
-                    f"differs by {comparison.max_steps:.3g} steps, but each layer by itself "
-                    "agrees: values on the edge between two codes fell to the other side."
-                )
-                if exact is not None:
-                    agreed = "" if exact.agreement is None else f", agreement {exact.agreement:.2%}"
-                    remarks.append(
-                        "from the model evaluated in float64, without rounding of its own sums, it "
-                        f"differs by {exact.max_steps:.3g} steps{agreed}."
-                    )
+            finite = math.isfinite(comparison.max_steps)
+            if divergence is not None or writer.kind.exact or not finite:
+                remarks.append(self._not_proved(target, comparison, bound, divergence))
             else:
-                text = (
-                    f"{target}: differs from the fake-quantized model by "
-                    f"{comparison.max_difference:.3g}, {comparison.max_steps:.3g} output steps "
-                    f"(bound {bound:g}). First at {divergence or 'no layer that can be told'}."
-                )
-                if self.strict:
-                    raise ExportDifferenceError(
-                        f"{text} The file was not kept; strict=False keeps it."
-                    )
-                remarks.append(f"not proved. {text}")
+                exact = compare(runtime, _in_double(frozen, examples))
+                remarks += _of_flips(comparison, exact)
         times = self._times(writer, runtime)
         return ArtefactReport(
             path=str(target),
@@ -148,6 +141,19 @@ class Proof:
             exact_steps=None if exact is None else exact.max_steps,
             remarks=tuple(remarks),
         )
+
+    def _not_proved(
+        self, target: Path, comparison: Comparison, bound: float, divergence: str | None
+    ) -> str:
+        """The remark on a file that differs; an error if `strict`."""
+        text = (
+            f"{target}: differs from the fake-quantized model by "
+            f"{comparison.max_difference:.3g}, {comparison.max_steps:.3g} output steps "
+            f"(bound {bound:g}). First at {divergence or 'no layer that can be told'}."
+        )
+        if self.strict:
+            raise ExportDifferenceError(f"{text} The file was not kept; strict=False keeps it.")
+        return f"not proved. {text}"
 
     def _without_inputs(self) -> tuple[nn.Module, list[Example]]:
         """The model whose inputs are in float, and what it makes of the examples."""
