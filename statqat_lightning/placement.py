@@ -9,12 +9,13 @@ ratios are in the README.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from statqat_lightning.biases import round_biases
 from statqat_lightning.dataflow import (
     CONVOLUTIONS,
     KEEPING,
@@ -27,15 +28,15 @@ from statqat_lightning.dataflow import (
 )
 from statqat_lightning.formats import CodebookFormat, IntFormat, get_format
 from statqat_lightning.insertion import assigned_rules
+from statqat_lightning.integer_kernels import CLIPPING, IntegerKernel
 from statqat_lightning.layer_kinds import has_weights
 from statqat_lightning.quantized_layer import kind_of
 from statqat_lightning.recipe import ROLES, QuantRecipe, QuantRule, TensorSpec, full_name
+from statqat_lightning.ties import avoid_ties
 
 TARGETS = ("onnxruntime",)
 """Runtimes that quantizers can be placed for."""
 
-_FOLDED = ("relu", "ReLU", "relu6", "ReLU6")
-"""Clipping that is part of rounding to unsigned integers."""
 _SUMS = ("add", "cat", "concat")
 
 
@@ -95,6 +96,32 @@ def place_in(flow: Dataflow, model: nn.Module, recipe: QuantRecipe, target: str)
             "lambda: model(example)."
         )
     return _Places(rules, flow).placement()
+
+
+class Settled(NamedTuple):
+    """What `settle` has changed.
+
+    Attributes:
+        scales: Names of quantizers, and of layers whose channels were scaled.
+        biases: Names of layers.
+    """
+
+    scales: list[str]
+    biases: list[str]
+
+
+def settle(model: nn.Module, kernels: Sequence[IntegerKernel]) -> Settled:
+    """Make a trained model compute what integer kernels compute, in place and code for code.
+
+    Scales move by a thousandth at most, to where no result lies next to the edge between two codes
+    (see `avoid_ties`), and biases to the nearest that the kernels can add (see `round_biases`). A
+    second call changes nothing.
+
+    Args:
+        model: A model with quantizers.
+        kernels: What `integer_kernels` found in a run of it.
+    """
+    return Settled(avoid_ties(model, kernels), round_biases(model, kernels))
 
 
 def _refuse_formats(rules: Mapping[str, QuantRule], target: str) -> None:
@@ -248,7 +275,7 @@ class _Places:
 
 def _end_of(value: Value) -> Value:
     """What the runtime computes together: BatchNorm and ReLU behind a layer are part of it."""
-    for kinds in (NORMS, _FOLDED):
+    for kinds in (NORMS, CLIPPING):
         if len(value.consumers) == 1 and value.consumers[0].kind in kinds:
             value = value.consumers[0].outputs[0]
     return value

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.biases import BiasPlace, bias_places, round_biases
+from statqat_lightning.biases import round_biases
 from statqat_lightning.dataflow import record
 from statqat_lightning.export.onnx import save_onnx
 from statqat_lightning.export.runtimes import onnx_session
 from statqat_lightning.insertion import quantized_layers
+from statqat_lightning.integer_kernels import IntegerKernel, integer_kernels
 from statqat_lightning.placement import place
 from statqat_lightning.recipe import QuantRecipe
 from tests.export.models import observed
@@ -33,14 +34,14 @@ def trained_like(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def quantized(model: nn.Module, x: Tensor) -> tuple[nn.Module, tuple[BiasPlace, ...]]:
+def quantized(model: nn.Module, x: Tensor) -> tuple[nn.Module, tuple[IntegerKernel, ...]]:
     recipe = QuantRecipe.default("int8", "int8")
     recipe = place(model, recipe, lambda: model(x), "onnxruntime").recipe
-    places = bias_places(record(model, lambda: model(x)))
-    return observed(model, recipe, x), places
+    kernels = integer_kernels(record(model, lambda: model(x)))
+    return observed(model, recipe, x), kernels
 
 
-def residual() -> tuple[nn.Module, tuple[BiasPlace, ...], Tensor]:
+def residual() -> tuple[nn.Module, tuple[IntegerKernel, ...], Tensor]:
     torch.manual_seed(0)
     x = torch.randn(64, 3, 8, 8)
     return *quantized(trained_like(Residual()), x), x
@@ -78,10 +79,10 @@ def steps_of_biases(model: nn.Module, names: Sequence[str]) -> Tensor:
 
 
 def test_biases_are_multiples_of_the_scales_product() -> None:
-    model, places, _ = residual()
+    model, kernels, _ = residual()
     before = steps_of_biases(model, [*INPUTS])
 
-    changed = round_biases(model, places)
+    changed = round_biases(model, kernels)
 
     after = steps_of_biases(model, [*INPUTS])
     assert changed == [*INPUTS]
@@ -90,11 +91,11 @@ def test_biases_are_multiples_of_the_scales_product() -> None:
 
 
 def test_a_second_call_changes_nothing() -> None:
-    model, places, _ = residual()
-    round_biases(model, places)
+    model, kernels, _ = residual()
+    round_biases(model, kernels)
     before = copy.deepcopy(model.state_dict())
 
-    assert round_biases(model, places) == []
+    assert round_biases(model, kernels) == []
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -106,10 +107,10 @@ def test_onnxruntime_agrees_better(tmp_path: Path) -> None:
         with torch.no_grad():
             return float((torch.from_numpy(given) - model(x)).square().mean().sqrt())
 
-    model, places, _ = residual()
+    model, kernels, _ = residual()
     x = torch.randn(512, 3, 12, 12)
     before = difference(model, x, "before.onnx")
-    round_biases(model, places)
+    round_biases(model, kernels)
 
     assert difference(model, x, "after.onnx") < before / 2
 
@@ -117,21 +118,23 @@ def test_onnxruntime_agrees_better(tmp_path: Path) -> None:
 def test_a_plain_convolution_without_norm_and_one_without_bias() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False)).eval()
-    model, places = quantized(model, torch.randn(8, 3, 9, 9))
+    model, kernels = quantized(model, torch.randn(8, 3, 9, 9))
 
-    assert round_biases(model, places) == ["0"]
+    assert round_biases(model, kernels) == ["0"]
     grid = scale_of(model, "0", "weight") * scale_of(model, "0", "input")
     steps = model.get_submodule("0").bias.double() / grid  # type: ignore[union-attr, operator]
     torch.testing.assert_close(steps.detach(), steps.detach().round(), rtol=0, atol=0.02)
 
 
-def test_places_below_a_submodule() -> None:
-    model, places, _ = residual()
+def test_below_a_submodule() -> None:
+    model, kernels, _ = residual()
     twin = copy.deepcopy(model)
     whole = nn.Sequential(twin)
-    changed = round_biases(model, places)
+    changed = round_biases(model, kernels)
 
-    assert round_biases(whole, places, "0") == [f"0.{name}" for name in changed]
+    assert round_biases(whole, [kernel.below("0") for kernel in kernels]) == [
+        f"0.{name}" for name in changed
+    ]
     assert all(
         torch.equal(*pair) for pair in zip(twin.parameters(), model.parameters(), strict=True)
     )
@@ -141,20 +144,20 @@ def test_places_below_a_submodule() -> None:
 def test_nothing_is_rounded_without_integers(weights: str, inputs: str | None) -> None:
     x = torch.randn(8, 3, 8, 8)
     model = trained_like(Residual())
-    places = bias_places(record(model, lambda: model(x)))
+    kernels = integer_kernels(record(model, lambda: model(x)))
     model = observed(model, QuantRecipe.default(weights, inputs), x)
 
-    assert round_biases(model, places) == []
+    assert round_biases(model, kernels) == []
 
 
 def test_a_gamma_of_zero_is_left_alone() -> None:
-    model, places, x = residual()
+    model, kernels, x = residual()
     norm = model.get_submodule("blocks.0.bn1")
     with torch.no_grad():
         norm.weight[0] = 0.0  # type: ignore[index, operator]
     before = norm.bias[0].item()  # type: ignore[index, operator]
 
-    round_biases(model, places)
+    round_biases(model, kernels)
 
     assert norm.bias[0].item() == before  # type: ignore[index, operator]
     assert torch.isfinite(model(x)).all()

@@ -23,7 +23,7 @@ ROWS: list[set[str]] = [
     {"quantizers"},
     {"observers", "fake_quantizer", "tensor_spec", "weights_together", "attention", "layer_kinds"},
     {"recipe", "schedule", "quantized_layer", "fast_paths", "insertion", "insertion_report"},
-    {"dataflow", "biases", "placement"},
+    {"dataflow", "batch_norm", "integer_kernels", "biases", "ties", "placement"},
     {"report", "plots", "allocation", "export"},
     {"callbacks"},
     {"cli"},

@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from statqat_lightning.biases import BiasPlace, bias_places, round_biases
 from statqat_lightning.callbacks.averaging import Averaging
 from statqat_lightning.callbacks.calibration import (
     CannotCalibrate,
@@ -41,8 +40,9 @@ from statqat_lightning.insertion import (
     set_observing,
 )
 from statqat_lightning.insertion_report import InsertionReport
+from statqat_lightning.integer_kernels import IntegerKernel, integer_kernels
 from statqat_lightning.observers import ObserverConfig, Reduce
-from statqat_lightning.placement import check_target, place_in
+from statqat_lightning.placement import check_target, place_in, settle
 from statqat_lightning.recipe import ROLES, QuantRecipe, TensorSpec
 from statqat_lightning.schedule import QuantSchedule, When
 
@@ -96,9 +96,9 @@ class StatQATCallback(Callback):
         target: A runtime whose integer kernels the model is trained for: `"onnxruntime"` rounds the
             outputs of convolutions and the terms of residual sums, too, without which it computes
             them in float. Where that is, one training batch shows, ahead of calibration; the
-            checkpoint remembers. At the end of the fit, biases of convolutions become multiples of
-            input scale times weight scale, as the runtime adds them. Formats without integer
-            kernels stay as they are.
+            checkpoint remembers. At the end of the fit, scales and biases move a little, to where
+            the runtime computes the same codes as the model, see `placement.settle`. Formats
+            without integer kernels stay as they are.
 
     Attributes:
         report: What was done to each layer, None before.
@@ -154,7 +154,7 @@ class StatQATCallback(Callback):
                 "recipe=place(model, recipe, lambda: model(example), target).recipe."
             )
         self.placed: QuantRecipe | None = None
-        self._biases: tuple[BiasPlace, ...] = ()
+        self._kernels: tuple[IntegerKernel, ...] = ()
         self.calibration_batches = calibration_batches
         self.schedule = schedule or QuantSchedule(freeze_at=freeze_at)
         self.phases = Phases(self.schedule)
@@ -366,7 +366,7 @@ class StatQATCallback(Callback):
                 f"where it needs quantizers: {reason}. Place them ahead: "
                 "recipe=place(model, recipe, lambda: model(example), target).recipe."
             ) from reason
-        self._biases = bias_places(flow)
+        self._kernels = integer_kernels(flow)
         if self.placed is not None:
             return
         placement = place_in(flow, pl_module, self.recipe, self.target)
@@ -430,11 +430,12 @@ class StatQATCallback(Callback):
     def finish(self, pl_module: LightningModule) -> None:
         """What is left to do when no step follows; a second call changes nothing.
 
-        Scales of averaged weights, and biases as the target adds them, see `round_biases`.
+        Scales of averaged weights, and scales and biases with which the target computes the same
+        codes, see `settle`.
         """
         self.averaging.finish(pl_module)
         if self.enabled:
-            round_biases(pl_module, self._biases)
+            settle(pl_module, self._kernels)
 
 
 def _reduction(trainer: Trainer) -> Reduce | None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.biases import bias_places, round_biases
 from statqat_lightning.dataflow import record
 from statqat_lightning.export import runtimes
 from statqat_lightning.export.files import with_ending
@@ -32,7 +31,8 @@ from statqat_lightning.export.verify import (
 )
 from statqat_lightning.export.writers import writers
 from statqat_lightning.insertion import quantized_layers, remove
-from statqat_lightning.placement import check_target
+from statqat_lightning.integer_kernels import integer_kernels
+from statqat_lightning.placement import Settled, check_target, settle
 from statqat_lightning.recipe import QuantRecipe
 
 _MOST_EXAMPLES = 256
@@ -96,8 +96,8 @@ def export_model(
         measure_latency: Whether to time the files against the float model.
         target: The runtime that the model is meant for, `"onnxruntime"`. The report then names the
             quantized layers for which it has no integer kernels, which is most of them unless the
-            model was trained with this target, see `StatQATCallback`. Biases are rounded as it
-            rounds them, see `round_biases`, and files compared with that model.
+            model was trained with this target, see `StatQATCallback`. Scales and biases are moved
+            to where it computes the same codes, see `settle`, and files compared with that model.
 
     Returns:
         Paths, sizes and differences. A forward that cannot be exported is a note there, and the
@@ -132,11 +132,16 @@ def export_model(
             f"{', '.join(name for name, _ in model.named_children())} or one below."
         ) from error
     call = None if example is None else ForwardCall.of(example).copy().with_batch(_MOST_EXAMPLES)
-    rounded = _round_biases(reference, module, call) if target and call else []
-    if rounded:
+    settled = _settle(reference, module, call) if target and call else Settled([], [])
+    if settled.scales:
+        notes.append(
+            "Scales are moved, by a thousandth at most, to where no result lies next to the edge "
+            f"between two codes: {', '.join(settled.scales)}."
+        )
+    if settled.biases:
         notes.append(
             f"Biases are rounded as {target} adds them, to multiples of input scale times weight "
-            f"scale: {', '.join(rounded)}."
+            f"scale: {', '.join(settled.biases)}."
         )
     frozen = freeze_quietly(reference)
     examples = [Example(call, outputs_of(call.run(part)))] if call else []
@@ -205,12 +210,13 @@ def export_model(
     return report
 
 
-def _round_biases(reference: nn.Module, module: str, call: ForwardCall) -> list[str]:
-    """See `round_biases`; a model that was trained for the target has such biases."""
+def _settle(reference: nn.Module, module: str, call: ForwardCall) -> Settled:
+    """See `settle`; nothing is left to do for a model that was trained for the target."""
     plain = copy.deepcopy(reference)
     remove(plain)
     part = plain.get_submodule(module)
-    return round_biases(reference, bias_places(record(part, lambda: call.run(part))), module)
+    kernels = integer_kernels(record(part, lambda: call.run(part)))
+    return settle(reference, [kernel.below(module) for kernel in kernels])
 
 
 def _labelled(

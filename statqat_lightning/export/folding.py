@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from statqat_lightning.biases import channel_factor, has_statistics
+from statqat_lightning.batch_norm import channel_factor, has_statistics
 from statqat_lightning.dataflow import OUTPUT_KIND, Dataflow, Operation, record
 from statqat_lightning.export.frozen import (
     FrozenLayer,

@@ -1,0 +1,178 @@
+"""What a runtime computes from integers and rounds to integers again, seen in one run.
+
+Between two roundings integer kernels are exact: sums of products of codes, codes looked up in a
+function's table. What `biases` and `ties` arrange for is that nothing is lost where they begin and
+end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from statqat_lightning.dataflow import CONVOLUTIONS, KEEPING, NORMS, Dataflow, Operation, Value
+from statqat_lightning.fake_quantizer import INPUT, OUTPUT, ActivationFakeQuantizer, FakeQuantizer
+from statqat_lightning.formats import IntFormat
+from statqat_lightning.granularity import PerChannel, PerTensor
+from statqat_lightning.insertion import quantized_layers
+from statqat_lightning.quantized_layer import LayerQuantizers
+
+Place = tuple[str, str]
+"""Name of a module and a role: where a quantizer may be."""
+Chain = tuple[Place, ...]
+"""Places that a tensor passes, in their order; the first that has a quantizer rounds it."""
+
+CLIPPING = ("relu", "ReLU", "relu6", "ReLU6")
+"""Clipping that is part of rounding to unsigned integers."""
+MEANS = ("mean", *(f"adaptive_avg_pool{n}d" for n in (1, 2, 3)))
+MEANS += tuple(f"AdaptiveAvgPool{n}d" for n in (1, 2, 3))
+_WEIGHTED = (*CONVOLUTIONS, "Linear")
+
+
+@dataclass(frozen=True)
+class IntegerKernel:
+    """One step of a run whose inputs may be rounded, and whose result may be.
+
+    Attributes:
+        kind: That of the operation.
+        name: Name of the module that runs it; of a function, of the one whose forward calls it.
+        norm: Name of the BatchNorm that is all that reads the output of a layer, None without.
+        terms: The places that each of its inputs has passed, the nearest first.
+        results: The places that its result passes on the way to each of its readers.
+        count: Over how many values a mean is taken.
+    """
+
+    kind: str
+    name: str
+    norm: str | None
+    terms: tuple[Chain, ...]
+    results: tuple[Chain, ...]
+    count: int = 1
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is a layer: sums of products of an input with weights."""
+        return self.kind in _WEIGHTED
+
+    def below(self, prefix: str) -> IntegerKernel:
+        """The same in a model of which the run's is the submodule `prefix`."""
+
+        def moved(chains: tuple[Chain, ...]) -> tuple[Chain, ...]:
+            return tuple(tuple((_join(prefix, n), role) for n, role in chain) for chain in chains)
+
+        norm = None if self.norm is None else _join(prefix, self.norm)
+        terms, results = moved(self.terms), moved(self.results)
+        return IntegerKernel(self.kind, _join(prefix, self.name), norm, terms, results, self.count)
+
+
+def integer_kernels(flow: Dataflow) -> tuple[IntegerKernel, ...]:
+    """All steps of a run, in its order; layers and BatchNorms only if they ran once."""
+    found = []
+    for operation in flow.operations:
+        if not operation.inputs or not operation.outputs:
+            continue
+        end, norm = operation.outputs[0], None
+        terms = tuple(tuple(_passed(value, flow)) for value in operation.inputs)
+        if operation.kind in _WEIGHTED:
+            if flow.calls[operation.name] != 1:
+                continue
+            readers = end.consumers
+            if len(readers) == 1 and readers[0].kind in NORMS:
+                if flow.calls[readers[0].name] != 1:
+                    continue
+                norm, end = readers[0].name, readers[0].outputs[0]
+            terms = (((operation.name, INPUT), *terms[0]),)
+        found.append(
+            IntegerKernel(
+                operation.kind,
+                operation.name,
+                norm,
+                terms,
+                tuple(_ahead(end, flow)),
+                _count(operation) if operation.kind in MEANS else 1,
+            )
+        )
+    return tuple(found)
+
+
+def _passed(value: Value, flow: Dataflow) -> list[Place]:
+    """All that takes or returns a value, or what it is made of without leaving its grid."""
+    found = [(name, INPUT) for name in reversed(value.taken_by)]
+    found += [(name, OUTPUT) for name in value.returned_by]
+    found = [(name, role) for name, role in found if flow.calls[name] == 1]
+    maker = value.producer
+    if maker is not None and maker.kind in KEEPING and len(maker.inputs) == 1:
+        found += _passed(maker.inputs[0], flow)
+    return found
+
+
+def _ahead(value: Value, flow: Dataflow) -> list[Chain]:
+    """The places between a value and each of those that read it or keep it on its grid."""
+    own = [(name, OUTPUT) for name in value.returned_by]
+    own += [(name, INPUT) for name in value.taken_by]
+    here = tuple(place for place in own if flow.calls[place[0]] == 1)
+    chains: list[Chain] = []
+    for reader in value.consumers:
+        if reader.kind in (*KEEPING, *CLIPPING) and len(reader.inputs) == 1:
+            chains += [(*here, *chain) for chain in _ahead(reader.outputs[0], flow)]
+        else:
+            chains.append(here)
+    return chains or [here]
+
+
+def _count(operation: Operation) -> int:
+    """How many values each result of a mean is of; 0 if that is not the same for all."""
+    before, after = operation.inputs[0].shape, operation.outputs[0].shape
+    if len(before) == len(after) and any(a % b for a, b in zip(before, after, strict=True)):
+        return 0
+    return math.prod(before) // max(1, math.prod(after))
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}".strip(".")
+
+
+class IntegerQuantizers:
+    """The quantizers of a model that round to integers with one scale for each channel at most."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers: Mapping[str, LayerQuantizers] = {
+            layer.name: layer.quantizers for layer in quantized_layers(model)
+        }
+
+    def weight(self, name: str) -> FakeQuantizer | None:
+        """That of the weight of a layer."""
+        layer = self._layers.get(name)
+        found = None if layer is None else layer.weight
+        if found is None or not isinstance(found.granularity, (PerChannel, PerTensor)):
+            return None
+        return found if _is_integer(found) else None
+
+    def first(self, chain: Chain) -> ActivationFakeQuantizer | None:
+        """The one that rounds what passes a chain of places; None if another kind does."""
+        for name, role in chain:
+            layer = self._layers.get(name)
+            if layer is None:
+                continue
+            found = layer.output if role == OUTPUT else layer.of_input(role)
+            if found is not None:
+                return found if _is_integer(found) else None
+        return None
+
+    def all(self, chains: tuple[Chain, ...]) -> list[ActivationFakeQuantizer]:
+        """Those of several chains, each once."""
+        return list(dict.fromkeys(q for chain in chains if (q := self.first(chain)) is not None))
+
+    def products(self, kernel: IntegerKernel) -> Tensor | None:
+        """Input scale times weight scale of a layer, float64 `(channels,)` or `(1,)`, or None."""
+        weight, given = self.weight(kernel.name), self.first(kernel.terms[0])
+        if weight is None or given is None:
+            return None
+        return weight.qparams.scale.double().flatten() * given.qparams.scale.double()
+
+
+def _is_integer(quantizer: FakeQuantizer) -> bool:
+    return isinstance(quantizer.fmt, IntFormat) and quantizer.enabled and quantizer.ready

@@ -1,0 +1,259 @@
+"""Scales that leave nothing to float rounding: integer arithmetic and ONNX Runtime tell."""
+
+from __future__ import annotations
+
+import copy
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from statqat_lightning.dataflow import record
+from statqat_lightning.export.onnx import save_onnx
+from statqat_lightning.export.runtimes import onnx_session
+from statqat_lightning.insertion import quantized_layers
+from statqat_lightning.integer_kernels import IntegerKernel, integer_kernels
+from statqat_lightning.placement import place, settle
+from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.ties import avoid_ties, fractions
+from tests.export.models import observed
+from tests.test_biases import quantized, residual, trained_like
+from tests.test_placement import Residual
+
+LARGEST = 20_001
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    scales = {
+        q.name: q.scale for layer in quantized_layers(model) for q in layer.quantizers.present()
+    }
+    return copy.deepcopy({**model.state_dict(), **scales})
+
+
+def steps_apart(model: nn.Module, path: Path, x: Tensor) -> float:
+    """Largest difference between the outputs of ONNX Runtime and the model, in output steps."""
+    save_onnx(model, path, x[:2])
+    session = onnx_session(path)
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    with torch.no_grad():
+        expected = model(x)
+    return float((found - expected).abs().max() / (expected.abs().max() / 127))
+
+
+# --- fractions
+
+
+@pytest.fixture(scope="module")
+def numbers() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return 10 ** (4 * torch.rand(300, dtype=torch.float64, generator=generator) - 4)
+
+
+def test_fractions_are_near_odd_and_found_again(numbers: Tensor) -> None:
+    found = fractions(numbers)
+
+    assert ((found / numbers - 1).abs() < 1e-3).all()
+    for value in found.tolist():
+        assert Fraction(value).limit_denominator(LARGEST).denominator % 2 == 1
+    # As float32 has them, times other float32 numbers:
+    again = fractions(found * (1 + 2e-7))
+    torch.testing.assert_close(again, found, rtol=1e-12, atol=0)
+
+
+def test_no_denominator_is_much_smaller(numbers: Tensor) -> None:
+    """By brute force: the smallest odd one within a thousandth; its interval may not hold it."""
+    for number, found in zip(numbers.tolist()[:60], fractions(numbers).tolist(), strict=False):
+        own = Fraction(found).limit_denominator(LARGEST).denominator
+        near = next(
+            q
+            for q in range(1, LARGEST + 1, 2)
+            if (p := round(number * q)) and abs(p / q / number - 1) <= 1e-3
+        )
+        assert near <= own <= max(40 * near, 99)
+
+
+def test_integers_times_a_fraction_stay_clear_of_the_edges(numbers: Tensor) -> None:
+    """In integers, exactly: for n p / q the distance is a multiple of 1 / 2q, and never 0."""
+    for value in fractions(numbers)[:50].tolist():
+        p, q = Fraction(value).limit_denominator(LARGEST).as_integer_ratio()
+        n = torch.arange(-100_000, 100_001)
+        remainder = (2 * n * p) % (2 * q)  # half a step is q
+        assert int((remainder - q).abs().min()) >= 1
+
+
+@pytest.mark.parametrize("number", [0.0, -0.25, math.inf, math.nan, 1e-9])
+def test_numbers_without_a_fraction_stay(number: float) -> None:
+    given = torch.tensor([number, 0.3], dtype=torch.float64)
+    found = fractions(given)
+
+    torch.testing.assert_close(found[0], given[0], rtol=0, atol=0, equal_nan=True)
+    assert found[1] != given[1]
+
+
+# --- models
+
+
+class Excited(nn.Module):
+    """An inverted residual as in MobileNetV3: squeeze and excitation, HardSwish."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.activation = nn.Hardswish()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.down = nn.Conv2d(channels, 4, 1)
+        self.relu = nn.ReLU()
+        self.up = nn.Conv2d(4, channels, 1)
+        self.gate = nn.Hardsigmoid()
+        self.project = nn.Conv2d(channels, channels, 1, bias=False)
+        self.last = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.activation(self.norm(self.conv(x)))
+        y = y * self.gate(self.up(self.relu(self.down(self.pool(y)))))
+        out: Tensor = x + self.last(self.project(y))
+        return out
+
+
+def excited() -> tuple[nn.Module, tuple[IntegerKernel, ...], Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, 8, 8)
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    model = nn.Sequential(stem, Excited(), Excited(), head)
+    return *quantized(trained_like(model), x), x
+
+
+def perceptron() -> tuple[nn.Module, tuple[IntegerKernel, ...], Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(512, 32)
+    layers = [nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)]
+    return *quantized(nn.Sequential(*layers).eval(), x), x
+
+
+MODELS = {"residual": residual, "excited": excited, "perceptron": perceptron}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_onnxruntime_computes_the_same_codes(name: str, tmp_path: Path) -> None:
+    model, kernels, x = MODELS[name]()
+    more = torch.randn(1024, *x.shape[1:])
+    if name != "perceptron":  # too few values for one of them to be next to an edge
+        assert steps_apart(model, tmp_path / "before.onnx", more) > 0.05
+
+    settle(model, kernels)
+
+    assert steps_apart(model, tmp_path / "after.onnx", more) < 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scales_move_by_a_thousandth_once(name: str) -> None:
+    model, kernels, _ = MODELS[name]()
+    before = state(model)
+
+    changed = avoid_ties(model, kernels)
+
+    after = state(model)
+    moved = [name for name, value in after.items() if not torch.equal(value, before[name])]
+    assert changed
+    assert moved
+    for tensor in moved:
+        torch.testing.assert_close(after[tensor], before[tensor], rtol=1e-3, atol=0)
+    assert avoid_ties(model, kernels) == []
+    assert all(torch.equal(value, after[name]) for name, value in state(model).items())
+
+
+def test_sums_of_convolutions_stay_clear_of_the_edges() -> None:
+    """What BatchNorm gives on, in steps of what rounds it, summed in float64."""
+    model, kernels, _ = residual()
+    x = torch.randn(256, 3, 8, 8)
+
+    def nearest(model: nn.Module) -> float:
+        twin = copy.deepcopy(model).double()
+        distances = []
+
+        def note(module: nn.Module, args: object, result: Tensor) -> None:
+            scale = float(quantizers["blocks.0.conv2"].input.scale)  # type: ignore[union-attr]
+            steps = result / scale
+            inside = steps[(steps > 0) & (steps < 255)]
+            distances.append(float(((inside - inside.floor()) - 0.5).abs().min()))
+
+        quantizers = {layer.name: layer.quantizers for layer in quantized_layers(twin)}
+        with twin.get_submodule("blocks.0.bn1").register_forward_hook(note), torch.no_grad():
+            twin(x.double())
+        return min(distances)
+
+    before = nearest(model)
+    settle(model, kernels)
+
+    assert before < 2e-5
+    assert nearest(model) > 1e-4
+
+
+# --- what cannot be moved
+
+
+def test_a_convolution_without_norm_moves_its_own_scales() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    model, kernels = quantized(model, torch.randn(8, 3, 9, 9))
+    before = state(model)
+
+    assert avoid_ties(model, kernels) == ["0"]  # the last result is not rounded
+    after = state(model)
+    assert [n for n, v in after.items() if not torch.equal(v, before[n])] == ["0/weight"]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_where_the_multiplier_is(affine: bool, granularity: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 9, 9)
+    layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=affine), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    model = nn.Sequential(*layers).eval()
+    weights = TensorSpec("int8", granularity)
+    recipe = QuantRecipe([QuantRule("*", weights, "int8")])
+    recipe = place(model, recipe, lambda: model(x), "onnxruntime").recipe
+    kernels = integer_kernels(record(model, lambda: model(x)))
+    model = observed(model, recipe, x)
+    before = state(model)
+
+    changed = avoid_ties(model, kernels)
+
+    moved = [name for name, v in state(model).items() if not torch.equal(v, before[name])]
+    if affine:
+        assert moved == ["1.weight"]
+    else:  # one scale cannot serve all channels
+        assert moved == ([] if granularity == "per_tensor" else ["0/weight"])
+    assert changed == (["0"] if moved else [])
+
+
+@pytest.mark.parametrize(("weights", "inputs"), [("fp8_e4m3", "fp8_e4m3"), ("int8", None)])
+def test_nothing_moves_without_integers(weights: str, inputs: str | None) -> None:
+    x = torch.randn(8, 3, 8, 8)
+    model = trained_like(Residual())
+    kernels = integer_kernels(record(model, lambda: model(x)))
+    model = observed(model, QuantRecipe.default(weights, inputs), x)
+    before = state(model)
+
+    assert avoid_ties(model, kernels) == []
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+
+
+def test_dead_and_negative_channels() -> None:
+    model, kernels, _ = residual()
+    norm = model.get_submodule("blocks.0.bn1")
+    with torch.no_grad():
+        norm.weight[0] = 0.0  # type: ignore[index, operator]
+        norm.weight[1] = -0.7  # type: ignore[index, operator]
+        norm.running_var[2] = math.inf  # type: ignore[index, operator]
+
+    avoid_ties(model, kernels)
+
+    assert norm.weight[0] == 0.0  # type: ignore[index, operator]
+    assert -0.7007 <= norm.weight[1] <= -0.6993  # type: ignore[index, operator]
+    assert norm.weight.isfinite().all()  # type: ignore[union-attr, operator]
