@@ -20,6 +20,7 @@ from statqat_lightning.placement import place, settle
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.ties import avoid_ties, fractions
 from tests.export.models import observed
+from tests.export.test_onnx_layouts import kernels
 from tests.test_biases import quantized, residual, trained_like
 from tests.test_placement import Residual
 
@@ -140,22 +141,33 @@ MODELS = {"residual": residual, "excited": excited, "perceptron": perceptron}
 
 @pytest.mark.parametrize("name", MODELS)
 def test_onnxruntime_computes_the_same_codes(name: str, tmp_path: Path) -> None:
-    model, kernels, x = MODELS[name]()
+    model, steps, x = MODELS[name]()
     more = torch.randn(1024, *x.shape[1:])
     if name != "perceptron":  # too few values for one of them to be next to an edge
         assert steps_apart(model, tmp_path / "before.onnx", more) > 0.05
 
-    settle(model, kernels)
+    settle(model, steps)
 
     assert steps_apart(model, tmp_path / "after.onnx", more) < 1e-3
 
 
+def test_linear_layers_add_integer_biases_in_their_kernel(tmp_path: Path) -> None:
+    model, steps, x = perceptron()
+    save_onnx(model, tmp_path / "before.onnx", x)
+    settle(model, steps)
+    save_onnx(model, tmp_path / "after.onnx", x)
+
+    before, after = kernels(tmp_path / "before.onnx"), kernels(tmp_path / "after.onnx")
+    assert (before["MatMulIntegerToFloat"], before["QGemm"]) == (3, 0)
+    assert (after["MatMulIntegerToFloat"], after["QGemm"]) == (1, 2)  # the last is not rounded
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_scales_move_by_a_thousandth_once(name: str) -> None:
-    model, kernels, _ = MODELS[name]()
+    model, steps, _ = MODELS[name]()
     before = state(model)
 
-    changed = avoid_ties(model, kernels)
+    changed = avoid_ties(model, steps)
 
     after = state(model)
     moved = [name for name, value in after.items() if not torch.equal(value, before[name])]
@@ -163,13 +175,13 @@ def test_scales_move_by_a_thousandth_once(name: str) -> None:
     assert moved
     for tensor in moved:
         torch.testing.assert_close(after[tensor], before[tensor], rtol=1e-3, atol=0)
-    assert avoid_ties(model, kernels) == []
+    assert avoid_ties(model, steps) == []
     assert all(torch.equal(value, after[name]) for name, value in state(model).items())
 
 
 def test_sums_of_convolutions_stay_clear_of_the_edges() -> None:
     """What BatchNorm gives on, in steps of what rounds it, summed in float64."""
-    model, kernels, _ = residual()
+    model, steps, _ = residual()
     x = torch.randn(256, 3, 8, 8)
 
     def nearest(model: nn.Module) -> float:
@@ -188,7 +200,7 @@ def test_sums_of_convolutions_stay_clear_of_the_edges() -> None:
         return min(distances)
 
     before = nearest(model)
-    settle(model, kernels)
+    settle(model, steps)
 
     assert before < 2e-5
     assert nearest(model) > 1e-4
@@ -200,10 +212,10 @@ def test_sums_of_convolutions_stay_clear_of_the_edges() -> None:
 def test_a_convolution_without_norm_moves_its_own_scales() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
-    model, kernels = quantized(model, torch.randn(8, 3, 9, 9))
+    model, steps = quantized(model, torch.randn(8, 3, 9, 9))
     before = state(model)
 
-    assert avoid_ties(model, kernels) == ["0"]  # the last result is not rounded
+    assert avoid_ties(model, steps) == ["0"]  # the last result is not rounded
     after = state(model)
     assert [n for n, v in after.items() if not torch.equal(v, before[n])] == ["0/weight"]
 
@@ -218,11 +230,11 @@ def test_where_the_multiplier_is(affine: bool, granularity: str) -> None:
     weights = TensorSpec("int8", granularity)
     recipe = QuantRecipe([QuantRule("*", weights, "int8")])
     recipe = place(model, recipe, lambda: model(x), "onnxruntime").recipe
-    kernels = integer_kernels(record(model, lambda: model(x)))
+    steps = integer_kernels(record(model, lambda: model(x)))
     model = observed(model, recipe, x)
     before = state(model)
 
-    changed = avoid_ties(model, kernels)
+    changed = avoid_ties(model, steps)
 
     moved = [name for name, v in state(model).items() if not torch.equal(v, before[name])]
     if affine:
@@ -236,23 +248,23 @@ def test_where_the_multiplier_is(affine: bool, granularity: str) -> None:
 def test_nothing_moves_without_integers(weights: str, inputs: str | None) -> None:
     x = torch.randn(8, 3, 8, 8)
     model = trained_like(Residual())
-    kernels = integer_kernels(record(model, lambda: model(x)))
+    steps = integer_kernels(record(model, lambda: model(x)))
     model = observed(model, QuantRecipe.default(weights, inputs), x)
     before = state(model)
 
-    assert avoid_ties(model, kernels) == []
+    assert avoid_ties(model, steps) == []
     assert all(torch.equal(value, before[name]) for name, value in state(model).items())
 
 
 def test_dead_and_negative_channels() -> None:
-    model, kernels, _ = residual()
+    model, steps, _ = residual()
     norm = model.get_submodule("blocks.0.bn1")
     with torch.no_grad():
         norm.weight[0] = 0.0  # type: ignore[index, operator]
         norm.weight[1] = -0.7  # type: ignore[index, operator]
         norm.running_var[2] = math.inf  # type: ignore[index, operator]
 
-    avoid_ties(model, kernels)
+    avoid_ties(model, steps)
 
     assert norm.weight[0] == 0.0  # type: ignore[index, operator]
     assert -0.7007 <= norm.weight[1] <= -0.6993  # type: ignore[index, operator]

@@ -26,11 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ResNet20, positive
 from measuring import measure, medians, ratio, write_results
 
-from statqat_lightning import QuantRecipe, TensorSpec, place, prepare
+from statqat_lightning import QuantRecipe, TensorSpec, prepare
+from statqat_lightning.dataflow import record
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.onnx import save_onnx
 from statqat_lightning.export.runtimes import float_onnx, layers_in_float
 from statqat_lightning.insertion import quantized_layers, refresh, set_observing
+from statqat_lightning.integer_kernels import integer_kernels
+from statqat_lightning.placement import place_in, settle
 
 W8A8 = QuantRecipe.default("int8", "int8")
 INT4 = QuantRecipe.default(TensorSpec("int4", "per_group:32"), None, first_last_bits=None)
@@ -103,10 +106,13 @@ def variants(
         with torch.no_grad():
             model.train()(x)  # BatchNorm statistics that fit
         model.eval()
-        target = place(model, W8A8, lambda: model(x), "onnxruntime").recipe
+        flow = record(model, lambda: model(x))
+        target = place_in(flow, model, W8A8, "onnxruntime").recipe
+        kernels = integer_kernels(flow)
         recipes = {"W8A8, target": (target, 0), "W8A8": (W8A8, 0)}
     else:
         model, x, aim = nn.Linear(MATRIX, MATRIX).eval(), torch.randn(1, MATRIX), 1.0
+        kernels = ()
         recipes = {"int4, exact": (INT4, 0), "int4, inputs rounded": (INT4, 4)}
     plain = float_onnx(model, ForwardCall.of(x))
     assert plain is not None
@@ -115,6 +121,8 @@ def variants(
     with tempfile.TemporaryDirectory() as folder:
         for variant, (recipe, level) in recipes.items():
             quantized = calibrated(model, recipe, x)
+            if variant == "W8A8, target":
+                settle(quantized, kernels)  # as a training does at its end
             runs[variant], integer[variant] = in_onnxruntime(
                 quantized, x, Path(folder), threads, level
             )

@@ -26,10 +26,11 @@ def lay_out_linears(graph: Any) -> None:
     """Store weights of Linear layers as `(in, out)`, and multiply with MatMul, where it gains.
 
     - Where inputs are integers, MatMul becomes ONNX Runtime's MatMulIntegerToFloat, which sums in
-      integers and scales in float32. A Gemm would become QGemm, which rounds the bias to a multiple
-      of the product of the scales and the output to the grid of the layer behind in one go; or a
-      product in float, if no layer is behind. The bias comes by Sum, because ONNX Runtime makes a
-      Gemm of MatMul and Add.
+      integers and scales in float32. The bias comes by Sum, because ONNX Runtime makes a Gemm of
+      MatMul and Add, and of that QGemm, which rounds the bias to a multiple of the product of the
+      scales and the output to the grid of the layer behind in one go; or a product in float, if no
+      layer is behind. Where there is such a layer and the bias is such a multiple, as in a model
+      that was trained for it, QGemm is the faster one, and the Gemm stays.
     - Where inputs are in float and codes of a column fit into 4 bits, they become MatMulNBits,
       which multiplies with the codes as they are. 8-bit codes stay: that kernel takes many times as
       long with them unless it is allowed to round inputs. So do weights of several products, which
@@ -50,6 +51,8 @@ def lay_out_linears(graph: Any) -> None:
         block = node.attributes.get_int("block_size", 0)
         integers = stored.numpy()
         if all(rounded) and not block:
+            if all(_is_exact_in_integers(product) for product in products):
+                continue
             kind = stored.dtype
         elif rounded == [False] and _fits(integers) and _is_fast_block(block):
             kind = _narrow(stored.dtype)
@@ -75,6 +78,14 @@ def _products(weight: Any) -> list[_Product]:
         else:
             return []
     return found
+
+
+def _is_exact_in_integers(product: _Product) -> bool:
+    """Whether a Gemm is followed by rounding and adds what its kernel for integers can add."""
+    if product.node.op_type != "Gemm" or _rounded_by(product.node.outputs[0]) is None:
+        return False
+    error = _bias_error(product.node)
+    return error is not None and error.of_multiple <= _FLOAT_NOISE
 
 
 def _is_plain(gemm: Any) -> bool:
@@ -208,16 +219,12 @@ def keep_biases(graph: Any) -> None:
     import onnx_ir
 
     for node in list(graph.graph):
-        if node.op_type != "Conv" or len(node.inputs) < 3 or node.inputs[2].const_value is None:
+        if node.op_type != "Conv":
             continue
-        scales = [_constant_scale(value.producer()) for value in node.inputs[:2]]
-        quantize = _rounded_by(node.outputs[0])
-        if quantize is None or any(scale is None for scale in scales):
+        quantize, error = _rounded_by(node.outputs[0]), _bias_error(node)
+        if quantize is None or error is None:
             continue
-        step = np.abs(scales[0] * scales[1]).reshape(-1)
-        bias = node.inputs[2].const_value.numpy()
-        error = np.abs(bias - np.round(bias / step) * step).max()
-        if error <= _HARMLESS * float(quantize.inputs[1].const_value.numpy()):
+        if error.absolute <= _HARMLESS * float(quantize.inputs[1].const_value.numpy()):
             continue
         (follower,) = node.outputs[0].consumers()
         is_relu = follower.op_type == "Relu"
@@ -244,6 +251,28 @@ def keep_biases(graph: Any) -> None:
             follower.replace_input_with(0, barrier.outputs[0])
 
 
+class _BiasError(NamedTuple):
+    """How far a bias is, at most, from multiples of input scale times weight scale."""
+
+    absolute: float
+    of_multiple: float
+
+
+def _bias_error(node: Any) -> _BiasError | None:
+    """That of a Conv or Gemm; None unless its inputs are integers with scales that are known."""
+    scales = [_constant_scale(value.producer()) for value in node.inputs[:2]]
+    if any(scale is None for scale in scales):
+        return None
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return _BiasError(0.0, 0.0)
+    if node.inputs[2].const_value is None:
+        return None
+    step = np.abs(scales[0] * scales[1]).reshape(-1)
+    bias = node.inputs[2].const_value.numpy()
+    error = np.abs(bias - np.round(bias / step) * step)
+    return _BiasError(float(error.max()), float((error / step).max()))
+
+
 _PASSED = ("Relu", "Clip", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool")
 """What ONNX Runtime looks through, or moves rounding in front of."""
 
@@ -261,6 +290,8 @@ def _rounded_by(value: Any) -> Any:
 
 _HARMLESS = 0.02
 """Share of an output's step that the rounding of a bias may take."""
+_FLOAT_NOISE = 0.02
+"""Share of a multiple that is the float32 rounding of a bias that was made one."""
 
 
 def _only_consumer(value: Any) -> Any:
