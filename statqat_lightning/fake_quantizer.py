@@ -171,7 +171,7 @@ class WeightFakeQuantizer(FakeQuantizer):
     """
 
     search_every = 16
-    """Every so many refreshes is a search; in between, `Quantizer.track` follows the weight."""
+    """Every so many refreshes is a search; between them scales rest, or `track` follows."""
 
     def __init__(
         self, layer: str, spec: TensorSpec, weight: Tensor, axis: int = 0, role: str = WEIGHT
@@ -377,8 +377,11 @@ def refresh_weights(weights: Sequence[tuple[WeightFakeQuantizer, Tensor]]) -> No
     for number, (quantizer, weight) in enumerate(weights):
         if quantizer.quantizer.learned and quantizer.ready:
             continue
-        rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
         search = not quantizer.ready or quantizer.num_refreshes % quantizer.search_every == 0
+        if quantizer.quantizer.rests and not search:
+            quantizer.num_refreshes += 1
+            continue
+        rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
         fmt = quantizer.fmt
         whole = isinstance(fmt, BlockFormat) and fmt.has_tensor_scale  # scales depend on all rows
         alone = number if whole or rows.numel() > _MAX_GROUP else -1

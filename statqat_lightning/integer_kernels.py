@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -41,6 +41,8 @@ class IntegerKernel:
         name: Name of the module that runs it; of a function, of the one whose forward calls it.
         norm: Name of the BatchNorm that is all that reads the output of a layer, None without.
         terms: The places that each of its inputs has passed, the nearest first.
+        sources: For each input the number of the step that made it, None for what is no result of
+            functions alone.
         results: The places that its result passes on the way to each of its readers.
         count: Over how many values a mean is taken.
     """
@@ -49,6 +51,7 @@ class IntegerKernel:
     name: str
     norm: str | None
     terms: tuple[Chain, ...]
+    sources: tuple[int | None, ...]
     results: tuple[Chain, ...]
     count: int = 1
 
@@ -63,14 +66,19 @@ class IntegerKernel:
         def moved(chains: tuple[Chain, ...]) -> tuple[Chain, ...]:
             return tuple(tuple((_join(prefix, n), role) for n, role in chain) for chain in chains)
 
-        norm = None if self.norm is None else _join(prefix, self.norm)
-        terms, results = moved(self.terms), moved(self.results)
-        return IntegerKernel(self.kind, _join(prefix, self.name), norm, terms, results, self.count)
+        return replace(
+            self,
+            name=_join(prefix, self.name),
+            norm=None if self.norm is None else _join(prefix, self.norm),
+            terms=moved(self.terms),
+            results=moved(self.results),
+        )
 
 
 def integer_kernels(flow: Dataflow) -> tuple[IntegerKernel, ...]:
     """All steps of a run, in its order; layers and BatchNorms only if they ran once."""
-    found = []
+    found: list[IntegerKernel] = []
+    numbers: dict[Value, int] = {}
     for operation in flow.operations:
         if not operation.inputs or not operation.outputs:
             continue
@@ -85,17 +93,28 @@ def integer_kernels(flow: Dataflow) -> tuple[IntegerKernel, ...]:
                     continue
                 norm, end = readers[0].name, readers[0].outputs[0]
             terms = (((operation.name, INPUT), *terms[0]),)
+        else:
+            numbers[end] = len(found)
         found.append(
             IntegerKernel(
                 operation.kind,
                 operation.name,
                 norm,
                 terms,
+                tuple(_source(value, numbers) for value in operation.inputs),
                 tuple(_ahead(end, flow)),
                 _count(operation) if operation.kind in MEANS else 1,
             )
         )
     return tuple(found)
+
+
+def _source(value: Value, numbers: Mapping[Value, int]) -> int | None:
+    maker = value.producer
+    while maker is not None and maker.kind in KEEPING and len(maker.inputs) == 1:
+        value = maker.inputs[0]
+        maker = value.producer
+    return numbers.get(value)
 
 
 def _passed(value: Value, flow: Dataflow) -> list[Place]:
@@ -153,13 +172,21 @@ class IntegerQuantizers:
 
     def first(self, chain: Chain) -> ActivationFakeQuantizer | None:
         """The one that rounds what passes a chain of places; None if another kind does."""
+        found = self._first(chain)
+        return found if found is not None and _is_integer(found) else None
+
+    def rounds(self, chain: Chain) -> bool:
+        """Whether anything rounds what passes a chain of places, be it to integers or not."""
+        return self._first(chain) is not None
+
+    def _first(self, chain: Chain) -> ActivationFakeQuantizer | None:
         for name, role in chain:
             layer = self._layers.get(name)
             if layer is None:
                 continue
             found = layer.output if role == OUTPUT else layer.of_input(role)
             if found is not None:
-                return found if _is_integer(found) else None
+                return found
         return None
 
     def all(self, chains: tuple[Chain, ...]) -> list[ActivationFakeQuantizer]:

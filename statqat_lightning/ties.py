@@ -71,7 +71,7 @@ def avoid_ties(model: nn.Module, kernels: Sequence[IntegerKernel]) -> list[str]:
     changed = []
     # In the order of the run: a scale that is changed is a term of what follows.
     for kernel in kernels:
-        values = None if kernel.has_weights else _values(kernel, quantizers)
+        values = None if kernel.has_weights else _values(kernel, kernels, quantizers)
         if values is not None:
             results = quantizers.all(kernel.results)
             changed += [q.name for q in results if _clear(q, values)]
@@ -81,21 +81,33 @@ def avoid_ties(model: nn.Module, kernels: Sequence[IntegerKernel]) -> list[str]:
     return changed
 
 
-def _values(kernel: IntegerKernel, quantizers: IntegerQuantizers) -> Tensor | None:
+def _values(
+    kernel: IntegerKernel, kernels: Sequence[IntegerKernel], quantizers: IntegerQuantizers
+) -> Tensor | None:
     """All values that a kernel can give, float64; None if they are too many or not known."""
-    terms = [quantizers.first(chain) for chain in kernel.terms]
-    grids = [_grid(term) for term in terms if term is not None]
-    if len(grids) != len(terms):
+    sets: list[Tensor] = []
+    for chain, source in zip(kernel.terms, kernel.sources, strict=True):
+        term = quantizers.first(chain)
+        if term is not None:
+            values: Tensor | None = _grid(term)
+        elif source is not None and not quantizers.rounds(chain):  # a function of such values
+            values = _values(kernels[source], kernels, quantizers)
+        else:
+            values = None
+        if values is None:
+            return None
+        sets.append(values)
+    if math.prod(map(len, sets)) > _MOST_VALUES:
         return None
-    if kernel.kind in _PAIRS and len(grids) == 2:
-        return _PAIRS[kernel.kind](grids[0][:, None], grids[1]).flatten()
-    if kernel.kind in _FUNCTIONS and len(grids) == 1:
-        return _FUNCTIONS[kernel.kind](grids[0])
-    if kernel.kind in MEANS and len(grids) == 1 and 0 < kernel.count * len(grids[0]) < _MOST_VALUES:
-        term, count = terms[0], kernel.count
-        assert term is not None
-        sums = torch.arange(int(term.fmt.min) * count, int(term.fmt.max) * count + 1)
-        return sums.double() * (_scale(term) / count)
+    if kernel.kind in _PAIRS and len(sets) == 2:
+        return _PAIRS[kernel.kind](sets[0][:, None], sets[1]).flatten()
+    if kernel.kind in _FUNCTIONS and len(sets) == 1:
+        return _FUNCTIONS[kernel.kind](sets[0])
+    term = quantizers.first(kernel.terms[0])
+    if kernel.kind in MEANS and term is not None and len(sets) == 1:
+        lowest, highest = (int(end) * kernel.count for end in (term.fmt.min, term.fmt.max))
+        if 0 < highest - lowest < _MOST_VALUES:
+            return torch.arange(lowest, highest + 1).double() * (_scale(term) / kernel.count)
     return None
 
 

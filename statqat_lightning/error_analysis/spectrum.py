@@ -42,7 +42,6 @@ _WINDOW_OCTAVES = (
     24  # of the data below its top octave; what lies lower holds no energy that matters
 )
 CANDIDATES_PER_OCTAVE = 64
-_NEAR = CANDIDATES_PER_OCTAVE // 32  # candidates on either side of the scale in force
 _FINE_POINTS = 18
 _OCTAVES_ABOVE, _OCTAVES_BELOW = 1, 12  # candidates' clip points around the top of the data
 _ROWS_AT_ONCE = 256  # a raw histogram takes 64 KiB
@@ -184,15 +183,15 @@ class EnergySpectrum:
     ) -> Tensor:
         """The scale of least error: the best candidate, followed by one fixed-point step.
 
+        A scale in force stays where its own error is within the tolerance of the least.
+
         The step `s <- E[x q] / E[q^2]` is the minimum over `s` for the codes that the candidate
         gives.
 
         Args:
             fmt: The number format.
-            warm: Scales in force, `(n,)`. Where no candidate is better by more than `tolerance`
-                than the one next to the scale in force, the search stays there: near-equal minima
-                must not make the scale jump.
-            tolerance: Relative error by which a distant candidate must win.
+            warm: Scales in force, `(n,)`.
+            tolerance: Share of the least error by which another scale must be better.
 
         Returns:
             float32 `(n,)`; 1 where there is no energy that the format can represent.
@@ -203,22 +202,21 @@ class EnergySpectrum:
         height = torch.exp2(window.top)
         least, best = curve.min(1)
         scale = scales[best] * height
-        if warm is not None:
+        rests = None
+        if warm is not None and tolerance > 0:
             position = (window.top + highest - torch.log2(warm)).mul_(CANDIDATES_PER_OCTAVE // 2)
             position = position.nan_to_num_(0.0).round_().clamp_(0, len(scales) - 1).long()
-            # Neighbours take part too: within them there is no jump, only the drift of one
-            # minimum.
-            near = position.unsqueeze(1) + _range(-_NEAR, _NEAR + 1, warm.device)
-            beside = curve.gather(1, near.clamp_(0, len(scales) - 1)).amin(1)
+            own = curve.gather(1, position.unsqueeze(1)).squeeze(1)
             # What every scale loses is added here only: beside it, float32 may not tell them apart.
-            stay = beside + window.outside <= (least + window.outside) * (1 + tolerance)
-            scale = torch.where(stay, warm, scale)
+            rests = own + window.outside <= (least + window.outside) * (1 + tolerance)
         x = window.points
         q = fmt.round_(x * (height / scale).view(-1, 1, 1))
         weighted = (window.energy * _inverse_power(x.device, x.shape[1])).unsqueeze(1) * q
         cross = (weighted.flatten(1) @ x.flatten()) * height
         step = cross / torch.linalg.vecdot(weighted.flatten(1), q.flatten(1))
         scale = torch.where(step.isfinite() & (step > 0), step, scale)
+        if warm is not None and rests is not None:
+            scale = torch.where(rests, warm, scale)
         return torch.where(window.power > 0, scale, 1.0)
 
     def mse(self, fmt: Format, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:

@@ -15,8 +15,10 @@ from statqat_lightning.error_analysis.spectrum import EnergySpectrum, bin_edges
 from statqat_lightning.formats import Format
 from statqat_lightning.quantizers.base import (
     SMALLEST,
+    TOLERANCE,
     Quantizer,
     Statistics,
+    checked_tolerance,
     covering_scale,
     least,
     positive_or_one,
@@ -29,7 +31,6 @@ _LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
 _LEAST_SPAN = 1 / 1.4  # the lowest candidate is no larger: some values are always clipped
 _LOWEST_START = 0.9  # times the scale of a normal density, which of all priors clips most
 _LEAST_START = 2.0**-24
-_CANDIDATES_IF_WARM = 8
 _STEPS = 2
 
 
@@ -45,10 +46,11 @@ class Analytic(Quantizer):
     and not the answer: candidates from the constant of the normal density up to a little beyond
     `max|x|`, `max|x|` itself and the scale in force are compared by their error on the data, row by
     row, and the two best take fixed-point steps. The finer the grid and the shorter the rows, the
-    more candidates the first search looks at; once there is a scale in force, a few will do. While
-    weights are tracked between two searches, the scale in force and `max|x|` take a step each, and
-    the better one wins. So the result is never worse than min-max on any row. From a running
-    statistic the closed forms are compared by their predicted error, without further steps.
+    more candidates there are. The scale found is never worse than min-max on any row. One that is
+    in force stays so while its error is within `tolerance` of the least: near the optimum the error
+    hardly depends on the scale, but every change of it rounds all weights anew, which costs more
+    than it gains (half of the loss of an int4 language model, see `docs/evidence.md`). From a
+    running statistic the closed forms are compared by their predicted error, without further steps.
 
     Rows are measured in units of `max|x| / fmt.max`: no square overflows or underflows.
 
@@ -57,20 +59,22 @@ class Analytic(Quantizer):
             for the generalized normal density of each row's own shape, by its ratio of mean
             magnitude to RMS (S. Mallat, "A theory for multiresolution signal decomposition", 1989).
         refine: Compare and refine; False gives the pure closed form.
+        tolerance: Share by which the squared error of the scale in force may exceed the least one
+            before another scale takes its place; 0 takes the best every time.
     """
 
     name = "analytic"
     needs_spectrum = True
 
-    def __init__(self, prior: str = "normal", refine: bool = True) -> None:
+    def __init__(
+        self, prior: str = "normal", refine: bool = True, tolerance: float = TOLERANCE
+    ) -> None:
         self.prior = prior if prior == AUTO else get_density(prior).name
-        self.refine = refine
+        self.refine = self.rests = refine
+        self.tolerance = checked_tolerance("Analytic", tolerance)
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
         return _by_parts(self._search if self.refine else self._closed_form, rows, fmt, warm)
-
-    def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
-        return _by_parts(_follow if self.refine else self._closed_form, rows, fmt, warm)
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
@@ -83,8 +87,11 @@ class Analytic(Quantizer):
         if not self.refine:
             return start
         scales = [cap, start, _capped(rms * optimal_scale(fmt, "laplace"), cap)]
-        candidates = torch.stack(scales if warm is None else [*scales, warm])
-        return least(candidates, torch.stack([spectrum.mse(fmt, s) for s in candidates]))
+        errors = [spectrum.mse(fmt, scale) for scale in scales]
+        found, error = least(torch.stack(scales), torch.stack(errors)), torch.stack(errors).amin(0)
+        if warm is None:
+            return found
+        return torch.where(spectrum.mse(fmt, warm) <= error * (1 + self.tolerance), warm, found)
 
     def _constant(self, fmt: Format, rms: Tensor, mean: Callable[[], Tensor]) -> Tensor | float:
         """Best scale in units of the RMS; `mean` gives the mean magnitudes if they are needed."""
@@ -99,7 +106,7 @@ class Analytic(Quantizer):
         start = self._closed_form(rows, fmt, warm)
         low = _LOWEST_START * optimal_scale(fmt, "normal") * _rms(rows)
         low = low.clamp(_LEAST_START, _LEAST_SPAN)
-        count = _num_candidates(fmt, rows.shape[1]) if warm is None else _CANDIDATES_IF_WARM
+        count = _num_candidates(fmt, rows.shape[1])
         fractions = torch.linspace(0, 1, count, device=rows.device).unsqueeze(1)
         known = [torch.ones_like(start), start, *([] if warm is None else [warm])]
         scales = torch.cat([torch.stack(known), low * (_highest(fmt) / low).pow(fractions)])
@@ -111,15 +118,11 @@ class Analytic(Quantizer):
         best = scales.gather(0, errors.topk(2, dim=0, largest=False).indices)
         for _ in range(_STEPS):
             best, error = _step(rows, best, fmt)
-        return torch.where(errors[0] > 0, least(best, error), 1.0)  # max|x| may be exact, or all 0
-
-
-def _follow(rows: Tensor, fmt: Format, warm: Tensor | None) -> Tensor:
-    """One step from the cap and from the scale in force, and the better of the two."""
-    assert warm is not None, "a scale in force is followed"
-    if not fmt.is_signed:
-        rows = rows.clamp_min(0.0)
-    return least(*_step(rows, torch.stack([torch.ones_like(warm), warm]), fmt))
+        found = torch.where(errors[0] > 0, least(best, error), 1.0)  # max|x| may be exact, or all 0
+        if warm is None:
+            return found
+        most = math.sqrt(1 + self.tolerance) * error.amin(0)
+        return torch.where(errors[len(known) - 1] <= most, warm, found)
 
 
 def _by_parts(
@@ -146,9 +149,13 @@ def _by_parts(
     for start in range(0, len(rows), num_rows):
         part = rows[start : start + num_rows]
         cap = covering_scale(part, fmt)
-        known = None if warm is None else warm[start : start + num_rows] / cap
-        scale = cap * choose(part / cap.unsqueeze(1), fmt, known)
-        parts.append(scale.clamp(SMALLEST, _LARGEST))
+        force = None if warm is None else warm[start : start + num_rows]
+        known = None if force is None else force / cap
+        chosen = choose(part / cap.unsqueeze(1), fmt, known)
+        scale = (cap * chosen).clamp(SMALLEST, _LARGEST)
+        if force is not None and known is not None:
+            scale = torch.where(chosen == known, force, scale)  # to the last bit
+        parts.append(scale)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -13,6 +13,9 @@ from statqat_lightning.formats import BlockFormat, Format, IntFormat
 from statqat_lightning.functional import QParams
 from statqat_lightning.granularity import Granularity, PerBlock, get_granularity
 
+TOLERANCE = 0.05
+"""Share of the least squared error, 0.2 dB, for which no scale in force is given up."""
+
 SMALLEST = 2.0**-149
 """The smallest positive float32."""
 
@@ -52,6 +55,8 @@ class Quantizer(ABC):
     """Whether `from_statistics` reads `Statistics.low` and `high`."""
     learned = False
     """Whether the scale is a parameter that training moves; the rule then gives its start only."""
+    rests = False
+    """Whether scales of weights rest between two searches; they are tracked if not."""
     range_momentum: float | None = None
     """Weight of a new batch in the running range; None keeps the extremes of all batches."""
 
@@ -69,7 +74,8 @@ class Quantizer(ABC):
         Args:
             rows: Finite float32 `(n, m)`.
             fmt: The number format.
-            warm: Scales in force, float32 `(n,)`: a refresh may start from them.
+            warm: Scales in force, float32 `(n,)`: a refresh may start from them, and keeps them
+                where they are nearly as good as what it finds.
 
         Returns:
             float32 `(n,)`, positive; 1 for a row of zeros.
@@ -198,6 +204,17 @@ def check_pairing(quantizer: str, fmt: Format, granularity: str | Granularity | 
             )
 
 
+def checked_tolerance(where: str, tolerance: float) -> float:
+    """A tolerance as it is.
+
+    Raises:
+        ValueError: If it is negative or no number.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"{where}: got tolerance={tolerance!r}; expected a number of at least 0.")
+    return tolerance
+
+
 def covering_scale(rows: Tensor, fmt: Format) -> Tensor:
     """The least scale at which no value of a row is clipped, `(n,)`; 1 for a row of zeros.
 
@@ -227,16 +244,6 @@ def squared_error(rows: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     """Sum of squared errors of each row at `scale` `(n,)`, float32 `(n,)`."""
     s = scale.unsqueeze(1)
     return fmt.round_(rows / s).mul_(s).sub_(rows).square_().sum(1)
-
-
-def fixed_point_step(rows: Tensor, scale: Tensor, fmt: Format) -> Tensor:
-    """One step `s <- <x, q> / <q, q>` with `q = round(x / s)`, which never raises a row's error.
-
-    See section 2 of the theory: rounding and least squares are both minimisations.
-    """
-    q = fmt.round_(rows / scale.unsqueeze(1))
-    step = (rows * q).sum(1) / q.square().sum(1)
-    return torch.where((step > 0) & step.isfinite(), step, scale)
 
 
 def least(scales: Tensor, errors: Tensor) -> Tensor:

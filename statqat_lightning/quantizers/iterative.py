@@ -11,9 +11,10 @@ from statqat_lightning.error_analysis import EnergySpectrum, Samples
 from statqat_lightning.error_analysis.spectrum import CANDIDATES_PER_OCTAVE
 from statqat_lightning.formats import Format
 from statqat_lightning.quantizers.base import (
+    TOLERANCE,
     Quantizer,
     Statistics,
-    fixed_point_step,
+    checked_tolerance,
     largest,
     near_one,
     positive_or_one,
@@ -47,26 +48,22 @@ class Iterative(Quantizer):
     their errors on the values themselves and searched around; the iteration only finishes.
 
     Args:
-        tolerance: From a running statistic: relative error by which a distant scale must be better
-            than the one in force to replace it; within it, the scale in force takes one fixed-point
-            step.
+        tolerance: Share by which the squared error of the scale in force may exceed the least one
+            before another scale takes its place, see `Analytic`.
         max_iterations: From a tensor: number of fixed-point steps that finish the search.
     """
 
     name = "iterative"
     needs_spectrum = True
     has_zero_point = True
+    rests = True
 
-    def __init__(self, tolerance: float = 0.02, max_iterations: int = 3) -> None:
-        if tolerance < 0:
-            raise ValueError(
-                f"Iterative: got tolerance={tolerance!r}; expected a number of at least 0."
-            )
+    def __init__(self, tolerance: float = TOLERANCE, max_iterations: int = 3) -> None:
         if max_iterations < 1:
             raise ValueError(
                 f"Iterative: got max_iterations={max_iterations!r}; expected at least 1."
             )
-        self.tolerance = tolerance
+        self.tolerance = checked_tolerance("Iterative", tolerance)
         self.max_iterations = max_iterations
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
@@ -111,10 +108,11 @@ class Iterative(Quantizer):
         for _ in range(self.max_iterations):
             scales = values.stepped(fmt, scales)
         errors = values.errors(fmt, scales)
-        return scales.gather(1, errors.argmin(1, keepdim=True)).squeeze(1)
-
-    def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
-        return fixed_point_step(rows, warm, fmt)
+        found = scales.gather(1, errors.argmin(1, keepdim=True)).squeeze(1)
+        if warm is None:
+            return found
+        stays = values.errors(fmt, warm.unsqueeze(1)).squeeze(1)
+        return torch.where(stays <= errors.amin(1) * (1 + self.tolerance), warm, found)
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None

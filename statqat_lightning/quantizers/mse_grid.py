@@ -30,6 +30,7 @@ class MSEGrid(Quantizer):
 
     name = "mse_grid"
     needs_spectrum = True
+    rests = True
 
     def __init__(self, num_candidates: int = 100) -> None:
         if num_candidates < 1:
@@ -49,9 +50,6 @@ class MSEGrid(Quantizer):
             least_error = torch.minimum(error, least_error)
         known = largest(rows, fmt) > 0
         return torch.where(known, best * unit, 1.0)
-
-    def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
-        return warm
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None

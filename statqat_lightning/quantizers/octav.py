@@ -44,6 +44,7 @@ class Octav(Quantizer):
 
     name = "octav"
     needs_spectrum = True
+    rests = True
 
     def __init__(self, max_iterations: int = 20) -> None:
         if max_iterations < 1:
@@ -69,9 +70,6 @@ class Octav(Quantizer):
 
         scale = self._solve(beyond, rows.new_zeros(len(rows)), fmt)
         return torch.where(magnitudes.amax(1) > 0, scale * unit, 1.0)
-
-    def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
-        return warm
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None

@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.insertion import quantized_layers, quantizer_state
+from statqat_lightning.tensor_spec import TensorSpec
 
 BATCH_SIZE = 32
 STEPS_PER_EPOCH = 6
@@ -143,6 +144,12 @@ def make_trainer(*callbacks: Callback, **options: Any) -> Trainer:
 def statqat(weights: Any = "int4", activations: Any = "int4", **options: Any) -> StatQATCallback:
     """The callback without its printed report."""
     return StatQATCallback(weights, activations, **{"verbose": False} | options)
+
+
+def restless(**options: Any) -> StatQATCallback:
+    """The callback with scales that move with every step; by default they rest while they can."""
+    inputs = TensorSpec("int4", quantizer="iterative", unsigned_if_nonnegative=True, tolerance=0.0)
+    return statqat(TensorSpec("int4", quantizer="minmax"), inputs, **options)
 
 
 def train(

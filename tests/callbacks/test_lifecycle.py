@@ -27,6 +27,7 @@ from tests.callbacks.digits import (
     loader,
     make_trainer,
     quantizer_of,
+    restless,
     rounded_int,
     scales,
     statqat,
@@ -146,7 +147,7 @@ class TwoOptimizers(DigitsModule):
 
 
 def test_several_optimizers() -> None:
-    module, run = train(statqat(freeze_at=None), module=TwoOptimizers, limit_val_batches=0)
+    module, run = train(restless(freeze_at=None), module=TwoOptimizers, limit_val_batches=0)
     assert_at_rest(module)
     of_first, of_second = (
         [state[name]["scale"] for state in run.states] for name in ("net.3/weight", "net.8/weight")

@@ -42,6 +42,7 @@ from tests.callbacks.digits import (
     held_out,
     loader,
     make_trainer,
+    restless,
     scales,
     statqat,
     train,
@@ -255,7 +256,7 @@ def test_batch_size_finder() -> None:
 
 def test_a_scheduler_of_gradient_accumulation() -> None:
     _, witness = train(
-        statqat(freeze_at=None), GradientAccumulationScheduler({0: 1, 1: 3}), max_epochs=2
+        restless(freeze_at=None), GradientAccumulationScheduler({0: 1, 1: 3}), max_epochs=2
     )
     moved = [
         not torch.equal(a["net.0/weight"]["scale"], b["net.0/weight"]["scale"])

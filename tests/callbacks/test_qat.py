@@ -30,6 +30,7 @@ from tests.callbacks.digits import (
     loader,
     make_trainer,
     quantizer_of,
+    restless,
     rounded_int,
     scales,
     small_cnn,
@@ -132,7 +133,7 @@ class ScalesInStep(Callback):
 
 def test_scales_move_at_the_end_of_a_batch_with_an_optimizer_step_and_at_no_other_time() -> None:
     witness = ScalesInStep()
-    train(statqat(freeze_at=None), witness, accumulate_grad_batches=2)
+    train(restless(freeze_at=None), witness, accumulate_grad_batches=2)
     steps = [0, *(step for step, _, _ in witness.rows)]
     assert steps == [0, 0, 1, 1, 2, 2, 3]
     for (_, start, end), before, after in zip(witness.rows, steps, steps[1:], strict=False):
@@ -145,6 +146,18 @@ def test_refresh_every_waits_for_so_many_batches_or_the_end_of_the_epoch() -> No
     inputs = [state["net.0/input"]["num_batches"].item() for state in witness.states]
     calibrated = inputs[0]
     assert [count - calibrated for count in inputs] == [0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 4]
+
+
+def test_scales_rest_while_their_error_is_near_the_least() -> None:
+    """What the default does, beside rules that take the best scale every time."""
+    _, witness = train(statqat(freeze_at=None), max_epochs=4)
+    _, other = train(restless(freeze_at=None), max_epochs=4)
+    for name in ("net.3/weight", "net.3/input"):
+        changes, often = (
+            sum(not a[name]["scale"].equal(b[name]["scale"]) for a, b in itertools.pairwise(states))
+            for states in (witness.states, other.states)
+        )
+        assert changes < 6 < 20 < often
 
 
 class TwoLosses(DigitsModule):
@@ -206,7 +219,7 @@ def digits_times_ten() -> Any:
 def test_a_backbone_in_eval_mode_is_observed() -> None:
     module = DigitsModule()
     module.net.eval()
-    module, witness = train(statqat(freeze_at=None), module=module)
+    module, witness = train(restless(freeze_at=None), module=module)
     assert not module.net[3].training
     counts = [state["net.3/input"]["num_batches"].item() for state in witness.states]
     assert counts == [*range(int(counts[0]), int(counts[0]) + STEPS_PER_EPOCH)]
@@ -233,7 +246,7 @@ def behind_scales(state: dict[str, Any]) -> dict[str, Any]:
 def test_scales_stop_at_the_share_of_the_training(
     length: dict[str, Any], freeze_at: float | None, first_frozen: int, messages: Messages
 ) -> None:
-    _, witness = train(statqat(freeze_at=freeze_at), **length)
+    _, witness = train(restless(freeze_at=freeze_at), **length)
     states = [behind_scales(state) for state in witness.states]
     for state in states[first_frozen:]:
         assert_same(state, states[first_frozen - 1])
@@ -247,8 +260,8 @@ def test_scales_stop_at_the_share_of_the_training(
 
 
 def test_a_second_fit_starts_unfrozen() -> None:
-    module, first = train(statqat(freeze_at=0.5))
-    _, second = train(statqat(freeze_at=0.5), module=module)
+    module, first = train(restless(freeze_at=0.5))
+    _, second = train(restless(freeze_at=0.5), module=module)
     frozen, moving = first.states[-1]["net.3/input"], second.states[0]["net.3/input"]
     assert moving["num_batches"] == frozen["num_batches"] + 1
     assert moving["scale"] != frozen["scale"]

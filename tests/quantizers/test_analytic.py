@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from statqat_lightning.error_analysis import EnergySpectrum
 from statqat_lightning.formats import Format, get_format
-from statqat_lightning.quantizers import Analytic, MinMax, Statistics, analytic
+from statqat_lightning.quantizers import Analytic, Iterative, MinMax, Statistics, analytic
 from tests.reference import ALL_FORMATS, ErrorOf
 
 INT4 = get_format("int4")
@@ -159,12 +160,12 @@ def test_auto_on_rows_without_a_shape() -> None:
 def test_magnitudes_up_to_the_ends_of_float32(name: str, power: int, follow: bool) -> None:
     fmt, rows = get_format(name), WEIGHTS["uniform"] * (2 - 2.0**-23)
     moved = (rows.double() * 2.0**power).float()
-    quantizer = Analytic()
+    quantizer = Analytic(tolerance=0.0)
     scale, moved_scale = quantizer.from_rows(rows, fmt), quantizer.from_rows(moved, fmt)
     if follow:
         scale, moved_scale = (
-            quantizer.track(rows, fmt, scale),
-            quantizer.track(moved, fmt, moved_scale),
+            quantizer.from_rows(rows, fmt, 1.3 * scale),
+            quantizer.from_rows(moved, fmt, 1.3 * moved_scale),
         )
     assert (moved_scale > 0).all()
     assert moved_scale.isfinite().all()
@@ -180,12 +181,10 @@ def test_parts_of_a_large_weight_are_rows_like_any(monkeypatch: pytest.MonkeyPat
     rows = WEIGHTS["student"]
     quantizer = Analytic()
     whole = quantizer.from_rows(rows, INT4)
-    followed = quantizer.track(rows, INT4, 1.1 * whole)
     warmed = quantizer.from_rows(rows, INT4, 1.1 * whole)
     for at_once in (1, 250, 400):
         monkeypatch.setattr(analytic, "_elements_at_once", lambda device, n=at_once: n)
         assert torch.equal(quantizer.from_rows(rows, INT4), whole)
-        assert torch.equal(quantizer.track(rows, INT4, 1.1 * whole), followed)
         assert torch.equal(quantizer.from_rows(rows, INT4, 1.1 * whole), warmed)
 
 
@@ -207,7 +206,7 @@ def test_default_on_a_trained_network(resnet20: dict[str, Tensor], name: str) ->
     for layer, rows in resnet20.items():
         scale = quantizer.from_rows(rows, fmt)
         for _ in range(4):
-            scale = quantizer.track(rows, fmt, scale)
+            scale = quantizer.from_rows(rows, fmt, scale)
         ours = np.array(errors(rows, scale, fmt))
         theirs = np.array(errors(rows, MinMax().from_rows(rows, fmt), fmt))
         assert (ours <= theirs * (1 + 1e-5)).all(), layer
@@ -233,35 +232,56 @@ def test_a_scale_in_force_is_kept_unless_something_is_better(fmt: Format, factor
         assert ours <= before * (1 + 1e-6) + 1e-12
 
 
-def test_tracking_follows_a_moving_weight() -> None:
-    rows = WEIGHTS["normal"].clone()
-    quantizer = Analytic()
-    scale = quantizer.from_rows(rows, INT4)
-    step = torch.Generator().manual_seed(1)
-    for _ in range(16):
-        rows += 0.01 * torch.randn(rows.shape, generator=step)
-        before = errors(rows, scale, INT4)
-        scale = quantizer.track(rows, INT4, scale)
-        after = errors(rows, scale, INT4)
-        assert all(a <= b * (1 + 1e-6) for a, b in zip(after, before, strict=True))
-    fresh = np.mean(errors(rows, quantizer.from_rows(rows, INT4), INT4))
-    assert np.mean(errors(rows, scale, INT4)) < fresh * 1.1  # 0.4 dB
+@pytest.mark.parametrize("quantizer", [Analytic, Iterative])
+@pytest.mark.parametrize("name", ["int2", "int4", "int8", "fp4", "fp8"])
+def test_a_scale_in_force_rests_within_the_tolerance(
+    quantizer: type[Analytic] | type[Iterative], name: str
+) -> None:
+    """The tolerance is a share of the least error, measured here by the reference."""
+    fmt, rows = get_format(name), WEIGHTS["normal"]
+    best = quantizer().from_rows(rows, fmt)
+    least = np.array(errors(rows, best, fmt))
+    kept = 0
+    for factor in (0.8, 0.9, 0.97, 1.0, 1.02, 1.1, 1.3):
+        warm = factor * best
+        share = np.array(errors(rows, warm, fmt)) / least - 1
+        for tolerance in (0.0, 0.05, 0.3):
+            found = quantizer(tolerance=tolerance).from_rows(rows, fmt, warm)
+            stays = (found == warm).numpy()
+            assert stays[share < tolerance - 5e-3].all()
+            assert not stays[share > tolerance + 5e-3].any()
+            moved = np.array(errors(rows, found, fmt))[~stays]
+            assert (moved <= least[~stays] * 1.005).all()
+            kept += int(stays.sum())
+    assert kept
 
 
-@pytest.mark.parametrize("name", ["int4", "int8", "fp4", "fp8"])
-def test_tracking_is_never_worse_than_minmax_or_standing_still(name: str) -> None:
-    fmt, step = get_format(name), torch.Generator().manual_seed(2)
-    rows = 0.05 * torch.randn(64, 144, generator=step)
-    quantizer = Analytic()
-    scale = quantizer.from_rows(rows, fmt)
-    for _ in range(15):
-        rows += 0.01 * 0.05 * torch.randn(rows.shape, generator=step)
-        baselines = (scale, MinMax().from_rows(rows, fmt))
-        scale = quantizer.track(rows, fmt, scale)
-        ours = errors(rows, scale, fmt)
-        for baseline in baselines:
-            theirs = errors(rows, baseline, fmt)
-            assert all(a <= b * (1 + 1e-6) for a, b in zip(ours, theirs, strict=True))
+@pytest.mark.parametrize("quantizer", [Analytic, Iterative])
+def test_scales_from_statistics_rest_within_the_tolerance(
+    quantizer: type[Analytic] | type[Iterative],
+) -> None:
+    fmt, rows = INT4, WEIGHTS["laplace"].flatten()[None]
+    spectrum = EnergySpectrum.of(rows, keep=False)
+    none = torch.zeros(1)
+    statistics = Statistics(spectrum, none, none)
+    best = quantizer().from_statistics(statistics, fmt)
+    least = spectrum.mse(fmt, best)
+    for factor in (0.85, 0.95, 1.0, 1.05, 1.2):
+        warm = factor * best
+        share = float(spectrum.mse(fmt, warm) / least - 1)
+        for tolerance in (0.02, 0.1):
+            found = quantizer(tolerance=tolerance).from_statistics(statistics, fmt, warm)
+            if share < 0.8 * tolerance:
+                assert torch.equal(found, warm)
+            elif share > 1.5 * tolerance:
+                assert float(spectrum.mse(fmt, found) / least) < 1 + tolerance / 2
+
+
+@pytest.mark.parametrize("quantizer", [Analytic, Iterative])
+def test_tolerance_is_checked(quantizer: type[Analytic] | type[Iterative]) -> None:
+    for wrong in (-0.1, math.nan):
+        with pytest.raises(ValueError, match=r"tolerance=.*; expected a number of at least 0"):
+            quantizer(tolerance=wrong)
 
 
 def test_tracking_without_refinement_is_the_closed_form() -> None:

@@ -14,7 +14,7 @@ from statqat_lightning.formats import Format, get_format
 from statqat_lightning.functional import fake_quantize
 from statqat_lightning.granularity import PerChannel, PerGroup, PerTensor
 from statqat_lightning.quantizers import Quantizer, Statistics, get_quantizer, quantizer_names
-from statqat_lightning.quantizers.base import fixed_point_step, squared_error
+from statqat_lightning.quantizers.base import squared_error
 from tests.reference import ALL_FORMATS, ASYMMETRIC_FORMATS, ErrorOf
 
 INT4 = get_format("int4")
@@ -230,19 +230,6 @@ def test_zero_points_are_whole_numbers_of_the_grid_or_refused(quantizer: Quantiz
         assert ((x_hat - x).square().sum(1) <= 0.025 * x.square().sum(1)).all()
     with pytest.raises(ValueError, match="with format 'fp4_e2m1'; expected an integer format"):
         quantizer.choose_qparams(x, get_format("fp4"), zero_point=True)
-
-
-@given(st.sampled_from(ALL_FORMATS), rows_of_floats, st.floats(2.0**-10, 2.0**10, width=32))
-def test_a_fixed_point_step_never_raises_the_error(
-    fmt: Format, row: list[float], scale: float
-) -> None:
-    rows = torch.tensor([row])
-    stepped = fixed_point_step(rows, torch.tensor([scale]), fmt)
-    error = ErrorOf(rows.double().numpy())
-    before, after = error(fmt, scale), error(fmt, float(stepped))
-    # The step is a ratio of float32 sums: off by 1e-6 of itself, which costs 1e-12 of the energy;
-    # the reference itself cancels to 1e-13 of the energy.
-    assert after <= before + 1e-11 * float(rows.double().square().mean())
 
 
 @given(st.sampled_from(ALL_FORMATS), rows_of_floats, st.floats(2.0**-10, 2.0**10, width=32))
