@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from statqat_lightning.formats import (
     BlockFormat,
     Format,
-    IntFormat,
     at_least_bits,
     get_format,
+    unsigned,
 )
 from statqat_lightning.functional import (
     QParams,
@@ -298,8 +298,8 @@ class ActivationFakeQuantizer(FakeQuantizer):
     def _format(self) -> Format:
         """The format of the specification, with the sign of the data and no fewer bits than due."""
         fmt = get_format(self.spec.format)
-        if self.spec.unsigned_if_nonnegative and isinstance(fmt, IntFormat):
-            fmt = fmt if self.lowest.item() < 0 else fmt.as_unsigned()
+        if self.spec.unsigned_if_nonnegative and self.lowest.item() >= 0:
+            fmt = unsigned(fmt) or fmt
         return at_least_bits(fmt, self.narrowest)
 
     def _fit(self, fmt: Format) -> None:

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass, fields
 from typing import Any
 
-from statqat_lightning.formats import BlockFormat, Format, IntFormat, get_format
+from statqat_lightning.formats import BlockFormat, Format, get_format, unsigned
 from statqat_lightning.functional import GRADIENTS
 from statqat_lightning.granularity import Granularity, get_granularity
 from statqat_lightning.quantizers import (
@@ -31,14 +31,15 @@ class TensorSpec:
         quantizer: Name of a quantizer, see `get_quantizer`; None for the default of the role:
             weights analytic (they are Gaussian-like), inputs iterative (they can be anything).
             `block` belongs to block formats, and they to it.
-        unsigned_if_nonnegative: Use the unsigned integers of the same width where calibration sees
-            no negative value: after a ReLU that is one bit won.
+        unsigned_if_nonnegative: Where calibration sees no negative value, use the unsigned integers
+            of the same width, or the floats with a zero point (`ufp4_e2m1` for `fp4_e2m1`): after a
+            ReLU that is one bit won, or 4 dB.
         gradient: Straight-through gradient, see `fake_quantize`.
         **options: Options of the quantizer.
 
     Raises:
         ValueError: If a name or an option is unknown, if format, granularity and quantizer do not
-            go together, or the sign option comes with a float format.
+            go together, or the sign option comes with a format that has no unsigned one.
     """
 
     format: str
@@ -77,10 +78,11 @@ class TensorSpec:
         blocks = isinstance(fmt, BlockFormat)
         if quantizer is not None or blocks:
             check_pairing(quantizer or Block.name, fmt, granularity)
-        if unsigned_if_nonnegative and not (isinstance(fmt, IntFormat) and fmt.signed):
+        if unsigned_if_nonnegative and unsigned(fmt) is None:
             raise ValueError(
                 f"TensorSpec: got unsigned_if_nonnegative=True with format {fmt.name!r}; "
-                "expected a signed integer format."
+                "expected signed integers, or floats with a form for a zero point: "
+                "fp8_e4m3, fp6_e2m3, fp6_e3m2, fp4_e2m1."
             )
         if gradient not in GRADIENTS:
             raise ValueError(
@@ -100,11 +102,12 @@ class TensorSpec:
     def with_format(self, fmt: Format) -> TensorSpec:
         """The same specification in another format, without what is void there.
 
-        That is the sign option for all but signed integers, and granularity and quantizer between a
-        block format and another one.
+        That is the sign option where the format is of another family, or has no unsigned form, and
+        granularity and quantizer between a block format and another one.
         """
-        adapts = self.unsigned_if_nonnegative and isinstance(fmt, IntFormat) and fmt.signed
         old = get_format(self.format)
+        adapts = self.unsigned_if_nonnegative and isinstance(fmt, type(old))
+        adapts = adapts and unsigned(fmt) is not None
         if isinstance(old, BlockFormat) != isinstance(fmt, BlockFormat):
             return TensorSpec(fmt.name, None, None, adapts, self.gradient)
         granularity = None if isinstance(fmt, BlockFormat) else self.granularity
@@ -141,7 +144,8 @@ class TensorSpec:
 def _refuse_unknown(options: dict[str, Any]) -> None:
     """Refuse options that no quantizer has: misspelt entries end up among them."""
     own = [field.name for field in fields(TensorSpec) if field.name != "options"]
-    known = [*own, *(option for name in quantizer_names() for option in option_names(name))]
+    options_of_all = [option for name in quantizer_names() for option in option_names(name)]
+    known = [*own, *dict.fromkeys(options_of_all)]
     if unknown := [option for option in options if option not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=2)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -10,12 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from statqat_lightning.formats import Format, format_names, get_format
+from statqat_lightning.formats import Format, ShiftedFloatFormat, format_names, get_format
 
 EVERY_FORMAT = [get_format(name) for name in format_names()]
 ASYMMETRIC_FORMATS = [fmt for fmt in EVERY_FORMAT if fmt.is_signed and not fmt.is_symmetric]
 ALL_FORMATS = [fmt for fmt in EVERY_FORMAT if fmt not in ASYMMETRIC_FORMATS]
 """All whose negative side is either missing or the mirror image of the positive one."""
+PLAIN_FORMATS = [fmt for fmt in ALL_FORMATS if not isinstance(fmt, ShiftedFloatFormat)]
+"""All that every quantizer has a form for."""
 FLOAT_FORMATS = [fmt for fmt in ALL_FORMATS if fmt.name.startswith("fp")]
 SIGNED_FORMATS = [fmt for fmt in ALL_FORMATS if fmt.is_signed]
 

@@ -25,6 +25,7 @@ from statqat_lightning.formats import (
     block_format_names,
     format_names,
     get_format,
+    unsigned,
 )
 from tests.reference import EVERY_FORMAT, FLOAT_FORMATS, every_finite_bfloat16, nearest
 
@@ -266,7 +267,7 @@ def test_limits_equal_the_standards(name: str, largest: float, smallest_positive
 def test_get_format_reads_aliases_and_spellings() -> None:
     assert get_format("fp8") is get_format("FP8-E4M3") is get_format("e4m3")
     assert get_format("fp4") == FloatFormat(2, 1)
-    assert get_format("uint3") == IntFormat(3, signed=False) == get_format("int3").as_unsigned()  # type: ignore[attr-defined]
+    assert get_format("uint3") == IntFormat(3, signed=False) == unsigned(get_format("int3"))
     assert [get_format(name).name for name in format_names()] == format_names()
     names = [*format_names(), *block_format_names(), *(fmt.name for fmt in ANY_FLOATS)]
     assert [str(get_format(name)) for name in names] == names
@@ -336,6 +337,7 @@ def test_float_widths_out_of_range(exponent: int, mantissa: int) -> None:
         ("levels:-1,0,1", 5, "fp6_e2m3"),
         ("mxfp4", 8, "mxfp8_e4m3"),
         ("nvfp4", 5, "mxfp6_e2m3"),
+        ("ufp4", 8, "ufp8_e4m3"),
         ("mxfp8_e5m2", 8, "mxfp8_e5m2"),
     ],
 )

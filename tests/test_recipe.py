@@ -80,8 +80,8 @@ def test_spec_holds_what_it_was_given() -> None:
         ),
         ({"format": "int4", "tolerance": 0.1}, r"options \['tolerance'\] without a quantizer"),
         ({"format": "int4", "gradient": "clip"}, "gradient='clip'; expected one of clipped"),
-        ({"format": "fp4", "unsigned_if_nonnegative": True}, "expected a signed integer format"),
-        ({"format": "uint4", "unsigned_if_nonnegative": True}, "expected a signed integer format"),
+        ({"format": "fp8_e5m2", "unsigned_if_nonnegative": True}, "expected signed integers"),
+        ({"format": "uint4", "unsigned_if_nonnegative": True}, "expected signed integers, or fl"),
     ],
 )
 def test_mistakes_in_a_spec(arguments: dict[str, Any], message: str) -> None:
@@ -113,6 +113,8 @@ def test_with_format_keeps_the_rest() -> None:
     wide = spec.with_format(get_format("int8"))
     assert wide.to_dict() == spec.to_dict() | {"format": "int8"}
     assert not spec.with_format(get_format("fp8")).unsigned_if_nonnegative
+    floats = TensorSpec("fp4", unsigned_if_nonnegative=True)
+    assert floats.with_format(get_format("fp8")).unsigned_if_nonnegative
 
 
 # Rules

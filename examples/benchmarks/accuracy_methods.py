@@ -29,6 +29,8 @@ class Setting:
 
     weights: str
     inputs: str
+    zero_point: bool = False
+    """Whether float inputs that are never negative have a zero point, as unsigned integers do."""
 
     def __str__(self) -> str:
         return f"{self.weights} weights, {self.inputs} inputs"
@@ -43,6 +45,7 @@ SETTINGS = {
     "FP8": Setting("fp8_e4m3", "fp8_e4m3"),
     "FP6": Setting("fp6_e2m3", "fp6_e2m3"),
     "FP4": Setting("fp4_e2m1", "fp4_e2m1"),
+    "FP4-zp": Setting("fp4_e2m1", "fp4_e2m1", zero_point=True),
     "MXFP4": Setting("mxfp4", "fp4_e2m1"),
 }
 
@@ -90,21 +93,20 @@ def ours(
         freeze_at: When scales stop, None for never.
     """
 
-    def spec(name: str, quantizer: str | None, adaptive: bool) -> TensorSpec:
-        fmt = get_format(name)
-        blocks = isinstance(fmt, BlockFormat)
+    def spec(name: str, quantizer: str | None, adaptive: bool = False) -> TensorSpec:
+        blocks = isinstance(get_format(name), BlockFormat)
         return TensorSpec(
             name,
             quantizer=("block" if block_rule else None) if blocks else quantizer,
-            unsigned_if_nonnegative=adaptive and isinstance(fmt, IntFormat),
+            unsigned_if_nonnegative=adaptive,
             gradient=gradient,
             **({"rule": block_rule} if blocks and block_rule else {}),
         )
 
     def build(network: ResNet20, setting: Setting) -> Prepared:
         callback = StatQATCallback(
-            spec(setting.weights, weights, adaptive=False),
-            spec(setting.inputs, inputs, adaptive=True),
+            spec(setting.weights, weights),
+            spec(setting.inputs, inputs, setting.zero_point or is_integer(setting.inputs)),
             first_last_bits=LEAST_BITS,
             freeze_at=freeze_at,
             verbose=False,
@@ -112,6 +114,16 @@ def ours(
         return network, [callback]
 
     return build
+
+
+def is_integer(name: str) -> bool:
+    """Whether a format is one of integers."""
+    return isinstance(get_format(name), IntFormat)
+
+
+def no_zero_point(setting: Setting) -> str | None:
+    """What knows floats about zero alone."""
+    return "no zero points of floats" if setting.zero_point else None
 
 
 def no_blocks(setting: Setting) -> str | None:
@@ -122,8 +134,7 @@ def no_blocks(setting: Setting) -> str | None:
 
 def integers_only(setting: Setting) -> str | None:
     """What lacks all other formats."""
-    whole = isinstance(get_format(setting.weights), IntFormat)
-    return None if whole else "quantizes integers only"
+    return None if is_integer(setting.weights) else "quantizes integers only"
 
 
 def of_layer(name: str, setting: Setting) -> tuple[Format, Format]:
@@ -235,8 +246,10 @@ METHODS = {
     "min-max": Method(ours("minmax", "moving_average", block_rule="max")),
     "percentile": Method(ours("percentile", "percentile"), no_blocks),
     # Its paper brings a gradient of its own.
-    "OCTAV": Method(ours("octav", "octav", gradient="magnitude"), no_blocks),
+    "OCTAV": Method(
+        ours("octav", "octav", gradient="magnitude"), lambda s: no_blocks(s) or no_zero_point(s)
+    ),
     "LSQ": Method(ours("lsq", "lsq", freeze_at=None), no_blocks),
-    "Brevitas": Method(brevitas, package="brevitas"),
+    "Brevitas": Method(brevitas, no_zero_point, package="brevitas"),
     "torch.ao": Method(torch_ao, integers_only),
 }

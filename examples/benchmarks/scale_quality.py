@@ -32,7 +32,7 @@ from exact_optimum import least_errors, squared_errors
 from measuring import write_results
 from scale_peers import BASELINE, OURS, Way, quiet, ways
 
-from statqat_lightning.formats import Format, IntFormat, get_format
+from statqat_lightning.formats import Format, IntFormat, get_format, unsigned
 
 FORMATS = (
     *("int2", "int3", "int4", "int8"),
@@ -148,7 +148,7 @@ def format_for(name: str, rows: Tensor) -> Format:
     """A format, or its unsigned form for values that are never negative."""
     fmt = get_format(name)
     if isinstance(fmt, IntFormat) and float(rows.amin()) >= 0:
-        return fmt.as_unsigned()
+        return unsigned(fmt) or fmt
     return fmt
 
 

@@ -47,6 +47,7 @@ from statqat_lightning.formats import (
     CodebookFormat,
     FloatFormat,
     IntFormat,
+    ShiftedFloatFormat,
     get_format,
 )
 
@@ -184,6 +185,11 @@ def _translate_input(x: Any, scale: Any, low: float, high: float, format: str) -
     import onnx
 
     op, fmt = _operators(), get_format(format)
+    if isinstance(fmt, ShiftedFloatFormat):
+        unit, shift = high / fmt.max, op.Mul(scale, _constant(op, fmt.zero_point))
+        ends = unit * fmt.element.min, unit * fmt.element.max
+        x = op.Sub(op.Clip(x, _constant(op, 0.0)), shift)
+        return op.Add(_translate_input(x, scale, *ends, fmt.element.name), shift)
     if isinstance(fmt, IntFormat):
         lowest, highest = (-128.0, 127.0) if fmt.is_signed else (0.0, 255.0)
         # Signed codes are shifted: ONNX Runtime turns int8 inputs into uint8 on x86, and 1.32 makes

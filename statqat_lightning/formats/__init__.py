@@ -11,3 +11,5 @@ from statqat_lightning.formats.names import at_least_bits as at_least_bits
 from statqat_lightning.formats.names import block_format_names as block_format_names
 from statqat_lightning.formats.names import format_names as format_names
 from statqat_lightning.formats.names import get_format as get_format
+from statqat_lightning.formats.names import unsigned as unsigned
+from statqat_lightning.formats.shifted_floats import ShiftedFloatFormat as ShiftedFloatFormat

@@ -68,13 +68,19 @@ class FloatFormat(Format):
         return torch.cat([positive, -positive])
 
     def round_inside_(self, x: Tensor) -> Tensor:
-        spacing = self._binade(x).clamp_min_(2.0**self.min_exponent)
         # Adding and subtracting 1.5 * 2**p in units of the local spacing (p: fraction bits of the
         # dtype) leaves no fraction bits below the spacing, and the addition itself rounds half to
         # even, as IEEE 754 demands.
-        fraction_bits = 23 if x.dtype == torch.float32 else 52
-        anchor = 1.5 * 2.0 ** (fraction_bits - self.mantissa_bits)
+        spacing, anchor = self.binade(x), self.anchor(x.dtype)
         return x.add_(spacing, alpha=anchor).sub_(spacing, alpha=anchor)
+
+    def anchor(self, dtype: torch.dtype) -> float:
+        """What leaves no fraction below the spacing when it is added, in units of the binade."""
+        return 1.5 * 2.0 ** ((23 if dtype == torch.float32 else 52) - self.mantissa_bits)
+
+    def binade(self, x: Tensor) -> Tensor:
+        """`2**floor(log2|x|)`, and no less than for the smallest normal value."""
+        return self._binade(x).clamp_min_(2.0**self.min_exponent)
 
     @staticmethod
     def _binade(x: Tensor) -> Tensor:

@@ -57,7 +57,3 @@ class IntFormat(Format):
 
     def round_inside_(self, x: Tensor) -> Tensor:
         return x.round_()
-
-    def as_unsigned(self) -> IntFormat:
-        """The unsigned integers of the same width."""
-        return IntFormat(self.width, signed=False)

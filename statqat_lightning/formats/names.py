@@ -11,6 +11,7 @@ from statqat_lightning.formats.blocks import E4M3, E8M0, BlockFormat
 from statqat_lightning.formats.codebooks import CodebookFormat, standard_codebook
 from statqat_lightning.formats.floats import FloatFormat
 from statqat_lightning.formats.integers import IntFormat
+from statqat_lightning.formats.shifted_floats import ShiftedFloatFormat
 
 _FLOATS = {
     fmt.name: fmt
@@ -23,6 +24,7 @@ _FLOATS = {
         FloatFormat(3, 0),
     )
 }
+_SHIFTED = [f"u{name}" for name, fmt in _FLOATS.items() if ShiftedFloatFormat.has_form_for(fmt)]
 _BLOCKS = {
     fmt.name: fmt
     for fmt in (
@@ -38,6 +40,8 @@ _CODEBOOKS = ("nf4", "sf4")
 _ALIASES = {
     "fp8": "fp8_e4m3",
     "fp4": "fp4_e2m1",
+    "ufp8": "ufp8_e4m3",
+    "ufp4": "ufp4_e2m1",
     "mxfp8": "mxfp8_e4m3",
     "mxfp6": "mxfp6_e2m3",
     "mxfp4_e2m1": "mxfp4",
@@ -53,7 +57,7 @@ _INTS = [
 
 def format_names() -> list[str]:
     """Canonical names of all formats of single values, but for other floats and lists of levels."""
-    return [*_INTS, *_FLOATS, *_CODEBOOKS]
+    return [*_INTS, *_FLOATS, *_SHIFTED, *_CODEBOOKS]
 
 
 def block_format_names() -> list[str]:
@@ -72,6 +76,8 @@ def get_format(name: str) -> Format:
             - `fp8_e4m3`, `fp8_e5m2`, `fp6_e2m3`, `fp6_e3m2`, `fp4_e2m1`, `fp4_e3m0`, and any other
               `fp{bits}_e{x}m{y}` of up to 8 bits, or `e{x}m{y}` in short; `fp8` is E4M3, `fp4`
               E2M1. E4M3 and E5M2 have the special codes of OCP OFP8 v1.0, others have none;
+            - `ufp8_e4m3`, `ufp6_e2m3`, `ufp6_e3m2`, `ufp4_e2m1`, the same with a zero point, for
+              data that is not negative, see `ShiftedFloatFormat`; `ufp8` and `ufp4` in short;
             - `nf4` (QLoRA, arXiv 2305.14314) and `sf4` (Student-float with 5 degrees of freedom,
               arXiv 2405.03103), `levels:-1,-0.5,0,0.5,1` for levels of one's own;
             - block formats, for weights: `mxfp8_e4m3` (or `mxfp8`), `mxfp8_e5m2`, `mxfp6_e2m3` (or
@@ -111,19 +117,29 @@ def _parse(name: str) -> Format | None:
         return IntFormat(int(match[2]), signed=not match[1])
     if match := re.fullmatch(r"int([2-8])_full", key):
         return IntFormat(int(match[1]), full_range=True)
-    if match := re.fullmatch(r"(?:fp(\d)_)?e(\d)m(\d)", key):
-        exponent_bits, mantissa_bits = int(match[2]), int(match[3])
+    if match := re.fullmatch(r"(?:(u?)fp(\d)_)?e(\d)m(\d)", key):
+        exponent_bits, mantissa_bits = int(match[3]), int(match[4])
         bits = 1 + exponent_bits + mantissa_bits
-        if exponent_bits < 1 or bits > 8 or match[1] not in (None, str(bits)):
+        if exponent_bits < 1 or bits > 8 or match[2] not in (None, str(bits)):
             return None
         other = FloatFormat(exponent_bits, mantissa_bits)
-        return _FLOATS.get(other.name, other)
+        other = _FLOATS.get(other.name, other)
+        return unsigned(other) if match[1] else other
     if key.startswith("levels:"):
         try:
             return CodebookFormat(tuple(map(float, key.removeprefix("levels:").split(","))))
         except ValueError as error:
             raise ValueError(f"format: got {name!r}: {error}") from error
     return standard_codebook(key) if key in _CODEBOOKS else _BLOCKS.get(key)
+
+
+def unsigned(fmt: Format) -> Format | None:
+    """The format of the same width for data that is not negative; None if there is none."""
+    if isinstance(fmt, IntFormat) and fmt.signed:
+        return IntFormat(fmt.width, signed=False)
+    if isinstance(fmt, FloatFormat) and ShiftedFloatFormat.has_form_for(fmt):
+        return ShiftedFloatFormat(fmt)
+    return None
 
 
 def at_least_bits(fmt: Format, bits: int) -> Format:
@@ -137,5 +153,6 @@ def at_least_bits(fmt: Format, bits: int) -> Format:
     if isinstance(fmt, IntFormat):
         return IntFormat(bits, fmt.signed, fmt.full_range)
     prefix = "mx" if isinstance(fmt, BlockFormat) else ""
+    prefix = "u" if isinstance(fmt, ShiftedFloatFormat) else prefix
     wider = map(get_format, (f"{prefix}fp6_e2m3", f"{prefix}fp8_e4m3"))
     return next((f for f in wider if f.bits >= bits), fmt)
