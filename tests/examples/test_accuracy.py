@@ -174,7 +174,8 @@ def test_all_methods_quantize_the_same_tensors_to_the_same_grids(
 def test_our_method_is_what_users_get_by_default(accuracy: ModuleType) -> None:
     for setting in accuracy.SETTINGS.values():
         _, (callback,) = accuracy.METHODS["StatQAT"].build(accuracy.common.ResNet20(), setting)
-        default = StatQATCallback(setting.weights, setting.inputs)
+        inputs = TensorSpec(setting.inputs, unsigned_if_nonnegative=True)
+        default = StatQATCallback(setting.weights, inputs if setting.zero_point else setting.inputs)
         assert callback.recipe.to_dict() == default.recipe.to_dict()
         assert callback.schedule == default.schedule
 
