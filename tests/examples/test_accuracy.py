@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from statqat_lightning import StatQATCallback, get_format
+from statqat_lightning import StatQATCallback, TensorSpec, get_format
 
 PEERS = ("Brevitas", "torch.ao")
 OURS = ("StatQAT", "min-max", "percentile", "OCTAV", "LSQ")
