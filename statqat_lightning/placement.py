@@ -1,10 +1,10 @@
 """Where a runtime's integer kernels need quantizers, beside those of the layers' inputs.
 
 ONNX Runtime runs a convolution in integers only if its output is rounded to 8 bits, too, behind the
-BatchNorm that is folded into it and behind a ReLU; and a sum only if all its terms and its result
-are. So those tensors are rounded in training as well: once each, where they are made, instead of at
-every layer that reads them. (Which patterns have kernels: ONNX Runtime's QDQ selectors; measured
-ratios are in the README.)
+BatchNorm that is folded into it and behind a ReLU; and a sum or a product only if all its terms and
+its result are. So those tensors are rounded in training as well: once each, where they are made,
+instead of at every layer that reads them. (Which patterns have kernels: ONNX Runtime's QDQ
+selectors; measured ratios are in the README.)
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from statqat_lightning.dataflow import (
 )
 from statqat_lightning.formats import CodebookFormat, IntFormat, get_format
 from statqat_lightning.insertion import assigned_rules
-from statqat_lightning.integer_kernels import CLIPPING, IntegerKernel
+from statqat_lightning.integer_kernels import CLIPPING, MEANS, IntegerKernel
 from statqat_lightning.layer_kinds import has_weights
 from statqat_lightning.quantized_layer import kind_of
 from statqat_lightning.recipe import ROLES, QuantRecipe, QuantRule, TensorSpec, full_name
-from statqat_lightning.ties import avoid_ties
+from statqat_lightning.ties import FUNCTIONS, avoid_ties
 
 TARGETS = ("onnxruntime",)
 """Runtimes that quantizers can be placed for."""
 
-_SUMS = ("add", "cat", "concat")
+_JOINING = ("add", "cat", "concat", "mul")
 
 
 @dataclass
@@ -142,6 +142,7 @@ class _Places:
     flow: Dataflow
     rounded: dict[Value, TensorSpec] = field(default_factory=dict)
     made: dict[Value, TensorSpec] = field(default_factory=dict)  # by convolutions and their sums
+    computed: dict[Value, TensorSpec] = field(default_factory=dict)  # as functions of such values
     shared: set[Value] = field(default_factory=set)  # what is rounded for all that read it
     changed: dict[str, dict[str, TensorSpec | None]] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
@@ -149,7 +150,7 @@ class _Places:
     def placement(self) -> Placement:
         """What comes of the model."""
         self._need_layers()
-        self._need_sums()
+        self._need_what_comes_of_them()
         for value, spec in self.rounded.items():
             self._put(value, spec)
         rules = [self._rule(name) for name in dict.fromkeys([*self.rules, *self.changed])]
@@ -171,17 +172,29 @@ class _Places:
             if operation.kind in CONVOLUTIONS:
                 self._round_end(operation, spec)
 
-    def _need_sums(self) -> None:
-        """Terms and results of sums that convolutions give something to."""
+    def _need_what_comes_of_them(self) -> None:
+        """Terms and results of sums and products that convolutions give to, and what means are of.
+
+        A function of such a tensor is rounded only where one of these takes it.
+        """
         for operation in self.flow.operations:
             terms = operation.inputs
-            known = [self.made[value] for value in terms if value in self.made]
-            if operation.kind not in _SUMS or len(terms) < 2 or not known:
+            known = [spec for value in terms if (spec := self._origin(value)) is not None]
+            if not known:
+                continue
+            joins = operation.kind in _JOINING and len(terms) > 1
+            if operation.kind in FUNCTIONS and len(terms) == 1:
+                self.computed[operation.outputs[0]] = known[0]
+            if not joins and operation.kind not in MEANS:
                 continue
             for value in terms:
                 self.rounded.setdefault(value, known[0])
                 self.shared.add(value)
-            self._round_end(operation, known[0])
+            if joins:
+                self._round_end(operation, known[0])
+
+    def _origin(self, value: Value) -> TensorSpec | None:
+        return self.made.get(value) or self.computed.get(value)
 
     def _round_end(self, operation: Operation, spec: TensorSpec) -> None:
         end = _end_of(operation.outputs[0])

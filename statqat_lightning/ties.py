@@ -44,12 +44,13 @@ _CLEAR = 1e-5
 _MOST_VALUES = 1 << 17
 
 _PAIRS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"add": torch.add, "mul": torch.mul}
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **{"hardswish": F.hardswish, "Hardswish": F.hardswish},
     **{"hardsigmoid": F.hardsigmoid, "Hardsigmoid": F.hardsigmoid},
     **{"sigmoid": torch.sigmoid, "Sigmoid": torch.sigmoid},
     **{"silu": F.silu, "SiLU": F.silu, "tanh": torch.tanh, "Tanh": torch.tanh},
 }
+"""Functions of single values, by the kinds of operations that compute them."""
 
 
 @torch.no_grad()
@@ -101,8 +102,8 @@ def _values(
         return None
     if kernel.kind in _PAIRS and len(sets) == 2:
         return _PAIRS[kernel.kind](sets[0][:, None], sets[1]).flatten()
-    if kernel.kind in _FUNCTIONS and len(sets) == 1:
-        return _FUNCTIONS[kernel.kind](sets[0])
+    if kernel.kind in FUNCTIONS and len(sets) == 1:
+        return FUNCTIONS[kernel.kind](sets[0])
     term = quantizers.first(kernel.terms[0])
     if kernel.kind in MEANS and term is not None and len(sets) == 1:
         lowest, highest = (int(end) * kernel.count for end in (term.fmt.min, term.fmt.max))
