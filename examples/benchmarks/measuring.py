@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import random
 import statistics
@@ -23,20 +24,38 @@ Seconds = dict[str, list[float]]
 
 
 def measure(
-    runs: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3, device: str = "cpu"
+    runs: dict[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 3,
+    device: str = "cpu",
+    turn: float = 0.0,
 ) -> Seconds:
-    """Seconds of each variant in each round; a few rounds before warm up and are not counted."""
+    """Seconds of each variant in each round; a few rounds before warm up and are not counted.
+
+    Args:
+        runs: The variants.
+        rounds: Turns of each.
+        warm_up: Rounds that are not counted.
+        device: Where they run.
+        turn: Seconds that a turn takes at least; what is shorter runs again and again, and the mean
+            counts. Otherwise a variant of less than a millisecond finds the caches as others left
+            them.
+    """
     seconds: Seconds = {name: [] for name in runs}
+    repeats = dict.fromkeys(runs, 1)
     order, shuffle = list(runs), random.Random(0).shuffle
     for number in range(-warm_up, rounds):
         shuffle(order)
         for name in order:
             _wait(device)
             start = time.perf_counter()
-            runs[name]()
+            for _ in range(repeats[name]):
+                runs[name]()
             _wait(device)
+            each = (time.perf_counter() - start) / repeats[name]
+            repeats[name] = max(1, math.ceil(turn / each)) if number < 0 else repeats[name]
             if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(each)
     return seconds
 
 

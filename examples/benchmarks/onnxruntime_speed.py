@@ -61,6 +61,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float | None
     "encoder, 2 layers": (encoder, (8, 64, 128), None),
 }
 MATRIX = 2048
+TURN = 0.02  # seconds of forwards of one network before that of another
 
 
 def calibrated(model: nn.Module, recipe: QuantRecipe, x: Tensor) -> nn.Module:
@@ -152,7 +153,7 @@ def main() -> None:
     results: dict[str, dict[str, dict[str, float | str]]] = {}
     for name in args.networks:
         runs, integer, aim = variants(name, args.threads)
-        seconds = measure(runs, args.rounds)
+        seconds = measure(runs, args.rounds, turn=TURN)
         middle = medians(seconds)
         results[name] = {}
         for number, variant in enumerate(runs):
