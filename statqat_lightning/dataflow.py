@@ -155,6 +155,8 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not self._inside_atom and any(True for _ in _floating(result)):
             kind = _kind_of_function(func) if self._stack else OUTPUT_KIND
+            if kwargs.get("alpha", 1) != 1:
+                kind = f"scaled {kind}"  # not the sum of its terms
             self._note(kind, None, self._stack[-1] if self._stack else "", (args, kwargs), result)
         return result
 

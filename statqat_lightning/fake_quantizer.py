@@ -185,6 +185,19 @@ class WeightFakeQuantizer(FakeQuantizer):
         self.together: WeightsTogether | None = None
         self.to(weight.device if weight.device.type != "meta" else torch.device("cpu"))
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the next refresh is a search: often at first, then every so many refreshes."""
+        number = self.num_refreshes
+        early = number & (number - 1) == 0  # 0, 1, 2, 4, 8
+        return not self.ready or early or number % self.search_every == 0
+
+    def pass_over(self) -> bool:
+        """Count a refresh in which the scale rests; False if there is something to do."""
+        rests = self.quantizer.rests and not self.is_due
+        self.num_refreshes += rests
+        return rests
+
     def __call__(self, weight: Tensor) -> Tensor:
         if self.together is not None and self.enabled and self.ready:
             quantized = self.together.take(self, weight)
@@ -377,10 +390,7 @@ def refresh_weights(weights: Sequence[tuple[WeightFakeQuantizer, Tensor]]) -> No
     for number, (quantizer, weight) in enumerate(weights):
         if quantizer.quantizer.learned and quantizer.ready:
             continue
-        search = not quantizer.ready or quantizer.num_refreshes % quantizer.search_every == 0
-        if quantizer.quantizer.rests and not search:
-            quantizer.num_refreshes += 1
-            continue
+        search = quantizer.is_due
         rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
         fmt = quantizer.fmt
         whole = isinstance(fmt, BlockFormat) and fmt.has_tensor_scale  # scales depend on all rows

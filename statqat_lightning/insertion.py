@@ -331,7 +331,12 @@ def refresh(
     """
     layers = _quantized_modules(model)
     if weights:
-        found = [(q, m, name) for m, layer in layers for name, q in layer.weights.items()]
+        found = [
+            (q, m, name)
+            for m, layer in layers
+            for name, q in layer.weights.items()
+            if not q.pass_over()
+        ]
         sharded = [is_sharded(m._parameters.get(name)) for _, m, name in found]
         whole = [entry for entry, apart in zip(found, sharded, strict=True) if not apart]
         refresh_weights([(q, weight_of(m, name)) for q, m, name in whole])

@@ -83,7 +83,7 @@ def integer_kernels(flow: Dataflow) -> tuple[IntegerKernel, ...]:
         if not operation.inputs or not operation.outputs:
             continue
         end, norm = operation.outputs[0], None
-        terms = tuple(tuple(_passed(value, flow)) for value in operation.inputs)
+        terms = tuple(tuple(_passed(value, operation, flow)) for value in operation.inputs)
         if operation.kind in _WEIGHTED:
             if flow.calls[operation.name] != 1:
                 continue
@@ -117,29 +117,38 @@ def _source(value: Value, numbers: Mapping[Value, int]) -> int | None:
     return numbers.get(value)
 
 
-def _passed(value: Value, flow: Dataflow) -> list[Place]:
-    """All that takes or returns a value, or what it is made of without leaving its grid."""
-    found = [(name, INPUT) for name in reversed(value.taken_by)]
-    found += [(name, OUTPUT) for name in value.returned_by]
+def _passed(value: Value, reader: Operation, flow: Dataflow) -> list[Place]:
+    """What a value passes on its way to an operation, the nearest first.
+
+    Modules that take it around the operation, all that returned it, and likewise what it is made of
+    without leaving its grid.
+    """
+    found = [(name, INPUT) for name in reversed(value.taken_by) if _is_around(name, reader)]
+    found += [(name, OUTPUT) for name in reversed(value.returned_by)]
     found = [(name, role) for name, role in found if flow.calls[name] == 1]
     maker = value.producer
     if maker is not None and maker.kind in KEEPING and len(maker.inputs) == 1:
-        found += _passed(maker.inputs[0], flow)
+        found += _passed(maker.inputs[0], maker, flow)
     return found
 
 
 def _ahead(value: Value, flow: Dataflow) -> list[Chain]:
     """The places between a value and each of those that read it or keep it on its grid."""
-    own = [(name, OUTPUT) for name in value.returned_by]
-    own += [(name, INPUT) for name in value.taken_by]
-    here = tuple(place for place in own if flow.calls[place[0]] == 1)
     chains: list[Chain] = []
     for reader in value.consumers:
+        own = [(name, OUTPUT) for name in value.returned_by]
+        own += [(name, INPUT) for name in value.taken_by if _is_around(name, reader)]
+        here = tuple(place for place in own if flow.calls[place[0]] == 1)
         if reader.kind in (*KEEPING, *CLIPPING) and len(reader.inputs) == 1:
-            chains += [(*here, *chain) for chain in _ahead(reader.outputs[0], flow)]
+            chains += [(*here, *chain) for chain in _ahead(reader.outputs[0], flow) or [()]]
         else:
             chains.append(here)
-    return chains or [here]
+    return chains
+
+
+def _is_around(name: str, operation: Operation) -> bool:
+    """Whether an operation is a module, or part of it."""
+    return not name or f"{operation.name}.".startswith(f"{name}.")
 
 
 def _count(operation: Operation) -> int:
@@ -155,7 +164,10 @@ def _join(prefix: str, name: str) -> str:
 
 
 class IntegerQuantizers:
-    """The quantizers of a model that round to integers with one scale for each channel at most."""
+    """The quantizers of a model that integer kernels have a form for.
+
+    Signed weights with one scale for each channel at most, and inputs and outputs of 8 bits.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._layers: Mapping[str, LayerQuantizers] = {
@@ -168,12 +180,12 @@ class IntegerQuantizers:
         found = None if layer is None else layer.weight
         if found is None or not isinstance(found.granularity, (PerChannel, PerTensor)):
             return None
-        return found if _is_integer(found) else None
+        return found if _is_integer(found) and found.fmt.is_signed else None
 
     def first(self, chain: Chain) -> ActivationFakeQuantizer | None:
-        """The one that rounds what passes a chain of places; None if another kind does."""
+        """The one that rounds what passes a chain of places to 8 bits; None if another does."""
         found = self._first(chain)
-        return found if found is not None and _is_integer(found) else None
+        return found if found is not None and _is_integer(found) and found.fmt.bits == 8 else None
 
     def rounds(self, chain: Chain) -> bool:
         """Whether anything rounds what passes a chain of places, be it to integers or not."""

@@ -64,7 +64,7 @@ class TensorSpec:
             get_granularity(granularity)
         if quantizer is not None:
             rule = get_quantizer(quantizer, **options)
-            rule.check_format(fmt)
+            rule.check_format((unsigned(fmt) or fmt) if unsigned_if_nonnegative else fmt)
             if rule.learned and gradient != "clipped":
                 raise ValueError(
                     f"TensorSpec: got gradient={gradient!r} with quantizer {quantizer!r}; expected "

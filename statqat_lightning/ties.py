@@ -74,8 +74,7 @@ def avoid_ties(model: nn.Module, kernels: Sequence[IntegerKernel]) -> list[str]:
     for kernel in kernels:
         values = None if kernel.has_weights else _values(kernel, kernels, quantizers)
         if values is not None:
-            results = quantizers.all(kernel.results)
-            changed += [q.name for q in results if _clear(q, values)]
+            changed += _clear_all(quantizers.all(kernel.results), values)
     for kernel in kernels:
         if kernel.has_weights and _make_rational(model, kernel, quantizers):
             changed.append(kernel.name)
@@ -128,6 +127,21 @@ def _interval(value: Tensor) -> tuple[Tensor, Tensor]:
     return low * (1 + _MARGIN * _WIDTH), low * (1 + (1 - _MARGIN) * _WIDTH)
 
 
+def _clear_all(quantizers: Sequence[ActivationFakeQuantizer], values: Tensor) -> list[str]:
+    """Those of several quantizers of one result that have changed; equal ones stay equal."""
+    changed: dict[tuple[float, str], float] = {}
+    names = []
+    for quantizer in quantizers:
+        key = _scale(quantizer), quantizer.fmt.name
+        if key in changed:
+            quantizer.scale.fill_(changed[key])
+            names.append(quantizer.name)
+        elif _clear(quantizer, values):
+            changed[key] = _scale(quantizer)
+            names.append(quantizer.name)
+    return names
+
+
 def _clear(quantizer: ActivationFakeQuantizer, values: Tensor) -> bool:
     """Give a quantizer the scale of its interval whose edges are farthest from all values."""
     low, high = (float(end) for end in _interval(quantizer.qparams.scale.double().cpu()))
@@ -154,7 +168,8 @@ def _make_rational(model: nn.Module, kernel: IntegerKernel, quantizers: IntegerQ
     """Make the multipliers of a layer fractions with odd denominators."""
     products, results = quantizers.products(kernel), quantizers.all(kernel.results)
     weight = quantizers.weight(kernel.name)
-    if products is None or weight is None or len(results) != 1:
+    scales = {_scale(result) for result in results}
+    if products is None or weight is None or len(scales) != 1:
         return False
     multiplier = products / results[0].qparams.scale.double()
     norm: Any = None if kernel.norm is None else model.get_submodule(kernel.norm)

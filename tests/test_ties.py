@@ -15,7 +15,11 @@ from statqat_lightning.dataflow import record
 from statqat_lightning.export.onnx import save_onnx
 from statqat_lightning.export.runtimes import onnx_session
 from statqat_lightning.insertion import quantized_layers
-from statqat_lightning.integer_kernels import IntegerKernel, integer_kernels
+from statqat_lightning.integer_kernels import (
+    IntegerKernel,
+    IntegerQuantizers,
+    integer_kernels,
+)
 from statqat_lightning.placement import place, settle
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.ties import avoid_ties, fractions
@@ -269,3 +273,70 @@ def test_dead_and_negative_channels() -> None:
     assert norm.weight[0] == 0.0  # type: ignore[index, operator]
     assert -0.7007 <= norm.weight[1] <= -0.6993  # type: ignore[index, operator]
     assert norm.weight.isfinite().all()  # type: ignore[union-attr, operator]
+
+
+def test_formats_without_integer_kernels_stay(tmp_path: Path) -> None:
+    """int4 inputs have none in ONNX Runtime, nor have unsigned weights."""
+    for weights, inputs in (("int4", "int4"), ("int2", "int2"), ("uint8", "int8")):
+        torch.manual_seed(0)
+        x = torch.randn(8, 3, 8, 8)
+        model = trained_like(Residual())
+        recipe = QuantRecipe.default(weights, inputs, first_last_bits=None)
+        recipe = place(model, recipe, lambda m=model, x=x: m(x), "onnxruntime").recipe  # type: ignore[misc]
+        steps = integer_kernels(record(model, lambda m=model, x=x: m(x)))  # type: ignore[misc]
+        model = observed(model, recipe, x)
+        before = state(model)
+
+        assert settle(model, steps) == ([], [])
+        assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+
+
+class Fork(nn.Module):
+    """Two layers of different widths read one tensor, two of the same width another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu = nn.Conv2d(3, 8, 3), nn.ReLU()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(8, 8, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        x = torch.relu(self.a(x) + self.b(x))
+        out: Tensor = self.c(x) + self.d(x)
+        return out
+
+
+def fork(inputs_of_b: str) -> tuple[nn.Module, tuple[IntegerKernel, ...]]:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    model = Fork().eval()
+    rules = [QuantRule("b", "int8", inputs_of_b), QuantRule("*", "int8", "int8")]
+    recipe = place(model, QuantRecipe(rules), lambda: model(x), "onnxruntime").recipe
+    steps = integer_kernels(record(model, lambda: model(x)))
+    return observed(model, recipe, x), steps
+
+
+def test_a_layer_is_settled_by_what_rounds_its_own_input() -> None:
+    model, steps = fork("int4")
+    layers = {layer.name: layer.quantizers for layer in quantized_layers(model)}
+    (of_a,) = (step for step in steps if step.name == "a")
+
+    assert layers["a"].input is None  # rounded once, where it is made
+    assert layers["b"].input is not None
+    assert IntegerQuantizers(model).first(of_a.terms[0]) is layers["relu"].output
+
+
+def test_readers_of_one_tensor_keep_one_scale(tmp_path: Path) -> None:
+    model, steps = fork("int8")
+    layers = {layer.name: layer.quantizers for layer in quantized_layers(model)}
+    c, d = layers["c"].input, layers["d"].input
+    assert c is not None
+    assert d is not None
+    assert torch.equal(c.scale, d.scale)
+    save_onnx(model, tmp_path / "before.onnx", torch.randn(2, 3, 8, 8))
+
+    assert {"c/input", "d/input"} <= {*settle(model, steps).scales}
+
+    assert torch.equal(c.scale, d.scale)
+    save_onnx(model, tmp_path / "after.onnx", torch.randn(2, 3, 8, 8))
+    assert kernels(tmp_path / "after.onnx") == kernels(tmp_path / "before.onnx")

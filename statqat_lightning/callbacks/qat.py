@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from statqat_lightning.callbacks.averaging import Averaging
 from statqat_lightning.callbacks.calibration import (
@@ -54,8 +54,8 @@ class StatQATCallback(Callback):
 
     Layers get fake quantizers after `LightningModule.setup` and `configure_model`, for every stage
     of the Trainer. Before the first step, a few training batches calibrate the inputs. At the end
-    of every batch, what the inputs have gathered is summed over the ranks, and all scales are
-    chosen anew. Nothing is observed in validation, test or prediction.
+    of every batch, what the inputs have gathered is summed over the ranks, and scales that are no
+    longer near the best are chosen anew. Nothing is observed in validation, test or prediction.
 
     The module keeps its parameters, buffers, names and `state_dict` keys. Statistics and scales
     travel in the checkpoint under a key of their own, so float and quantized checkpoints load into
@@ -366,7 +366,7 @@ class StatQATCallback(Callback):
                 f"where it needs quantizers: {reason}. Place them ahead: "
                 "recipe=place(model, recipe, lambda: model(example), target).recipe."
             ) from reason
-        self._kernels = integer_kernels(flow)
+        self._kernels = trainer.strategy.broadcast(integer_kernels(flow))
         if self.placed is not None:
             return
         placement = place_in(flow, pl_module, self.recipe, self.target)
@@ -425,6 +425,8 @@ class StatQATCallback(Callback):
         self.phases.release()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._kernels and trainer.world_size > 1:
+            _share_batch_norm(trainer, pl_module)
         self.finish(pl_module)
 
     def finish(self, pl_module: LightningModule) -> None:
@@ -436,6 +438,19 @@ class StatQATCallback(Callback):
         self.averaging.finish(pl_module)
         if self.enabled:
             settle(pl_module, self._kernels)
+
+
+def _share_batch_norm(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Give all ranks the BatchNorm statistics of the first, which it will export and save.
+
+    They have their own since the last step, and would settle on other scales.
+    """
+    norms = [m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    own = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+    first = trainer.strategy.broadcast([buffer.detach().cpu() for buffer in own])
+    with torch.no_grad():
+        for buffer, value in zip(own, first, strict=True):
+            buffer.copy_(value)
 
 
 def _reduction(trainer: Trainer) -> Reduce | None:

@@ -205,10 +205,13 @@ class EnergySpectrum:
         rests = None
         if warm is not None and tolerance > 0:
             position = (window.top + highest - torch.log2(warm)).mul_(CANDIDATES_PER_OCTAVE // 2)
-            position = position.nan_to_num_(0.0).round_().clamp_(0, len(scales) - 1).long()
-            own = curve.gather(1, position.unsqueeze(1)).squeeze(1)
+            position = position.nan_to_num_(-1.0).round_()
+            known = (position >= 0) & (position <= len(scales) - 1)
+            own = curve.gather(1, position.clamp_(0, len(scales) - 1).long().unsqueeze(1)).squeeze(
+                1
+            )
             # What every scale loses is added here only: beside it, float32 may not tell them apart.
-            rests = own + window.outside <= (least + window.outside) * (1 + tolerance)
+            rests = known & (own + window.outside <= (least + window.outside) * (1 + tolerance))
         x = window.points
         q = fmt.round_(x * (height / scale).view(-1, 1, 1))
         weighted = (window.energy * _inverse_power(x.device, x.shape[1])).unsqueeze(1) * q

@@ -60,7 +60,8 @@ class Analytic(Quantizer):
             magnitude to RMS (S. Mallat, "A theory for multiresolution signal decomposition", 1989).
         refine: Compare and refine; False gives the pure closed form.
         tolerance: Share by which the squared error of the scale in force may exceed the least one
-            before another scale takes its place; 0 takes the best every time.
+            before another scale takes its place; 0 takes the best at every refresh, not only when
+            it is time for a search.
     """
 
     name = "analytic"
@@ -70,8 +71,9 @@ class Analytic(Quantizer):
         self, prior: str = "normal", refine: bool = True, tolerance: float = TOLERANCE
     ) -> None:
         self.prior = prior if prior == AUTO else get_density(prior).name
-        self.refine = self.rests = refine
+        self.refine = refine
         self.tolerance = checked_tolerance("Analytic", tolerance)
+        self.rests = refine and tolerance > 0
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
         return _by_parts(self._search if self.refine else self._closed_form, rows, fmt, warm)
@@ -91,7 +93,8 @@ class Analytic(Quantizer):
         found, error = least(torch.stack(scales), torch.stack(errors)), torch.stack(errors).amin(0)
         if warm is None:
             return found
-        return torch.where(spectrum.mse(fmt, warm) <= error * (1 + self.tolerance), warm, found)
+        rests = (spectrum.mse(fmt, warm) <= error * (1 + self.tolerance)) & (spectrum.power > 0)
+        return torch.where(rests, warm, found)
 
     def _constant(self, fmt: Format, rms: Tensor, mean: Callable[[], Tensor]) -> Tensor | float:
         """Best scale in units of the RMS; `mean` gives the mean magnitudes if they are needed."""
@@ -122,7 +125,8 @@ class Analytic(Quantizer):
         if warm is None:
             return found
         most = math.sqrt(1 + self.tolerance) * error.amin(0)
-        return torch.where(errors[len(known) - 1] <= most, warm, found)
+        rests = (errors[len(known) - 1] <= most) & (errors[0] > 0)
+        return torch.where(rests, warm, found)
 
 
 def _by_parts(

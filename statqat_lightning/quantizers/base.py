@@ -82,7 +82,7 @@ class Quantizer(ABC):
         """
 
     def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
-        """Scale of rows that moved little since `warm`; cheaper than `from_rows` where possible."""
+        """Scale of rows that moved little since `warm`, between searches, unless scales rest."""
         return self.from_rows(rows, fmt, warm)
 
     @abstractmethod

@@ -56,7 +56,6 @@ class Iterative(Quantizer):
     name = "iterative"
     needs_spectrum = True
     has_zero_point = True
-    rests = True
 
     def __init__(self, tolerance: float = TOLERANCE, max_iterations: int = 3) -> None:
         if max_iterations < 1:
@@ -64,6 +63,7 @@ class Iterative(Quantizer):
                 f"Iterative: got max_iterations={max_iterations!r}; expected at least 1."
             )
         self.tolerance = checked_tolerance("Iterative", tolerance)
+        self.rests = tolerance > 0
         self.max_iterations = max_iterations
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:

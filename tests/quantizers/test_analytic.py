@@ -277,6 +277,24 @@ def test_scales_from_statistics_rest_within_the_tolerance(
                 assert float(spectrum.mse(fmt, found) / least) < 1 + tolerance / 2
 
 
+@pytest.mark.parametrize("name", ["ufp8_e4m3", "fp4_e3m0", "fp8_e4m3", "int4"])
+@pytest.mark.parametrize("power", [-30, -8, 3, 8, 14, 30])
+def test_a_scale_far_off_does_not_rest(name: str, power: int) -> None:
+    fmt = get_format(name)
+    rows = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0)).abs()
+    spectrum = EnergySpectrum.of(rows, keep=False)
+    best = spectrum.optimal_scale(fmt)
+    found = spectrum.optimal_scale(fmt, best * 2.0**power, 0.05)
+    assert float(spectrum.mse(fmt, found) / spectrum.mse(fmt, best)) < 1.06
+
+
+def test_rows_of_zeros_get_scale_one_again() -> None:
+    warm = torch.tensor([0.3, 0.3])
+    rows = torch.stack([torch.zeros(50), torch.randn(50)])
+    for quantizer in (Analytic(), Iterative()):
+        assert quantizer.from_rows(rows, INT4, warm)[0] == 1
+
+
 @pytest.mark.parametrize("quantizer", [Analytic, Iterative])
 def test_tolerance_is_checked(quantizer: type[Analytic] | type[Iterative]) -> None:
     for wrong in (-0.1, math.nan):
