@@ -247,13 +247,13 @@ def test_error_curve_equals_the_error_of_the_values() -> None:
 
 
 def test_a_scale_in_force_stays_where_nothing_is_clearly_better() -> None:
-    # E4M3 on a normal: within 0.1 dB, or 2 %, over ten octaves.
+    # E4M3 on a normal: within 0.1 dB, or 2 %.
     spectrum, fmt = spectrum_of("normal"), get_format("fp8_e4m3")
     best = spectrum.optimal_scale(fmt)
-    warm = best * 4
+    warm = 0.7 * best
     assert 1 < ERRORS["normal"](fmt, float(warm)) / ERRORS["normal"](fmt, float(best)) < 1.05
     stayed = spectrum.optimal_scale(fmt, warm, tolerance=0.1)
-    assert stayed.item() == pytest.approx(warm.item(), rel=0.05)  # a fixed-point step moves it
+    assert stayed.item() == warm.item()
     moved = spectrum.optimal_scale(fmt, warm, tolerance=0.0)
     assert moved.item() == best.item()
 
