@@ -1,7 +1,7 @@
 """Cost of choosing the scales of a large weight, and the SNR that each way of choosing gives.
 
-A refresh (`Analytic.track`, at every training step) and a search (`from_rows`, at every sixteenth)
-are timed beside the largest magnitude of each row, which min-max needs, and beside one
+A search with a scale in force (at every sixteenth training step; in between scales rest) and the
+first one are timed beside the largest magnitude of each row, which min-max needs, and beside one
 fake-quantize, which the forward pass needs. Ratios are medians over rounds, see `measuring.py`.
 """
 
@@ -44,13 +44,12 @@ def costs(size: int, rounds: int) -> dict[str, dict[str, float]]:
         runs: dict[str, Callable[[], object]] = {
             "amax": lambda: rows.abs().amax(1),
             "fake_quantize": lambda p=qparams, f=fmt: fake_quantize(rows, p, f),
-            "refresh": lambda f=fmt, w=warm: quantizer.track(rows, f, w),
             "search": lambda f=fmt, w=warm: quantizer.from_rows(rows, f, w),
             "first search": lambda f=fmt: quantizer.from_rows(rows, f),
         }
         seconds = measure(runs, rounds, warm_up=1)
         row = {f"{run} (ms)": 1e3 * value for run, value in medians(seconds).items()}
-        for run in ("refresh", "search", "first search"):
+        for run in ("search", "first search"):
             for base in ("amax", "fake_quantize"):
                 row[f"{run} / {base}"] = ratio(seconds, run, base)
         table[name] = row
@@ -76,15 +75,6 @@ def optimum(rows: Tensor, fmt: Format) -> Tensor:
     return near.amin(1).minimum(curve.amin(1))
 
 
-def refreshed(rows: Tensor, fmt: Format) -> Tensor:
-    """Scales of the default quantizer after a first search and four refreshes."""
-    quantizer = Analytic()
-    scale = quantizer.from_rows(rows, fmt)
-    for _ in range(4):
-        scale = quantizer.track(rows, fmt, scale)
-    return scale
-
-
 def snr_table(checkpoint: Path) -> dict[str, dict[str, float]]:
     """Mean over layers of the mean over channels of the SNR in dB, by format and way.
 
@@ -98,7 +88,7 @@ def snr_table(checkpoint: Path) -> dict[str, dict[str, float]]:
     ways: dict[str, Callable[[Tensor, Format], Tensor]] = {
         "min-max": lambda rows, fmt: MinMax().from_rows(rows, fmt),
         **{p: Analytic(p, refine=False).from_rows for p in PRIORS},
-        "default": refreshed,
+        "default": Analytic().from_rows,
     }
     table = {}
     for name in TABLE:
