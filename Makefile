@@ -41,13 +41,13 @@ demo: $(STAMP)  ## train, quantize and export a small network on scanned digits
 	$(BIN)/python examples/digits.py
 
 test: lint  ## linters, types and the quick tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not cifar and not slow"
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not cifar and not slow"
 
 test-all: lint  ## all tests, those that take long included
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test-lowest: $(LOWEST_STAMP)  ## the quick tests on the oldest supported versions, in .venv-lowest
-	$(LOWEST)/bin/python -m pytest --numprocesses auto --dist loadfile -m "not cifar and not slow"
+	$(LOWEST)/bin/python -m pytest --numprocesses auto --dist worksteal -m "not cifar and not slow"
 
 # `lowest-direct` takes the lowest version that pyproject.toml allows of everything it names. Torch
 # and torchvision are resolved together, as each release of one goes with one of the other.

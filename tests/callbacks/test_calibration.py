@@ -333,13 +333,14 @@ def test_calibration_runs_in_the_precision_of_the_training(
     precision: Any, messages: Messages
 ) -> None:
     everything: dict[str, Any] = {"freeze_at": None, "max_observed": 10**6}
+    # Rows of nine weights have several scales of almost the same error, but one maximum.
+    everything["weights"] = TensorSpec("int4", quantizer="minmax")
     _, reference = train(statqat(**everything), limit_val_batches=0)
     module, run = train(statqat(**everything), precision=precision, limit_val_batches=0)
     assert not messages.about("calibration")
     for name, entry in run.states[0].items():
         assert entry["scale"].dtype == torch.float32
-        # bfloat16 has 8 bits of mantissa, and weights and inputs carry its error. Rows of nine
-        # weights have several scales of almost the same error.
+        # bfloat16 has 8 bits of mantissa; weights carry its error, and that of one step's update.
         rtol = 0.05 if name.endswith("/input") else 0.3
         expected = reference.states[0][name]["scale"]
         torch.testing.assert_close(entry["scale"], expected, rtol=rtol, atol=0.0)
