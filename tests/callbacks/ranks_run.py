@@ -109,7 +109,9 @@ class PooledModule(LightningModule):
 
 
 def recipe(ranged: bool = True) -> QuantRecipe:
-    adaptive = TensorSpec("int4", unsigned_if_nonnegative=True)
+    adaptive = TensorSpec(  # scales that move with every step
+        "int4", quantizer="iterative", unsigned_if_nonnegative=True, tolerance=0.0
+    )
     rules = [
         QuantRule(name, "int8" if ranged else None, inputs if ranged else None)
         for name, inputs in (

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from statqat_lightning.callbacks import StatQATCallback
 from statqat_lightning.insertion import prepare, quantizer_state
+from statqat_lightning.tensor_spec import TensorSpec
 from tests.callbacks.digits import Witness, make_trainer, scales
 from tests.callbacks.ranks_run import Batches
 
@@ -114,7 +115,10 @@ def start_from_float(folder: Path, strategy: Any) -> None:
 
 
 def callback_of() -> StatQATCallback:
-    return StatQATCallback("int4", "int4", freeze_at=None, verbose=False)
+    # Scales that move with every step.
+    weights = TensorSpec("int4", quantizer="analytic", tolerance=0.0)
+    inputs = TensorSpec("int4", quantizer="iterative", unsigned_if_nonnegative=True, tolerance=0.0)
+    return StatQATCallback(weights, inputs, freeze_at=None, verbose=False)
 
 
 def whole_weights(module: LightningModule) -> dict[str, Tensor]:
