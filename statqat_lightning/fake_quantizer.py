@@ -61,7 +61,11 @@ class FakeQuantizer:
             once, as queries.
         frozen: Whether the scale, and an input's statistics, are kept as they are. A weight's scale
             that is not learned changes when it is refreshed, and only then.
+        num_refreshes: How often the scale was looked at, or passed over.
     """
+
+    search_every: int
+    """Every so many refreshes is a search; between them scales rest, or `track` follows."""
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class FakeQuantizer:
         self.narrowest = 0
         self.optional = False
         self.frozen = False
+        self.num_refreshes = 0
 
     @property
     def name(self) -> str:
@@ -103,6 +108,19 @@ class FakeQuantizer:
         scale = positive(self.scale.detach()) if self.quantizer.learned else self.scale
         return QParams(scale, None, self.granularity)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the next refresh is a search: often at first, then every so many refreshes."""
+        number = self.num_refreshes
+        early = number & (number - 1) == 0  # 0, 1, 2, 4, 8
+        return not self.ready or early or number % self.search_every == 0
+
+    def pass_over(self) -> bool:
+        """Count a refresh in which the scale rests; False if there is something to do."""
+        rests = self.quantizer.rests and not self.is_due
+        self.num_refreshes += rests
+        return rests
+
     def freeze(self, frozen: bool) -> None:
         """Set `frozen`; a learned scale then has no gradient."""
         if self.quantizer.learned and frozen != self.frozen:
@@ -118,6 +136,15 @@ class FakeQuantizer:
             qparams = QParams(self.scale, None, self.granularity)
             return learned_fake_quantize(x, qparams, self.fmt)
         return fake_quantize(x, self.qparams, self.fmt, self.spec.gradient)
+
+    def as_it_is_now(self) -> Callable[[Tensor], Tensor]:
+        """What `quantize` does with the present format and scale, whatever becomes of them."""
+        fmt, gradient = self.fmt, self.spec.gradient
+        scale, zero_point, granularity = self.qparams
+        qparams = QParams(scale.clone(), zero_point, granularity)
+        if self.quantizer.learned:
+            return lambda x: learned_fake_quantize(x, qparams, fmt)
+        return lambda x: fake_quantize(x, qparams, fmt, gradient)
 
     def to(self, device: torch.device) -> None:
         """Move all tensors to `device`; their dtype stays float32."""
@@ -142,6 +169,7 @@ class FakeQuantizer:
             "format": self.fmt.name,
             "narrowest": self.narrowest,
             "ready": self.ready,
+            "num_refreshes": self.num_refreshes,
             "scale": self.scale.detach().cpu().clone(),
         }
 
@@ -160,6 +188,7 @@ class FakeQuantizer:
         self.fmt = get_format(state["format"])
         self.narrowest = int(state.get("narrowest", 0))
         self.ready = bool(state["ready"])
+        self.num_refreshes = int(state.get("num_refreshes", 0))
         self.scale.copy_(state["scale"])
 
 
@@ -170,8 +199,7 @@ class WeightFakeQuantizer(FakeQuantizer):
         together: During a training step, the weights that are quantized with this one.
     """
 
-    search_every = 16
-    """Every so many refreshes is a search; between them scales rest, or `track` follows."""
+    search_every = 64
 
     def __init__(
         self, layer: str, spec: TensorSpec, weight: Tensor, axis: int = 0, role: str = WEIGHT
@@ -181,22 +209,8 @@ class WeightFakeQuantizer(FakeQuantizer):
             super().__init__(layer, role, spec, granularity, quantizer, tuple(weight.shape))
         except ValueError as error:
             raise ValueError(f"{layer}/{role}: {error}") from error
-        self.num_refreshes = 0
         self.together: WeightsTogether | None = None
         self.to(weight.device if weight.device.type != "meta" else torch.device("cpu"))
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the next refresh is a search: often at first, then every so many refreshes."""
-        number = self.num_refreshes
-        early = number & (number - 1) == 0  # 0, 1, 2, 4, 8
-        return not self.ready or early or number % self.search_every == 0
-
-    def pass_over(self) -> bool:
-        """Count a refresh in which the scale rests; False if there is something to do."""
-        rests = self.quantizer.rests and not self.is_due
-        self.num_refreshes += rests
-        return rests
 
     def __call__(self, weight: Tensor) -> Tensor:
         if self.together is not None and self.enabled and self.ready:
@@ -217,13 +231,6 @@ class WeightFakeQuantizer(FakeQuantizer):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"together": None}  # a copy's weight is another one
 
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"num_refreshes": self.num_refreshes}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.num_refreshes = int(state["num_refreshes"])
-
     @torch.no_grad()
     def energies(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Energy of the weight and of its quantization error, float32 scalars."""
@@ -239,9 +246,12 @@ class ActivationFakeQuantizer(FakeQuantizer):
             unless `frozen` to the statistics behind the scale.
         deciding: Whether the sign of the format may still change. It is settled by the smallest of
             all values of the first batches, not by a sample.
+        recompute: Whether a layer quantizes its input again in the backward pass, and does not keep
+            it quantized until then.
         lowest: Smallest value seen while deciding, or 0; float32 `()`.
     """
 
+    search_every = 4  # statistics move faster than weights
     batches_to_decide = 8
 
     def __init__(
@@ -265,6 +275,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
             config, quantizer.needs_spectrum, quantizer.needs_range, quantizer.range_momentum
         )
         self.observing = False
+        self.recompute = False
         self.deciding = spec.unsigned_if_nonnegative
         self.lowest = torch.zeros((), dtype=torch.float32, device="cpu")
         if device.type != "meta":
@@ -441,7 +452,7 @@ def refresh_activations(
     overflow = fold([q.observer for q in quantizers], statistics, reduce)
     if not statistics:
         return overflow
-    refresh_scales([q for q in quantizers if q.ready])
+    refresh_scales([q for q in quantizers if q.ready and not q.pass_over()])
     undecided = [q for q in quantizers if q.deciding]
     if undecided and reduce is not None:
         lowest = -reduce(-torch.stack([q.lowest for q in undecided]), "max")
@@ -468,3 +479,5 @@ def refresh_scales(quantizers: Sequence[ActivationFakeQuantizer]) -> None:
         warm = torch.stack([q.scale for q in group])
         scales = first.quantizer.from_statistics(statistics, first.fmt, warm)
         torch._foreach_copy_([q.scale for q in group], list(scales.unbind()))
+        for quantizer in group:
+            quantizer.num_refreshes += 1

@@ -284,6 +284,17 @@ def set_enabled(model: nn.Module, weights: bool | None = None, inputs: bool | No
             activation.enabled = activation.enabled if inputs is None else inputs
 
 
+def set_recompute(model: nn.Module, recompute: bool) -> None:
+    """Choose between time and memory: quantize inputs again in the backward pass, or keep them.
+
+    No number depends on it. Under `torch.compile`, in checkpointed segments and where other hooks
+    say how tensors are kept for the backward pass, those decide.
+    """
+    for _, quantizers in _quantized_modules(model):
+        for activation in quantizers.inputs.values():
+            activation.recompute = recompute
+
+
 def set_narrowest(model: nn.Module, bits: int) -> None:
     """Let no format have fewer than `bits` bits, whatever the recipe says; 0 lifts that.
 

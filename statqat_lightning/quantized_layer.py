@@ -22,6 +22,7 @@ from statqat_lightning.fake_quantizer import (
     WeightFakeQuantizer,
 )
 from statqat_lightning.layer_kinds import RECURRENT, LayerKind, has_weights, kind_of_class
+from statqat_lightning.recompute import Inputs
 
 
 class LayerQuantizers:
@@ -194,12 +195,12 @@ def _quantizing_forward(base: type[nn.Module]) -> Callable[..., Any]:
 def _explicit_forward(functional: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[..., Any]:
     def forward(self: Any, input: Tensor) -> Tensor:  # named as in torch
         quantizers: LayerQuantizers = self._statqat
-        weight, inputs, output = quantizers.weight, quantizers.input, quantizers.output
-        result = functional(
-            self,
-            input if inputs is None else inputs(input),
-            self.weight if weight is None else weight(self.weight),
-        )
+        weight, output, inputs = quantizers.weight, quantizers.output, Inputs(quantizers.inputs)
+        quantize = inputs.of(INPUT)
+        x = input if quantize is None else quantize(input)
+        own = self.weight if weight is None else weight(self.weight)
+        with inputs.not_kept():
+            result = functional(self, x, own)
         return result if output is None else output(result)
 
     return forward
@@ -217,10 +218,12 @@ def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., 
         attributes = self.__dict__
         previous = {name: attributes.get(name, missing) for name in quantizers.weights}
         values = {name: q(getattr(self, name)) for name, q in quantizers.weights.items()}
-        args, kwargs = with_each_input(kind, quantizers.of_input, args, kwargs)
+        inputs = Inputs(quantizers.inputs)
+        args, kwargs = with_each_input(kind, inputs.of, args, kwargs)
         try:
             attributes.update(values)
-            result = base.forward(self, *args, **kwargs)
+            with inputs.not_kept():
+                result = base.forward(self, *args, **kwargs)
         finally:
             for name, value in previous.items():
                 if value is missing:
@@ -242,8 +245,11 @@ def _attention_forward(
         own: Tensor = getattr(self, name)
         return own if quantizer is None else quantizer(own)
 
-    inputs = each_input(quantizers.of_input, query, key, value)
-    return with_output(quantizers.output, attend(self, *inputs, weight, *args, **kwargs))
+    inputs = Inputs(quantizers.inputs)
+    each = each_input(inputs.of, query, key, value)
+    with inputs.not_kept():
+        result = attend(self, *each, weight, *args, **kwargs)
+    return with_output(quantizers.output, result)
 
 
 def _recurrent_forward(base: type[nn.Module]) -> Callable[..., Any]:
@@ -254,15 +260,18 @@ def _recurrent_forward(base: type[nn.Module]) -> Callable[..., Any]:
         quantizers: LayerQuantizers = self._statqat
         attributes = self.__dict__
         previous = attributes["_flat_weights"]
-        args, kwargs = with_each_input(kind, quantizers.of_input, args, kwargs)
+        inputs = Inputs(quantizers.inputs)
+        args, kwargs = with_each_input(kind, inputs.of, args, kwargs)
         try:
             attributes["_flat_weights"] = [
                 quantizers.weights[name](getattr(self, name)) if name in quantizers.weights else own
                 for name, own in zip(self._flat_weights_names, previous, strict=True)
             ]
-            return with_output(quantizers.output, base.forward(self, *args, **kwargs))
+            with inputs.not_kept():
+                result = base.forward(self, *args, **kwargs)
         finally:
             attributes["_flat_weights"] = previous
+        return with_output(quantizers.output, result)
 
     return forward
 

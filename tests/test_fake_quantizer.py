@@ -89,11 +89,11 @@ def test_a_search_comes_every_so_many_refreshes() -> None:
     quantizer = for_weight(TensorSpec("int2"), weight)
     small = weight / 30
     searches = []
-    for number in range(3 * quantizer.search_every):
+    for number in range(130):
         searches += [] if quantizer.pass_over() else [number]
         if searches[-1:] == [number]:
             refresh_weights([(quantizer, small)])
-    assert [n + 1 for n in searches] == [1, 2, 4, 8, 16, 32, 48]
+    assert [n + 1 for n in searches] == [1, 2, 4, 8, 16, 32, 64, 128]
     best = get_quantizer("analytic").choose_qparams(small, quantizer.fmt, "per_channel").scale
     for row, scale, fresh in zip(small, quantizer.scale, best, strict=True):
         error = ErrorOf(row.numpy())
@@ -243,6 +243,22 @@ def test_bad_values_are_reported_for_the_input_that_held_them() -> None:
     for quantizer, scale in zip(quantizers, scales, strict=True):
         torch.testing.assert_close(quantizer.scale, scale)
     assert refresh_activations([]).shape == (0,)
+
+
+def test_inputs_are_searched_every_so_many_refreshes() -> None:
+    specs = [TensorSpec("int4"), TensorSpec("int4", quantizer="iterative", tolerance=0.0)]
+    resting, restless = (for_input(spec) for spec in specs)
+    moves: dict[str, list[int]] = {"resting": [], "restless": []}
+    for number in range(18):
+        # Data that grows by a quarter every time: no scale in force is within the tolerance.
+        for name, quantizer in zip(moves, (resting, restless), strict=True):
+            before = quantizer.scale.clone()
+            quantizer(torch.linspace(-1, 1, 500) * 1.25**number)
+            refresh_activations([quantizer])
+            moves[name] += [] if torch.equal(quantizer.scale, before) else [number]
+    assert moves["restless"] == [*range(18)]
+    # The first gave the scale; then searches number 0, 1, 2, 4, 8, 12, 16.
+    assert moves["resting"] == [0, 1, 2, 3, 5, 9, 13, 17]
 
 
 def test_scale_approaches_the_one_of_all_data() -> None:

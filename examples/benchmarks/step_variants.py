@@ -20,7 +20,7 @@ from step_models import Workload
 from torch import Tensor, nn
 
 from statqat_lightning import prepare
-from statqat_lightning.insertion import refresh, set_frozen, set_observing
+from statqat_lightning.insertion import refresh, set_frozen, set_observing, set_recompute
 
 Step = Callable[[Tensor, Tensor], None]
 Compile = Callable[[nn.Module], nn.Module]
@@ -69,6 +69,7 @@ def statqat_step(
     activations: str | None,
     every: int = 1,
     frozen: bool = False,
+    recompute: bool = False,
 ) -> Step:
     """Our step: what `StatQATCallback` does around a batch, without a Trainer.
 
@@ -80,6 +81,7 @@ def statqat_step(
         activations: Format of inputs, or None.
         every: Steps between two refreshes, the callback's `refresh_every`.
         frozen: Whether scales have stopped, as in the last tenth of a training.
+        recompute: The callback's `recompute_inputs`.
     """
     model = copy.deepcopy(workload.network)
     prepare(model, weights, activations)
@@ -88,6 +90,7 @@ def statqat_step(
     model(workload.batches[0][0].to(device))  # calibration: makes all inputs ready
     refresh(model)
     set_frozen(model, frozen)
+    set_recompute(model, recompute)
     optimizer, run = sgd(model), compiled(model)
     count = itertools.count(1)
 
@@ -278,6 +281,10 @@ MORE: dict[str, Variant] = {
     "StatQAT FP8": _ours("fp8_e4m3", "fp8_e4m3"),
     "StatQAT MXFP4 weights": _ours("mxfp4", None),
     "StatQAT W8A8, every 10th": _ours("int8", "int8", every=10),
+    "StatQAT W8A8, recomputing": _ours("int8", "int8", recompute=True),
+    "StatQAT W4A4, recomputing": _ours("int4", "int4", recompute=True),
+    "StatQAT FP8, recomputing": _ours("fp8_e4m3", "fp8_e4m3", recompute=True),
+    "StatQAT FP4, recomputing": _ours("fp4_e2m1", "fp4_e2m1", recompute=True),
     "StatQAT W8A8, frozen": _ours("int8", "int8", frozen=True),
     "StatQAT W4A4, frozen": _ours("int4", "int4", frozen=True),
     "StatQAT FP8, frozen": _ours("fp8_e4m3", "fp8_e4m3", frozen=True),

@@ -38,6 +38,7 @@ from statqat_lightning.insertion import (
     remove,
     set_enabled,
     set_observing,
+    set_recompute,
 )
 from statqat_lightning.insertion_report import InsertionReport
 from statqat_lightning.integer_kernels import IntegerKernel, integer_kernels
@@ -90,6 +91,10 @@ class StatQATCallback(Callback):
         momentum: Weight of the newest batch in the running statistics. Default 0.1, a window of
             about 20 batches.
         max_observed: Values of each input and batch that enter the statistics, default 8192.
+        recompute_inputs: Quantize inputs once more in the backward pass, and do not keep them
+            quantized until then: memory close to that of the float run for some time, see README.
+            No number depends on it. `torch.compile` and gradient checkpointing decide by
+            themselves what they keep.
         enabled: False inserts, observes and reports, but changes no number: the run is the float
             run, bit for bit.
         verbose: Print the insertion report.
@@ -122,6 +127,7 @@ class StatQATCallback(Callback):
         refresh_every: int = 1,
         momentum: float = 0.1,
         max_observed: int = 8192,
+        recompute_inputs: bool = False,
         enabled: bool = True,
         verbose: bool = True,
         target: str | None = None,
@@ -161,6 +167,7 @@ class StatQATCallback(Callback):
         self.averaging = Averaging()
         self.refresh_every = refresh_every
         self.observer_config = ObserverConfig(momentum, max_observed)
+        self.recompute_inputs = recompute_inputs
         self.enabled = enabled
         self.verbose = verbose
         self.report: InsertionReport | None = None
@@ -220,7 +227,9 @@ class StatQATCallback(Callback):
             rank_zero_info(f"StatQAT inserted fake quantizers:\n{self.report}")
 
     def _prepare(self, pl_module: LightningModule) -> InsertionReport:
-        return prepare(pl_module, recipe=self.effective_recipe, observer=self.observer_config)
+        report = prepare(pl_module, recipe=self.effective_recipe, observer=self.observer_config)
+        set_recompute(pl_module, self.recompute_inputs)
+        return report
 
     @property
     def _entry(self) -> QuantizerEntry:

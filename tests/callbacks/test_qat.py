@@ -160,6 +160,19 @@ def test_scales_rest_while_their_error_is_near_the_least() -> None:
         assert changes < 6 < 20 < often
 
 
+@pytest.mark.parametrize("target", [None, "onnxruntime"])
+def test_inputs_are_quantized_again_without_a_change_of_any_number(target: str | None) -> None:
+    options: dict[str, Any] = {"target": target, "weights": "int8", "activations": "int8"}
+    module, run = train(statqat(**options), max_epochs=2)
+    own, again = train(statqat(recompute_inputs=True, **options), max_epochs=2)
+    assert again.losses == run.losses
+    assert_same(again.states, run.states)
+    assert_same(dict(own.state_dict()), dict(module.state_dict()))
+    inputs = [q.input for _, _, q in quantized_layers(own) if q.input is not None]
+    assert inputs
+    assert all(quantizer.recompute for quantizer in inputs)
+
+
 class TwoLosses(DigitsModule):
     """One layer is used twice in a forward pass, on inputs of different range."""
 
