@@ -53,6 +53,7 @@ class FakeQuantizer:
         name: The layer's name and the tensor's role, for messages and log keys.
         role: What the tensor is to the layer: the name of a weight or an input, or `output`.
         fmt: The number format in use.
+        gradient: Its straight-through gradient; learned scales have their own.
         scale: float32, in the shape of its granularity; a parameter of the layer if it is learned.
         ready: Whether the scale is known; until then tensors pass unchanged.
         enabled: Switch for quantization.
@@ -64,9 +65,6 @@ class FakeQuantizer:
         num_refreshes: How often the scale was looked at, or passed over.
     """
 
-    search_every: int
-    """Every so many refreshes is a search; between them scales rest, or `track` follows."""
-
     def __init__(
         self,
         layer: str,
@@ -74,6 +72,7 @@ class FakeQuantizer:
         spec: TensorSpec,
         granularity: Granularity,
         quantizer: Quantizer,
+        gradient: str,
         shape: tuple[int, ...],
     ) -> None:
         self.layer = layer
@@ -82,6 +81,7 @@ class FakeQuantizer:
         self.fmt: Format = get_format(spec.format)
         self.granularity = granularity
         self.quantizer = quantizer
+        self.gradient = gradient
         self.scale = torch.ones(granularity.scale_shape(shape), dtype=torch.float32, device="cpu")
         if quantizer.learned:
             self.scale = nn.Parameter(self.scale)
@@ -107,6 +107,11 @@ class FakeQuantizer:
         """Scale and zero point in force, without gradient."""
         scale = positive(self.scale.detach()) if self.quantizer.learned else self.scale
         return QParams(scale, None, self.granularity)
+
+    @property
+    def search_every(self) -> int:
+        """Every so many refreshes is a search; between them scales rest, or `track` follows."""
+        raise NotImplementedError
 
     @property
     def is_due(self) -> bool:
@@ -135,11 +140,11 @@ class FakeQuantizer:
         if self.quantizer.learned:
             qparams = QParams(self.scale, None, self.granularity)
             return learned_fake_quantize(x, qparams, self.fmt)
-        return fake_quantize(x, self.qparams, self.fmt, self.spec.gradient)
+        return fake_quantize(x, self.qparams, self.fmt, self.gradient)
 
     def as_it_is_now(self) -> Callable[[Tensor], Tensor]:
         """What `quantize` does with the present format and scale, whatever becomes of them."""
-        fmt, gradient = self.fmt, self.spec.gradient
+        fmt, gradient = self.fmt, self.gradient
         scale, zero_point, granularity = self.qparams
         qparams = QParams(scale.clone(), zero_point, granularity)
         if self.quantizer.learned:
@@ -199,18 +204,22 @@ class WeightFakeQuantizer(FakeQuantizer):
         together: During a training step, the weights that are quantized with this one.
     """
 
-    search_every = 64
-
     def __init__(
         self, layer: str, spec: TensorSpec, weight: Tensor, axis: int = 0, role: str = WEIGHT
     ) -> None:
         granularity, quantizer = spec.weight_granularity(axis), spec.weight_quantizer()
+        gradient, shape = spec.weight_gradient(), tuple(weight.shape)
         try:
-            super().__init__(layer, role, spec, granularity, quantizer, tuple(weight.shape))
+            super().__init__(layer, role, spec, granularity, quantizer, gradient, shape)
         except ValueError as error:
             raise ValueError(f"{layer}/{role}: {error}") from error
         self.together: WeightsTogether | None = None
         self.to(weight.device if weight.device.type != "meta" else torch.device("cpu"))
+
+    @property
+    def search_every(self) -> int:
+        # The error of a wide format hardly depends on the scale, and a search takes longer.
+        return 16 if self.fmt.bits <= 4 else 64
 
     def __call__(self, weight: Tensor) -> Tensor:
         if self.together is not None and self.enabled and self.ready:
@@ -251,7 +260,6 @@ class ActivationFakeQuantizer(FakeQuantizer):
         lowest: Smallest value seen while deciding, or 0; float32 `()`.
     """
 
-    search_every = 4  # statistics move faster than weights
     batches_to_decide = 8
 
     def __init__(
@@ -269,7 +277,8 @@ class ActivationFakeQuantizer(FakeQuantizer):
                 "for the tensor. Block formats are for weights."
             )
         quantizer = get_quantizer(spec.quantizer or "iterative", **dict(spec.options))
-        super().__init__(layer, role, spec, PerTensor(), quantizer, ())
+        gradient = spec.input_gradient()
+        super().__init__(layer, role, spec, PerTensor(), quantizer, gradient, ())
         self.optional = optional
         self.observer = InputObserver(
             config, quantizer.needs_spectrum, quantizer.needs_range, quantizer.range_momentum
@@ -280,6 +289,10 @@ class ActivationFakeQuantizer(FakeQuantizer):
         self.lowest = torch.zeros((), dtype=torch.float32, device="cpu")
         if device.type != "meta":
             self.to(device)
+
+    @property
+    def search_every(self) -> int:
+        return 4  # statistics move faster than weights
 
     def __call__(self, x: Tensor) -> Tensor:
         x_hat = self.quantize(x)

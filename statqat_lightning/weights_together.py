@@ -28,7 +28,8 @@ class _Entry:
     Attributes:
         weight: The parameter itself.
         version, pointer, scale_version: What changes when it or its scale is written to.
-        inside: 1 where the weight lies inside the clip points, else 0.
+        slope: What the gradient is multiplied by: 1 inside the clip points; outside 0, or the share
+            of the weight that is left.
         values: The weight, fake-quantized.
     """
 
@@ -36,7 +37,7 @@ class _Entry:
     version: int
     pointer: int
     scale_version: int
-    inside: Tensor
+    slope: Tensor
     values: Tensor
 
 
@@ -53,7 +54,7 @@ class WeightsTogether:
         self._entries: dict[int, _Entry] | None = None
 
     def take(self, quantizer: WeightFakeQuantizer, weight: Tensor) -> Tensor | None:
-        """The quantized weight with a clipped straight-through gradient.
+        """The quantized weight with its straight-through gradient.
 
         Returns:
             What `fake_quantize` returns; None if the weight is not one of these, or was written to
@@ -72,8 +73,8 @@ class WeightsTogether:
             or entry.scale_version != quantizer.scale._version
         ):
             return None
-        # The product fixes the gradient and keeps `inside` for it; the values are the grid's.
-        carrier = weight * entry.inside
+        # The product fixes the gradient and keeps `slope` for it; the values are the grid's.
+        carrier = weight * entry.slope
         carrier.detach().copy_(entry.values)
         return carrier
 
@@ -83,27 +84,32 @@ class WeightsTogether:
         for quantizer, weight in self._weights:
             if quantizer.ready and quantizer.enabled:
                 row = quantizer.granularity.rows(weight).shape[1]
-                kinds.setdefault((quantizer.fmt, row, weight.device), []).append(
-                    (quantizer, weight)
-                )
+                kind = (quantizer.fmt, quantizer.gradient, row, weight.device)
+                kinds.setdefault(kind, []).append((quantizer, weight))
         entries: dict[int, _Entry] = {}
-        for (fmt, *_), group in kinds.items():
+        for (fmt, gradient, *_), group in kinds.items():
             views = [quantizer.granularity.rows(weight) for quantizer, weight in group]
             scale = torch.cat([quantizer.scale.flatten() for quantizer, _ in group]).unsqueeze(1)
-            x = torch.cat(views).div_(scale)
-            values = x.clamp(fmt.min, fmt.max)
-            inside = x.sub_(values).abs_().sign_().neg_().add_(1.0)
+            rows = torch.cat(views)
+            if gradient == "magnitude":
+                values = torch.clamp(rows, fmt.min * scale, fmt.max * scale)
+                slope = torch.where(values == rows, 1.0, values / rows)
+                values.div_(scale)
+            else:
+                rows.div_(scale)
+                values = rows.clamp(fmt.min, fmt.max)
+                slope = rows.sub_(values).abs_().sign_().neg_().add_(1.0)
             fmt.round_inside_(values).mul_(scale)
             sizes = [len(view) for view in views]
-            for (quantizer, weight), own_inside, own_values in zip(
-                group, torch.split(inside, sizes), torch.split(values, sizes), strict=True
+            for (quantizer, weight), own_slope, own_values in zip(
+                group, torch.split(slope, sizes), torch.split(values, sizes), strict=True
             ):
                 entries[id(quantizer)] = _Entry(
                     weight,
                     weight._version,
                     weight.data_ptr(),
                     quantizer.scale._version,
-                    own_inside.view_as(weight),
+                    own_slope.view_as(weight),
                     own_values.view_as(weight),
                 )
         return entries
@@ -123,7 +129,7 @@ def _qualifies(quantizer: WeightFakeQuantizer, weight: Tensor) -> bool:
     """Whether a weight's rows are its memory in order, and few enough."""
     scale_shape = quantizer.scale.shape
     return (
-        quantizer.spec.gradient == "clipped"
+        quantizer.gradient in ("clipped", "magnitude")
         and not quantizer.quantizer.learned
         and type(weight) is torch.nn.Parameter
         and weight.dtype == torch.float32

@@ -83,17 +83,21 @@ def test_weights_refreshed_together_equal_weights_refreshed_alone() -> None:
     assert {quantizer.num_refreshes for quantizer in together + alone} == {3}
 
 
-def test_a_search_comes_every_so_many_refreshes() -> None:
+@pytest.mark.parametrize(
+    ("fmt", "expected"),
+    [("int2", [1, 2, 4, 8, 16, 32, 48, 64, 80]), ("int6", [1, 2, 4, 8, 16, 32, 64])],
+)
+def test_a_search_comes_every_so_many_refreshes(fmt: str, expected: list[int]) -> None:
     rng = torch.Generator().manual_seed(0)
     weight = torch.randn(4, 64, generator=rng)
-    quantizer = for_weight(TensorSpec("int2"), weight)
+    quantizer = for_weight(TensorSpec(fmt), weight)
     small = weight / 30
     searches = []
-    for number in range(130):
+    for number in range(90):
         searches += [] if quantizer.pass_over() else [number]
         if searches[-1:] == [number]:
             refresh_weights([(quantizer, small)])
-    assert [n + 1 for n in searches] == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert [n + 1 for n in searches] == expected
     best = get_quantizer("analytic").choose_qparams(small, quantizer.fmt, "per_channel").scale
     for row, scale, fresh in zip(small, quantizer.scale, best, strict=True):
         error = ErrorOf(row.numpy())
