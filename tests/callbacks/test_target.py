@@ -30,6 +30,7 @@ from tests.callbacks.digits import (
     statqat,
     train,
 )
+from tests.callbacks.ranks import launch
 from tests.test_placement import Block
 
 
@@ -232,3 +233,22 @@ def test_learned_scales_are_refused() -> None:
 def test_unknown_target() -> None:
     with pytest.raises(ValueError, match="got 'onnx'; expected None or one of onnxruntime"):
         statqat(target="onnx")
+
+
+@pytest.mark.slow
+def test_ranks_settle_on_the_same_scales_and_weights(repository: Path, tmp_path: Path) -> None:
+    """BatchNorm's statistics are each rank's own; what they are folded with is the first one's."""
+    launch(repository, "tests.callbacks.target_run", 2, tmp_path)
+    trained, settled = (
+        [torch.load(tmp_path / f"{name}_{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for name in ("trained", "settled")
+    )
+    mean = "net.block.bn2.running_mean"
+    assert not torch.equal(*(known["weights"][mean] for known in trained))
+    assert_same(settled[0], settled[1])
+    moved = [
+        name
+        for name, state in settled[0]["quantizers"].items()
+        if not torch.equal(state["scale"], trained[0]["quantizers"][name]["scale"])
+    ]
+    assert moved
