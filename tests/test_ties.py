@@ -22,7 +22,7 @@ from statqat_lightning.integer_kernels import (
 )
 from statqat_lightning.placement import place, settle
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
-from statqat_lightning.ties import avoid_ties, fractions
+from statqat_lightning.ties import _interval, avoid_ties, fractions
 from tests.export.models import observed
 from tests.export.test_onnx_layouts import kernels
 from tests.test_biases import quantized, residual, trained_like
@@ -68,25 +68,24 @@ def test_fractions_are_near_odd_and_found_again(numbers: Tensor) -> None:
     torch.testing.assert_close(again, found, rtol=1e-12, atol=0)
 
 
-def test_no_denominator_is_much_smaller(numbers: Tensor) -> None:
-    """By brute force: the smallest odd one within a thousandth; its interval may not hold it."""
-    for number, found in zip(numbers.tolist()[:60], fractions(numbers).tolist(), strict=False):
-        own = Fraction(found).limit_denominator(LARGEST).denominator
-        near = next(
+def test_the_denominator_is_the_smallest_odd_one_of_its_interval(numbers: Tensor) -> None:
+    """By brute force, in exact fractions."""
+    lows, highs = _interval(numbers)
+    found = fractions(numbers)
+    for low, high, number, value in zip(
+        *(part.tolist()[:60] for part in (lows, highs, numbers, found)), strict=True
+    ):
+        assert abs(low / number - 1) < 1e-3
+        assert abs(high / number - 1) < 1e-3
+        smallest = next(
             q
             for q in range(1, LARGEST + 1, 2)
-            if (p := round(number * q)) and abs(p / q / number - 1) <= 1e-3
+            if 0 < math.ceil(Fraction(low) * q) <= Fraction(high) * q
         )
-        assert near <= own <= max(40 * near, 99)
-
-
-def test_integers_times_a_fraction_stay_clear_of_the_edges(numbers: Tensor) -> None:
-    """In integers, exactly: for n p / q the distance is a multiple of 1 / 2q, and never 0."""
-    for value in fractions(numbers)[:50].tolist():
-        p, q = Fraction(value).limit_denominator(LARGEST).as_integer_ratio()
-        n = torch.arange(-100_000, 100_001)
-        remainder = (2 * n * p) % (2 * q)  # half a step is q
-        assert int((remainder - q).abs().min()) >= 1
+        own = Fraction(value).limit_denominator(LARGEST)
+        assert smallest % own.denominator == 0  # 3/9 is 1/3
+        assert float(Fraction(round(own * smallest), smallest)) == value
+        assert low <= value <= high
 
 
 @pytest.mark.parametrize("number", [0.0, -0.25, math.inf, math.nan, 1e-9])

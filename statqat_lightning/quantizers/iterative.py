@@ -181,8 +181,13 @@ class Iterative(Quantizer):
         values = Samples(rows)
         for _ in range(self.max_iterations):
             scales = values.stepped(fmt, scales, zeros)
-        index = values.errors(fmt, scales, zeros).argmin(1, keepdim=True)
-        return scales.gather(1, index).squeeze(1), zeros.gather(1, index).squeeze(1)
+        least, index = values.errors(fmt, scales, zeros).min(1, keepdim=True)
+        scale, zero = scales.gather(1, index).squeeze(1), zeros.gather(1, index).squeeze(1)
+        if warm is None:
+            return scale, zero
+        own = values.errors(fmt, warm[0].unsqueeze(1), warm[1].unsqueeze(1))
+        stays = (own <= least * (1 + self.tolerance)).squeeze(1)
+        return torch.where(stays, warm[0], scale), torch.where(stays, warm[1], zero)
 
     def affine_from_statistics(
         self, statistics: Statistics, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
@@ -194,9 +199,9 @@ class Iterative(Quantizer):
         best, index = curve.flatten(1).min(1)
         scale = scales.gather(1, (index // levels).unsqueeze(1)).squeeze(1)
         zero = index % levels + fmt.min
-        if warm is not None:
-            stay = spectrum.mse(fmt, *warm) <= best * (1 + self.tolerance)
-            scale, zero = torch.where(stay, warm[0], scale), torch.where(stay, warm[1], zero)
         scale = spectrum.affine_step(fmt, scale, zero)
+        if warm is not None:
+            stays = spectrum.mse(fmt, *warm) <= best * (1 + self.tolerance)
+            scale, zero = torch.where(stays, warm[0], scale), torch.where(stays, warm[1], zero)
         some = spectrum.power > 0
         return torch.where(some, scale, 1.0), torch.where(some, zero, 0.0)
