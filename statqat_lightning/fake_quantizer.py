@@ -53,7 +53,6 @@ class FakeQuantizer:
         name: The layer's name and the tensor's role, for messages and log keys.
         role: What the tensor is to the layer: the name of a weight or an input, or `output`.
         fmt: The number format in use.
-        gradient: Its straight-through gradient; learned scales have their own.
         scale: float32, in the shape of its granularity; a parameter of the layer if it is learned.
         ready: Whether the scale is known; until then tensors pass unchanged.
         enabled: Switch for quantization.
@@ -72,7 +71,6 @@ class FakeQuantizer:
         spec: TensorSpec,
         granularity: Granularity,
         quantizer: Quantizer,
-        gradient: str,
         shape: tuple[int, ...],
     ) -> None:
         self.layer = layer
@@ -81,7 +79,6 @@ class FakeQuantizer:
         self.fmt: Format = get_format(spec.format)
         self.granularity = granularity
         self.quantizer = quantizer
-        self.gradient = gradient
         self.scale = torch.ones(granularity.scale_shape(shape), dtype=torch.float32, device="cpu")
         if quantizer.learned:
             self.scale = nn.Parameter(self.scale)
@@ -140,11 +137,11 @@ class FakeQuantizer:
         if self.quantizer.learned:
             qparams = QParams(self.scale, None, self.granularity)
             return learned_fake_quantize(x, qparams, self.fmt)
-        return fake_quantize(x, self.qparams, self.fmt, self.gradient)
+        return fake_quantize(x, self.qparams, self.fmt, self.spec.gradient)
 
     def as_it_is_now(self) -> Callable[[Tensor], Tensor]:
         """What `quantize` does with the present format and scale, whatever becomes of them."""
-        fmt, gradient = self.fmt, self.gradient
+        fmt, gradient = self.fmt, self.spec.gradient
         scale, zero_point, granularity = self.qparams
         qparams = QParams(scale.clone(), zero_point, granularity)
         if self.quantizer.learned:
@@ -208,9 +205,8 @@ class WeightFakeQuantizer(FakeQuantizer):
         self, layer: str, spec: TensorSpec, weight: Tensor, axis: int = 0, role: str = WEIGHT
     ) -> None:
         granularity, quantizer = spec.weight_granularity(axis), spec.weight_quantizer()
-        gradient, shape = spec.weight_gradient(), tuple(weight.shape)
         try:
-            super().__init__(layer, role, spec, granularity, quantizer, gradient, shape)
+            super().__init__(layer, role, spec, granularity, quantizer, tuple(weight.shape))
         except ValueError as error:
             raise ValueError(f"{layer}/{role}: {error}") from error
         self.together: WeightsTogether | None = None
@@ -277,8 +273,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
                 "for the tensor. Block formats are for weights."
             )
         quantizer = get_quantizer(spec.quantizer or "iterative", **dict(spec.options))
-        gradient = spec.input_gradient()
-        super().__init__(layer, role, spec, PerTensor(), quantizer, gradient, ())
+        super().__init__(layer, role, spec, PerTensor(), quantizer, ())
         self.optional = optional
         self.observer = InputObserver(
             config, quantizer.needs_spectrum, quantizer.needs_range, quantizer.range_momentum

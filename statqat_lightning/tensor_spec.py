@@ -34,9 +34,7 @@ class TensorSpec:
         unsigned_if_nonnegative: Where calibration sees no negative value, use the unsigned integers
             of the same width, or the floats with a zero point (`ufp4_e2m1` for `fp4_e2m1`): after a
             ReLU that is one bit won, or 4 dB.
-        gradient: Straight-through gradient, see `fake_quantize`; None for the default of the role:
-            weights `magnitude` (one that is clipped can come back), inputs `clipped`. Learned
-            scales bring their own.
+        gradient: Straight-through gradient, see `fake_quantize`.
         **options: Options of the quantizer.
 
     Raises:
@@ -48,7 +46,7 @@ class TensorSpec:
     granularity: str | None = None
     quantizer: str | None = None
     unsigned_if_nonnegative: bool = False
-    gradient: str | None = None
+    gradient: str = "clipped"
     options: tuple[tuple[str, Any], ...] = ()
 
     def __init__(
@@ -57,7 +55,7 @@ class TensorSpec:
         granularity: str | None = None,
         quantizer: str | None = None,
         unsigned_if_nonnegative: bool = False,
-        gradient: str | None = None,
+        gradient: str = "clipped",
         **options: Any,
     ) -> None:
         _refuse_unknown(options)
@@ -67,7 +65,7 @@ class TensorSpec:
         if quantizer is not None:
             rule = get_quantizer(quantizer, **options)
             rule.check_format((unsigned(fmt) or fmt) if unsigned_if_nonnegative else fmt)
-            if rule.learned and gradient not in (None, "clipped"):
+            if rule.learned and gradient != "clipped":
                 raise ValueError(
                     f"TensorSpec: got gradient={gradient!r} with quantizer {quantizer!r}; expected "
                     "'clipped': the gradient of a learned scale belongs to that of clipping."
@@ -86,7 +84,7 @@ class TensorSpec:
                 "expected signed integers, or floats with a form for a zero point: "
                 "fp8_e4m3, fp6_e2m3, fp6_e3m2, fp4_e2m1."
             )
-        if gradient is not None and gradient not in GRADIENTS:
+        if gradient not in GRADIENTS:
             raise ValueError(
                 f"TensorSpec: got gradient={gradient!r}; expected one of {', '.join(GRADIENTS)}."
             )
@@ -129,14 +127,6 @@ class TensorSpec:
         default = Block.name if isinstance(get_format(self.format), BlockFormat) else "analytic"
         return get_quantizer(self.quantizer or default, **dict(self.options))
 
-    def weight_gradient(self) -> str:
-        """The straight-through gradient of a weight."""
-        return self.gradient or "magnitude"
-
-    def input_gradient(self) -> str:
-        """The straight-through gradient of an input or output."""
-        return self.gradient or "clipped"
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without the entries that hold their defaults."""
         entries: dict[str, Any] = {"format": self.format}
@@ -146,7 +136,7 @@ class TensorSpec:
             entries["quantizer"] = self.quantizer
         if self.unsigned_if_nonnegative:
             entries["unsigned_if_nonnegative"] = True
-        if self.gradient is not None:
+        if self.gradient != "clipped":
             entries["gradient"] = self.gradient
         return entries | dict(self.options)
 

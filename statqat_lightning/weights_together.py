@@ -28,8 +28,7 @@ class _Entry:
     Attributes:
         weight: The parameter itself.
         version, pointer, scale_version: What changes when it or its scale is written to.
-        slope: What the gradient is multiplied by: 1 inside the clip points; outside 0, or the share
-            of the weight that is left.
+        inside: 1 where the weight lies inside the clip points, else 0.
         values: The weight, fake-quantized.
     """
 
@@ -37,7 +36,7 @@ class _Entry:
     version: int
     pointer: int
     scale_version: int
-    slope: Tensor
+    inside: Tensor
     values: Tensor
 
 
@@ -54,7 +53,7 @@ class WeightsTogether:
         self._entries: dict[int, _Entry] | None = None
 
     def take(self, quantizer: WeightFakeQuantizer, weight: Tensor) -> Tensor | None:
-        """The quantized weight with its straight-through gradient.
+        """The quantized weight with a clipped straight-through gradient.
 
         Returns:
             What `fake_quantize` returns; None if the weight is not one of these, or was written to
@@ -73,8 +72,8 @@ class WeightsTogether:
             or entry.scale_version != quantizer.scale._version
         ):
             return None
-        # The product fixes the gradient and keeps `slope` for it; the values are the grid's.
-        carrier = weight * entry.slope
+        # The product fixes the gradient and keeps `inside` for it; the values are the grid's.
+        carrier = weight * entry.inside
         carrier.detach().copy_(entry.values)
         return carrier
 
@@ -84,32 +83,27 @@ class WeightsTogether:
         for quantizer, weight in self._weights:
             if quantizer.ready and quantizer.enabled:
                 row = quantizer.granularity.rows(weight).shape[1]
-                kind = (quantizer.fmt, quantizer.gradient, row, weight.device)
-                kinds.setdefault(kind, []).append((quantizer, weight))
+                kinds.setdefault((quantizer.fmt, row, weight.device), []).append(
+                    (quantizer, weight)
+                )
         entries: dict[int, _Entry] = {}
-        for (fmt, gradient, *_), group in kinds.items():
+        for (fmt, *_), group in kinds.items():
             views = [quantizer.granularity.rows(weight) for quantizer, weight in group]
             scale = torch.cat([quantizer.scale.flatten() for quantizer, _ in group]).unsqueeze(1)
-            rows = torch.cat(views)
-            if gradient == "magnitude":
-                values = torch.clamp(rows, fmt.min * scale, fmt.max * scale)
-                slope = torch.where(values == rows, 1.0, values / rows)
-                values.div_(scale)
-            else:
-                rows.div_(scale)
-                values = rows.clamp(fmt.min, fmt.max)
-                slope = rows.sub_(values).abs_().sign_().neg_().add_(1.0)
+            x = torch.cat(views).div_(scale)
+            values = x.clamp(fmt.min, fmt.max)
+            inside = x.sub_(values).abs_().sign_().neg_().add_(1.0)
             fmt.round_inside_(values).mul_(scale)
             sizes = [len(view) for view in views]
-            for (quantizer, weight), own_slope, own_values in zip(
-                group, torch.split(slope, sizes), torch.split(values, sizes), strict=True
+            for (quantizer, weight), own_inside, own_values in zip(
+                group, torch.split(inside, sizes), torch.split(values, sizes), strict=True
             ):
                 entries[id(quantizer)] = _Entry(
                     weight,
                     weight._version,
                     weight.data_ptr(),
                     quantizer.scale._version,
-                    own_slope.view_as(weight),
+                    own_inside.view_as(weight),
                     own_values.view_as(weight),
                 )
         return entries
@@ -129,7 +123,7 @@ def _qualifies(quantizer: WeightFakeQuantizer, weight: Tensor) -> bool:
     """Whether a weight's rows are its memory in order, and few enough."""
     scale_shape = quantizer.scale.shape
     return (
-        quantizer.gradient in ("clipped", "magnitude")
+        quantizer.spec.gradient == "clipped"
         and not quantizer.quantizer.learned
         and type(weight) is torch.nn.Parameter
         and weight.dtype == torch.float32

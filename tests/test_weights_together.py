@@ -54,24 +54,16 @@ def assert_like_alone(model: nn.Module) -> None:
         assert torch.equal(gradient == 0, expected == 0)
 
 
-@pytest.mark.parametrize("gradient", ["clipped", "magnitude"])
 @pytest.mark.parametrize("fmt", ["int2", "int8", "fp4_e2m1", "fp8_e4m3"])
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group:3"])
-def test_values_and_gradients(fmt: str, granularity: str, gradient: str) -> None:
+def test_values_and_gradients(fmt: str, granularity: str) -> None:
     model = network()
     if granularity == "per_group:3":
         model[5] = nn.Linear(33, 5)  # a multiple of three
-    recipe = QuantRecipe([QuantRule("*", weights=TensorSpec(fmt, granularity, gradient=gradient))])
+    recipe = QuantRecipe([QuantRule("*", weights=TensorSpec(fmt, granularity))])
     prepare(model, recipe=recipe)
-    for _, _, quantizers in quantized_layers(model):
-        assert quantizers.weight is not None
-        quantizers.weight.scale.mul_(0.3)  # every format clips something
     set_observing(model, True)
     assert_like_alone(model)
-    y, weight = quantized_weights(model)[0], weight_of(model[0])
-    (slope,) = torch.autograd.grad(y.sum(), weight)
-    assert (slope < 1).any()
-    assert (slope == 0).any() == (gradient == "clipped")
 
 
 def write_in_place(weight: Tensor) -> None:

@@ -80,7 +80,7 @@ def ours(
     weights: str | None,
     inputs: str | None,
     block_rule: str | None = None,
-    gradient: str | None = "clipped",
+    gradient: str = "clipped",
     freeze_at: float | None = 0.9,
 ) -> Callable[[ResNet20, Setting], Prepared]:
     """A method of this package, in `StatQATCallback`.
@@ -89,7 +89,7 @@ def ours(
         weights: Quantizer of weights, None for the default.
         inputs: Quantizer of inputs, None for the default.
         block_rule: Rule of block formats, None for the default.
-        gradient: Straight-through gradient, None for the defaults.
+        gradient: Straight-through gradient.
         freeze_at: When scales stop, None for never.
     """
 
@@ -242,7 +242,7 @@ def torch_ao(network: ResNet20, setting: Setting) -> Prepared:
 
 
 METHODS = {
-    "StatQAT": Method(ours(None, None, gradient=None)),
+    "StatQAT": Method(ours(None, None)),
     "min-max": Method(ours("minmax", "moving_average", block_rule="max")),
     "percentile": Method(ours("percentile", "percentile"), no_blocks),
     # Its paper brings a gradient of its own.
