@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from statqat_lightning import prepare
 from statqat_lightning.insertion import refresh, set_frozen, set_observing, set_recompute
 
+_CALIBRATION_BATCHES = 8  # all inputs are ready then, and the signs of formats settled
+
 Step = Callable[[Tensor, Tensor], None]
 Compile = Callable[[nn.Module], nn.Module]
 Variant = Callable[[Workload, torch.device, Compile], Step]
@@ -87,8 +89,9 @@ def statqat_step(
     prepare(model, weights, activations)
     model = model.to(device)
     set_observing(model, True)
-    model(workload.batches[0][0].to(device))  # calibration: makes all inputs ready
-    refresh(model)
+    for inputs, _ in itertools.islice(itertools.cycle(workload.batches), _CALIBRATION_BATCHES):
+        model(inputs.to(device))
+        refresh(model)
     set_frozen(model, frozen)
     set_recompute(model, recompute)
     optimizer, run = sgd(model), compiled(model)
