@@ -17,8 +17,8 @@ from statqat_lightning.dataflow import CONVOLUTIONS, KEEPING, NORMS, Dataflow, O
 from statqat_lightning.fake_quantizer import INPUT, OUTPUT, ActivationFakeQuantizer, FakeQuantizer
 from statqat_lightning.formats import IntFormat
 from statqat_lightning.granularity import PerChannel, PerTensor
-from statqat_lightning.insertion import quantized_layers
 from statqat_lightning.quantized_layer import LayerQuantizers
+from statqat_lightning.quantized_model import quantized_layers
 
 Place = tuple[str, str]
 """Name of a module and a role: where a quantizer may be."""

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.insertion import quantized_layers
 from statqat_lightning.plots import new_figure, save_figure
 from statqat_lightning.quantized_layer import weight_of
+from statqat_lightning.quantized_model import quantized_layers
 
 
 @torch.no_grad()

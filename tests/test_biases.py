@@ -14,9 +14,9 @@ from statqat_lightning.biases import round_biases
 from statqat_lightning.dataflow import record
 from statqat_lightning.export.onnx import save_onnx
 from statqat_lightning.export.runtimes import onnx_session
-from statqat_lightning.insertion import quantized_layers
 from statqat_lightning.integer_kernels import IntegerKernel, integer_kernels
 from statqat_lightning.placement import place
+from statqat_lightning.quantized_model import quantized_layers
 from statqat_lightning.recipe import QuantRecipe
 from tests.export.models import observed
 from tests.test_placement import Residual

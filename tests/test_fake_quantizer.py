@@ -17,8 +17,9 @@ from statqat_lightning.fake_quantizer import (
     refresh_weights,
 )
 from statqat_lightning.functional import QParams, fake_quantize
-from statqat_lightning.insertion import prepare, set_observing
+from statqat_lightning.insertion import prepare
 from statqat_lightning.observers import ObserverConfig
+from statqat_lightning.quantized_model import set_observing
 from statqat_lightning.quantizers import get_quantizer
 from statqat_lightning.tensor_spec import TensorSpec
 from tests.reference import ErrorOf

@@ -15,7 +15,8 @@ import statqat_lightning.functional as functional
 from statqat_lightning.formats import FloatFormat, Format, get_format
 from statqat_lightning.functional import QParams, fake_quantize, learned_fake_quantize
 from statqat_lightning.granularity import Granularity, PerChannel, PerGroup, PerTensor
-from statqat_lightning.insertion import prepare, refresh, set_observing
+from statqat_lightning.insertion import prepare
+from statqat_lightning.quantized_model import refresh, set_observing
 
 RULES = ["clipped", "pass_through", "magnitude", "learned"]
 FORMATS = [get_format(name) for name in ("int4", "uint8", "fp4", "fp8_e5m2")]

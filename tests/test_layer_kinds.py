@@ -17,13 +17,12 @@ from statqat_lightning.attention import attend
 from statqat_lightning.export import freeze
 from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, FakeQuantizer
 from statqat_lightning.functional import fake_quantize
-from statqat_lightning.insertion import (
+from statqat_lightning.insertion import prepare, remove
+from statqat_lightning.quantized_model import (
     idle_activations,
-    prepare,
     quantized_layers,
     quantizer_state,
     refresh,
-    remove,
     set_enabled,
     set_observing,
 )

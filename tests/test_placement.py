@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from statqat_lightning.export.onnx import save_onnx
 from statqat_lightning.export.runtimes import layers_in_float, onnx_session
-from statqat_lightning.insertion import prepare, quantized_layers
+from statqat_lightning.insertion import prepare
 from statqat_lightning.placement import Placement, place
+from statqat_lightning.quantized_model import quantized_layers
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 from tests.export.models import observed
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from statqat_lightning import prepare
-from statqat_lightning.insertion import (
+from statqat_lightning.quantized_model import (
     activation_quantizers,
     quantized_layers,
     refresh,

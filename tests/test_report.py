@@ -11,13 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from statqat_lightning.insertion import (
-    prepare,
-    quantized_layers,
-    refresh,
-    set_enabled,
-    set_observing,
-)
+from statqat_lightning.insertion import prepare
+from statqat_lightning.quantized_model import quantized_layers, refresh, set_enabled, set_observing
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.report import SNRSummary, plot_snr, snr_by_tensor
 from tests.reference import snr_db

@@ -16,7 +16,7 @@ from statqat_lightning.export.onnx import save_onnx
 from statqat_lightning.export.runtimes import onnx_session
 from statqat_lightning.formats import FloatFormat, ShiftedFloatFormat, get_format, unsigned
 from statqat_lightning.functional import fake_quantize
-from statqat_lightning.insertion import quantized_layers
+from statqat_lightning.quantized_model import quantized_layers
 from statqat_lightning.quantizers import Iterative
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 from tests.export.models import observed

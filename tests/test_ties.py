@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from statqat_lightning.dataflow import record
 from statqat_lightning.export.onnx import save_onnx
 from statqat_lightning.export.runtimes import onnx_session
-from statqat_lightning.insertion import quantized_layers
 from statqat_lightning.integer_kernels import (
     IntegerKernel,
     IntegerQuantizers,
     integer_kernels,
 )
 from statqat_lightning.placement import place, settle
+from statqat_lightning.quantized_model import quantized_layers
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.ties import _interval, avoid_ties, fractions
 from tests.export.models import observed

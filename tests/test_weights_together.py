@@ -10,14 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.insertion import (
-    prepare,
-    quantized_layers,
-    refresh,
-    set_enabled,
-    set_observing,
-)
+from statqat_lightning.insertion import prepare
 from statqat_lightning.quantized_layer import weight_of
+from statqat_lightning.quantized_model import quantized_layers, refresh, set_enabled, set_observing
 from statqat_lightning.recipe import QuantRecipe, QuantRule
 from statqat_lightning.tensor_spec import TensorSpec
 

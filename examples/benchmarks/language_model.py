@@ -35,7 +35,7 @@ from byte_gpt import ByteGPT, LanguageModel, TrainingText, even_windows, standar
 from common import positive
 
 from statqat_lightning import QuantRecipe, StatQATCallback, TensorSpec, prepare
-from statqat_lightning.insertion import refresh, set_observing
+from statqat_lightning.quantized_model import refresh, set_observing
 
 FORMATS = {  # name in the table: weights, inputs
     "INT4": ("int4", None),

@@ -31,9 +31,9 @@ from statqat_lightning.dataflow import record
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.onnx import save_onnx
 from statqat_lightning.export.runtimes import float_onnx, layers_in_float
-from statqat_lightning.insertion import quantized_layers, refresh, set_observing
 from statqat_lightning.integer_kernels import integer_kernels
 from statqat_lightning.placement import place_in, settle
+from statqat_lightning.quantized_model import quantized_layers, refresh, set_observing
 
 W8A8 = QuantRecipe.default("int8", "int8")
 INT4 = QuantRecipe.default(TensorSpec("int4", "per_group:32"), None, first_last_bits=None)

@@ -20,7 +20,7 @@ from step_models import Workload
 from torch import Tensor, nn
 
 from statqat_lightning import prepare
-from statqat_lightning.insertion import refresh, set_frozen, set_observing, set_recompute
+from statqat_lightning.quantized_model import refresh, set_frozen, set_observing, set_recompute
 
 _CALIBRATION_BATCHES = 8  # all inputs are ready then, and the signs of formats settled
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.fake_quantizer import WeightFakeQuantizer
-from statqat_lightning.insertion import quantized_layers, refit_weights
+from statqat_lightning.quantized_model import quantized_layers, refit_weights
 
 
 class Averaging:

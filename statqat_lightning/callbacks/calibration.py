@@ -18,15 +18,15 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.dataflow import Dataflow, record
-from statqat_lightning.insertion import (
+from statqat_lightning.insertion import remove
+from statqat_lightning.observers import Reduce
+from statqat_lightning.quantized_model import (
     load_quantizer_state,
     quantizer_state,
     refresh,
-    remove,
     set_enabled,
     set_observing,
 )
-from statqat_lightning.observers import Reduce
 
 
 class CannotCalibrate(Exception):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from statqat_lightning.insertion import quantized_layers, quantizer_state
+from statqat_lightning.quantized_model import quantized_layers, quantizer_state
 from statqat_lightning.recipe import QuantRecipe, difference
 
 CHECKPOINT_KEY = "statqat_lightning"

@@ -25,7 +25,7 @@ from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.kinds import KINDS, REPORT_ENDING
 from statqat_lightning.export.loading import load_checkpoint
 from statqat_lightning.export.verify import ExportDifferenceError, ExportReport
-from statqat_lightning.insertion import activation_quantizers, quantized_layers
+from statqat_lightning.quantized_model import activation_quantizers, quantized_layers
 from statqat_lightning.recipe import QuantRecipe
 
 # ONNX Runtime's integer kernels flip a last bit now and then; less agreement is worth a warning.

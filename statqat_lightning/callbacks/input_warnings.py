@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from statqat_lightning.insertion import activation_quantizers, idle_activations
+from statqat_lightning.quantized_model import activation_quantizers, idle_activations
 
 
 class StatQATWarning(UserWarning):

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from statqat_lightning.insertion import set_enabled, set_frozen, set_narrowest
+from statqat_lightning.quantized_model import set_enabled, set_frozen, set_narrowest
 from statqat_lightning.schedule import Progress, QuantSchedule, reached
 
 

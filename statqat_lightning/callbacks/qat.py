@@ -26,24 +26,23 @@ from statqat_lightning.callbacks.input_warnings import StatQATWarning as StatQAT
 from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.callbacks.refusals import refuse_trainer
-from statqat_lightning.insertion import (
-    activation_quantizers,
-    idle_activations,
-    learned_scale_keys,
-    load_quantizer_state,
-    prepare,
-    quantized_layers,
-    refit_weights,
-    refresh,
-    remove,
-    set_enabled,
-    set_observing,
-    set_recompute,
-)
+from statqat_lightning.insertion import prepare, remove
 from statqat_lightning.insertion_report import InsertionReport
 from statqat_lightning.integer_kernels import IntegerKernel, integer_kernels
 from statqat_lightning.observers import ObserverConfig, Reduce
 from statqat_lightning.placement import check_target, place_in, settle
+from statqat_lightning.quantized_model import (
+    activation_quantizers,
+    idle_activations,
+    learned_scale_keys,
+    load_quantizer_state,
+    quantized_layers,
+    refit_weights,
+    refresh,
+    set_enabled,
+    set_observing,
+    set_recompute,
+)
 from statqat_lightning.recipe import ROLES, QuantRecipe, TensorSpec
 from statqat_lightning.schedule import QuantSchedule, When
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from statqat_lightning.insertion import quantized_layers
+from statqat_lightning.quantized_model import quantized_layers
 from statqat_lightning.report import SNRSummary, snr_by_tensor
 
 PREFIX = "snr_db"

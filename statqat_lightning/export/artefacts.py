@@ -30,9 +30,10 @@ from statqat_lightning.export.verify import (
     output_steps,
 )
 from statqat_lightning.export.writers import writers
-from statqat_lightning.insertion import quantized_layers, remove
+from statqat_lightning.insertion import remove
 from statqat_lightning.integer_kernels import integer_kernels
 from statqat_lightning.placement import Settled, check_target, settle
+from statqat_lightning.quantized_model import quantized_layers
 from statqat_lightning.recipe import QuantRecipe
 
 _MOST_EXAMPLES = 256

@@ -17,7 +17,6 @@ from statqat_lightning.fake_quantizer import OUTPUT, WEIGHT, FakeQuantizer
 from statqat_lightning.formats import Format
 from statqat_lightning.functional import QParams, dequantize, quantize
 from statqat_lightning.granularity import Granularity
-from statqat_lightning.insertion import quantized_layers
 from statqat_lightning.layer_kinds import RECURRENT, LayerKind, kind_of_class
 from statqat_lightning.quantized_layer import (
     LayerQuantizers,
@@ -27,6 +26,7 @@ from statqat_lightning.quantized_layer import (
     with_each_input,
     with_output,
 )
+from statqat_lightning.quantized_model import quantized_layers
 from statqat_lightning.recipe import TensorSpec
 
 

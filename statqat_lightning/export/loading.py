@@ -27,18 +27,17 @@ from statqat_lightning.fake_quantizer import OUTPUT, FakeQuantizer
 from statqat_lightning.formats import get_format
 from statqat_lightning.functional import QParams, dequantize
 from statqat_lightning.granularity import get_granularity
-from statqat_lightning.insertion import (
+from statqat_lightning.insertion import prepare, remove
+from statqat_lightning.quantized_layer import kind_of, weight_of
+from statqat_lightning.quantized_model import (
     QuantizedLayer,
     learned_scale_keys,
     load_quantizer_state,
-    prepare,
     quantized_layers,
     quantizer_state,
     refit_weights,
-    remove,
     set_enabled,
 )
-from statqat_lightning.quantized_layer import kind_of, weight_of
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec, full_name
 
 

@@ -30,7 +30,7 @@ from statqat_lightning.export.verify import (
 )
 from statqat_lightning.export.wording import some
 from statqat_lightning.export.writers import Writer
-from statqat_lightning.insertion import set_enabled
+from statqat_lightning.quantized_model import set_enabled
 
 _LATENCY_BATCH = 32
 

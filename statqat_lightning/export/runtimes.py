@@ -21,7 +21,8 @@ from statqat_lightning.export.frozen import frozen_layers, weight_key
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, outputs_of
 from statqat_lightning.export.loading import load_quantized
 from statqat_lightning.export.tracing import ExportError, trace
-from statqat_lightning.insertion import quantized_layers, remove
+from statqat_lightning.insertion import remove
+from statqat_lightning.quantized_model import quantized_layers
 
 Run = Callable[[ForwardCall], list[Tensor]]
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric
 
 from statqat_lightning.callbacks.qat import StatQATCallback
-from statqat_lightning.insertion import quantized_layers, quantizer_state
+from statqat_lightning.quantized_model import quantized_layers, quantizer_state
 from statqat_lightning.tensor_spec import TensorSpec
 
 BATCH_SIZE = 32

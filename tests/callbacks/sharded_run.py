@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from statqat_lightning.callbacks import StatQATCallback
-from statqat_lightning.insertion import prepare, quantizer_state
+from statqat_lightning.insertion import prepare
+from statqat_lightning.quantized_model import quantizer_state
 from statqat_lightning.tensor_spec import TensorSpec
 from tests.callbacks.digits import Witness, make_trainer, scales
 from tests.callbacks.ranks_run import Batches

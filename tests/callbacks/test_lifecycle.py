@@ -15,7 +15,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from statqat_lightning.callbacks.qat import StatQATWarning
-from statqat_lightning.insertion import activation_quantizers, quantized_layers, quantizer_state
+from statqat_lightning.quantized_model import (
+    activation_quantizers,
+    quantized_layers,
+    quantizer_state,
+)
 from tests.callbacks.digits import (
     LAYERS,
     STEPS_PER_EPOCH,

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from statqat_lightning.callbacks.qat import StatQATWarning
-from statqat_lightning.insertion import load_quantizer_state, prepare
+from statqat_lightning.insertion import prepare
+from statqat_lightning.quantized_model import load_quantizer_state
 from tests.callbacks.digits import assert_same
 from tests.callbacks.ranks import launch
 from tests.callbacks.ranks_run import (

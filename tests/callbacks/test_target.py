@@ -16,7 +16,7 @@ from statqat_lightning.callbacks.export import ExportCallback
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.export.checkpoints import export_checkpoint
 from statqat_lightning.export.loading import load_quantized
-from statqat_lightning.insertion import quantized_layers, quantizer_state
+from statqat_lightning.quantized_model import quantized_layers, quantizer_state
 from statqat_lightning.recipe import TensorSpec
 from tests.callbacks.digits import (
     STEPS_PER_EPOCH,

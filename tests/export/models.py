@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statqat_lightning.insertion import prepare, refresh, set_observing
+from statqat_lightning.insertion import prepare
+from statqat_lightning.quantized_model import refresh, set_observing
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 
 INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)]

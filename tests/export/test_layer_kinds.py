@@ -16,7 +16,7 @@ from statqat_lightning.export.frozen import freeze, frozen_layers
 from statqat_lightning.export.native import save_native
 from statqat_lightning.export.onnx import save_onnx
 from statqat_lightning.export.runtimes import onnx_session
-from statqat_lightning.insertion import refresh, set_observing
+from statqat_lightning.quantized_model import refresh, set_observing
 from statqat_lightning.recipe import QuantRecipe, QuantRule
 
 

@@ -16,8 +16,8 @@ from statqat_lightning.export.loading import load_quantized
 from statqat_lightning.export.native import read_header, save_native
 from statqat_lightning.export.packing import pack
 from statqat_lightning.formats import block_format_names, format_names
-from statqat_lightning.insertion import quantized_layers, quantizer_state
 from statqat_lightning.quantized_layer import weight_of
+from statqat_lightning.quantized_model import quantized_layers, quantizer_state
 from statqat_lightning.recipe import QuantRecipe
 from tests.callbacks.digits import DigitsModule, held_out, loader, make_trainer, small_cnn, statqat
 from tests.export.fresh import run_fresh

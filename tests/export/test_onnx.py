@@ -18,7 +18,7 @@ from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.onnx import OPSET, ONNXExportError, save_onnx
 from statqat_lightning.export.verify import onnx_session
 from statqat_lightning.formats import get_format
-from statqat_lightning.insertion import quantized_layers
+from statqat_lightning.quantized_model import quantized_layers
 from tests.export.models import (
     FLOATS,
     Branches,

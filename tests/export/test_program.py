@@ -90,7 +90,8 @@ def test_keyword_arguments_structures_and_flags() -> None:
 
 
 def export_arguments(model: nn.Module, arguments: dict[str, Any]) -> Any:
-    from statqat_lightning.insertion import prepare, refresh, set_observing
+    from statqat_lightning.insertion import prepare
+    from statqat_lightning.quantized_model import refresh, set_observing
 
     prepare(model, recipe=recipe_of("int4", "int8"))
     set_observing(model, True)

@@ -1,0 +1,224 @@
+"""A model with quantizers: its layers, their switches, new scales for them, and their state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import compress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from statqat_lightning.fake_quantizer import (
+    ActivationFakeQuantizer,
+    refresh_activations,
+    refresh_weights,
+)
+from statqat_lightning.observers import Reduce
+from statqat_lightning.quantized_layer import (
+    LayerQuantizers,
+    attached,
+    is_quantized,
+    is_sharded,
+    learned_scales,
+    weight_of,
+)
+from statqat_lightning.weights_together import WeightsTogether
+
+_WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+class QuantizedLayer(NamedTuple):
+    """A layer with quantizers, by its name in the model."""
+
+    name: str
+    module: nn.Module
+    quantizers: LayerQuantizers
+
+
+def quantized_layers(model: nn.Module) -> list[QuantizedLayer]:
+    """All layers with quantizers, in the order of `named_modules`."""
+    return [
+        QuantizedLayer(plain_name(name), module, module._statqat)
+        for name, module in model.named_modules()
+        if is_quantized(module)
+    ]
+
+
+def activation_quantizers(model: nn.Module) -> list[ActivationFakeQuantizer]:
+    """The quantizers of inputs and outputs of a model, in layer order."""
+    return [q for _, layer in _quantized_modules(model) for q in layer.activations()]
+
+
+def idle_activations(model: nn.Module) -> list[str]:
+    """Names of quantizers of inputs and outputs without a scale, where one is to be expected."""
+    return [q.name for q in activation_quantizers(model) if not (q.ready or q.optional)]
+
+
+def _quantized_modules(model: nn.Module) -> list[tuple[nn.Module, LayerQuantizers]]:
+    """Like `quantized_layers` without the names, which take most of its time: for every step."""
+    found: list[tuple[nn.Module, LayerQuantizers]] = []
+    seen: set[nn.Module] = set()
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if module not in seen:
+            seen.add(module)
+            if is_quantized(module):
+                found.append((module, attached(module)))
+            stack.extend(child for child in reversed(module._modules.values()) if child is not None)
+    return found
+
+
+def set_observing(model: nn.Module, observing: bool) -> None:
+    """Switch observation of all activations on or off; switch it on anew for every training step.
+
+    While it is on, the weights of small layers are quantized together when the first of them runs.
+    One that is written to later is noticed by its version counter, which every in-place operation
+    moves but those on `weight.data`.
+    """
+    weights = []
+    for module, quantizers in _quantized_modules(model):
+        for activation in quantizers.activations():
+            activation.observing = observing
+        for name, quantizer in quantizers.weights.items():
+            quantizer.together = None
+            weight = module._parameters.get(name)
+            if observing and weight is not None:
+                weights.append((quantizer, weight))
+    together = WeightsTogether(weights)
+    for quantizer, _ in weights:
+        quantizer.together = together
+
+
+def set_frozen(model: nn.Module, frozen: bool) -> None:
+    """Freeze or release statistics and scales of all activations, and all scales that are learned.
+
+    Other scales of weights stay as they are unless `refresh` is told to choose them.
+    """
+    for _, quantizers in _quantized_modules(model):
+        for quantizer in quantizers.present():
+            quantizer.freeze(frozen)
+
+
+def set_enabled(model: nn.Module, weights: bool | None = None, inputs: bool | None = None) -> None:
+    """Switch quantization of all weights, and of all inputs and outputs, on or off.
+
+    None changes nothing.
+    """
+    for _, quantizers in _quantized_modules(model):
+        for weight in quantizers.weights.values():
+            weight.enabled = weight.enabled if weights is None else weights
+        for activation in quantizers.activations():
+            activation.enabled = activation.enabled if inputs is None else inputs
+
+
+def set_recompute(model: nn.Module, recompute: bool) -> None:
+    """Choose between time and memory: quantize inputs again in the backward pass, or keep them.
+
+    No number depends on it. Under `torch.compile`, in checkpointed segments and where other hooks
+    say how tensors are kept for the backward pass, those decide.
+    """
+    for _, quantizers in _quantized_modules(model):
+        for activation in quantizers.inputs.values():
+            activation.recompute = recompute
+
+
+def set_narrowest(model: nn.Module, bits: int) -> None:
+    """Let no format have fewer than `bits` bits, whatever the recipe says; 0 lifts that.
+
+    Scales follow from the weights and from the statistics of the inputs at once.
+    """
+    for module, quantizers in _quantized_modules(model):
+        for name, weight in quantizers.weights.items():
+            weight.widen(bits, weight_of(module, name))
+        for activation in quantizers.activations():
+            activation.widen(bits)
+
+
+def refit_weights(model: nn.Module, learned: bool = True) -> None:
+    """Choose the scales of weights that were replaced: the scales in force are no start for them.
+
+    Every other change is a small one, which `refresh` follows.
+
+    Args:
+        model: A model with quantizers.
+        learned: Whether scales that are learned start anew, too; not where whatever replaced the
+            weights has replaced them as well, being parameters.
+    """
+    for _, quantizers in _quantized_modules(model):
+        for weight in quantizers.weights.values():
+            weight.ready = weight.ready and weight.quantizer.learned and not learned
+    refresh(model, inputs=False)
+
+
+@torch.no_grad()
+def refresh(
+    model: nn.Module, weights: bool = True, inputs: bool = True, reduce: Reduce | None = None
+) -> Tensor:
+    """Bring all scales up to date: weights from themselves, activations from what they have added.
+
+    Args:
+        model: A model with quantizers.
+        weights: Whether to choose the scales of weights anew.
+        inputs: Whether to fold what inputs and outputs have added; frozen ones keep statistics and
+            scale.
+        reduce: Reduction over ranks, see `observers.Reduce`; None for a single process.
+
+    Returns:
+        bool `(number of activation quantizers,)`, in the order of `activation_quantizers`: which
+        held NaN or infinite values.
+    """
+    layers = _quantized_modules(model)
+    if weights:
+        found = [
+            (q, m, name)
+            for m, layer in layers
+            for name, q in layer.weights.items()
+            if not q.pass_over()
+        ]
+        sharded = [is_sharded(m._parameters.get(name)) for _, m, name in found]
+        whole = [entry for entry, apart in zip(found, sharded, strict=True) if not apart]
+        refresh_weights([(q, weight_of(m, name)) for q, m, name in whole])
+        for q, m, name in compress(found, sharded):
+            refresh_weights([(q, weight_of(m, name))])  # one gathered weight at a time
+    observed = [q for _, layer in layers for q in layer.activations()] if inputs else []
+    return refresh_activations(observed, reduce)
+
+
+def quantizer_state(model: nn.Module) -> dict[str, Any]:
+    """State of all quantizers of a model by name: plain data and CPU tensors."""
+    return {
+        q.name: q.state_dict() for _, _, layer in quantized_layers(model) for q in layer.present()
+    }
+
+
+def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give the quantizers of a model the state that `quantizer_state` returned.
+
+    Raises:
+        ValueError: If the names differ; nothing is changed then.
+    """
+    quantizers = {q.name: q for _, _, layer in quantized_layers(model) for q in layer.present()}
+    if set(quantizers) != set(state):
+        raise ValueError(
+            f"Quantizer state: only in the model: {sorted(set(quantizers) - set(state))}; "
+            f"only in the state: {sorted(set(state) - set(quantizers))}. "
+            "Use the recipe and the model it was saved with."
+        )
+    for name, quantizer in quantizers.items():
+        quantizer.load_state_dict(state[name])
+
+
+def learned_scale_keys(model: nn.Module) -> frozenset[str]:
+    """Keys of the `state_dict` that belong to learned scales; the float model has none of them."""
+    return frozenset(
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        for key in learned_scales(module)
+    )
+
+
+def plain_name(name: str) -> str:
+    """The name without the parts that compile and sharding wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
