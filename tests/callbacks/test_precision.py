@@ -29,6 +29,7 @@ from tests.callbacks.digits import (
     loader,
     make_trainer,
     quantizer_of,
+    restless,
     scales,
     statqat,
     train,
@@ -213,7 +214,7 @@ class Overflows(DigitsModule):
 def test_an_overflow_is_kept_out_of_the_statistics(precision: str) -> None:
     module = Overflows()
     module.too_large = TOO_LARGE[precision]
-    callback = statqat(freeze_at=None, calibration_batches=2, max_observed=ALL_VALUES)
+    callback = restless(freeze_at=None, calibration_batches=2, max_observed=ALL_VALUES)
     inputs = InputsOf("net.3")
     with pytest.warns(StatQATWarning, match=r"net.3/input: holds NaN, infinite or huge"):
         module, run = train(
