@@ -85,6 +85,7 @@ class InputObserver:
         range_momentum: Weight of a new batch in the running range, after the first; None keeps the
             extremes of all batches.
         pending: Samples that are not in the accumulators yet.
+        added_up: Whether some are, and `spectrum` may differ from zero.
         spectrum, sums, extremes: Accumulators: energies and what lies beyond them
             `(NUM_BINS + 1,)`, sums `(NUM_SUMS,)` and `(-min, max)` `(2,)`.
         running_spectrum, running_sums: Running means per value: `(NUM_BINS,)`, `(NUM_SUMS,)`.
@@ -118,6 +119,7 @@ class InputObserver:
             setattr(self, name, torch.zeros(size, dtype=torch.float32, device="cpu"))
         self.num_batches = torch.zeros((), dtype=torch.float32, device="cpu")
         self.pending: list[Sample] = []
+        self.added_up = False
         self.reset_accumulators()
 
     spectrum: Tensor
@@ -131,6 +133,7 @@ class InputObserver:
     def reset_accumulators(self) -> None:
         """Forget what this step has added."""
         self.pending.clear()
+        self.added_up = False
         self.spectrum.zero_()
         self.sums.zero_()
         self.extremes.fill_(-torch.inf)
@@ -204,48 +207,77 @@ def _sample(x: Tensor, starts: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def add_up(observers: Sequence[InputObserver]) -> None:
-    """Add pending samples to the accumulators, those of one size and format in one go."""
+    """Add pending samples to the accumulators."""
+    for observer in observers:
+        observer.added_up = True
+    spectral = [o for o in observers if o.needs_spectrum]
+    sums, energy, beyond = _totals(observers)
+    torch._foreach_add_([o.sums for o in observers], list(sums.unbind()))
+    if spectral:
+        spectra = torch.cat([energy, beyond.unsqueeze(1)], 1)
+        torch._foreach_add_([o.spectrum for o in spectral], list(spectra.unbind()))
+
+
+def _totals(observers: Sequence[InputObserver]) -> tuple[Tensor, Tensor, Tensor]:
+    """What pending samples add up to; they are pending no more.
+
+    Returns:
+        Sums `(len(observers), NUM_SUMS)`; of the observers that need a spectrum, energies
+        `(observers, NUM_BINS)` and what lies beyond them `(observers,)`.
+    """
+    device = observers[0].sums.device
+    sums = torch.zeros(len(observers), NUM_SUMS, dtype=torch.float32, device=device)
+    spectral = [i for i, o in enumerate(observers) if o.needs_spectrum]
+    row_of = {number: row for row, number in enumerate(spectral)}
+    energy, beyond = sums.new_zeros(len(spectral), NUM_BINS), sums.new_zeros(len(spectral))
     while any(o.pending for o in observers):
-        kinds: dict[tuple[Any, ...], list[tuple[InputObserver, Sample]]] = {}
-        for observer in observers:  # one sample each in a round: no accumulator occurs twice
+        # One sample of each observer in a round, so that no row is added to twice at once.
+        kinds: dict[tuple[Any, ...], list[tuple[int, Sample]]] = {}
+        for number, observer in enumerate(observers):
             if observer.pending:
                 sample = observer.pending.pop(0)
-                spectral = sample.statistics and observer.needs_spectrum
+                with_spectrum = sample.statistics and observer.needs_spectrum
                 quantized = sample.scale is not None
-                values = sample.values
-                key = (sample.fmt, quantized, spectral, values.numel(), values.device)
-                kinds.setdefault(key, []).append((observer, sample))
-        for (fmt, _, spectral, _, device), group in kinds.items():
+                key = (sample.fmt, quantized, with_spectrum, sample.values.numel())
+                kinds.setdefault(key, []).append((number, sample))
+        for (fmt, _, with_spectrum, _), group in kinds.items():
             most = _ROWS_IN_CACHE if device.type == "cpu" else len(group)
             for start in range(0, len(group), most):
-                _add_up_kind(group[start : start + most], fmt, spectral)
+                numbers, samples = zip(*group[start : start + most], strict=True)
+                values = torch.stack([sample.values for sample in samples])
+                squares = values.square()
+                _add_rows(sums, numbers, _sums(samples, fmt, values, squares))
+                if with_spectrum:
+                    rows = [row_of[number] for number in numbers]
+                    more_energy, more_beyond = resolved_bins(raw_spectra(values, squares))
+                    _add_rows(energy, rows, more_energy)
+                    _add_rows(beyond, rows, more_beyond)
+    return sums, energy, beyond
 
 
-def _add_up_kind(
-    group: Sequence[tuple[InputObserver, Sample]], fmt: Format, spectral: bool
-) -> None:
-    rows = torch.stack([sample.values for _, sample in group])
-    scales = [sample.scale for _, sample in group if sample.scale is not None]
-    sums = rows.new_zeros(len(rows), NUM_SUMS)
-    sums[:, COUNT] = rows.shape[1]
-    squares = rows.square()
+def _sums(samples: Sequence[Sample], fmt: Format, values: Tensor, squares: Tensor) -> Tensor:
+    """The sums of samples, all quantized or none, `(len(samples), NUM_SUMS)`."""
+    sums = values.new_zeros(len(values), NUM_SUMS)
+    sums[:, COUNT] = values.shape[1]
+    scales = [sample.scale for sample in samples if sample.scale is not None]
     if scales:
         scale = torch.stack(scales).unsqueeze(1)
-        sums[:, QUANTIZED] = rows.shape[1]
+        sums[:, QUANTIZED] = values.shape[1]
         sums[:, SIGNAL] = squares.sum(1)
-        sums[:, NOISE] = fmt.round_(rows / scale).mul_(scale).sub_(rows).square_().sum(1)
+        sums[:, NOISE] = fmt.round_(values / scale).mul_(scale).sub_(values).square_().sum(1)
     if not fmt.is_signed:
         # -1 for each negative value; comparisons that give bool are several times slower on CPU.
-        sums[:, NEGATIVE] = rows.clamp(max=0.0).sign_().sum(1).neg_()
-    _add_each([observer.sums for observer, _ in group], sums)
-    if spectral:
-        energy, beyond = resolved_bins(raw_spectra(rows, squares))
-        spectra = torch.cat([energy, beyond.unsqueeze(1)], 1)
-        _add_each([observer.spectrum for observer, _ in group], spectra)
+        sums[:, NEGATIVE] = values.clamp(max=0.0).sign_().sum(1).neg_()
+    return sums
 
 
-def _add_each(targets: list[Tensor], values: Tensor) -> None:
-    torch._foreach_add_(targets, list(values.unbind()))
+def _add_rows(target: Tensor, rows: Sequence[int], values: Tensor) -> None:
+    """Add to rows of a tensor by their numbers: ascending, each once."""
+    first, end = rows[0], rows[-1] + 1
+    if end - first == len(rows):
+        target[first:end] += values
+    else:
+        target.index_add_(0, _kept(tuple(rows), torch.long, target.device), values)
 
 
 @lru_cache(maxsize=256)
@@ -276,17 +308,21 @@ def fold(
     Returns:
         bool `(len(observers),)`: where an input held NaN, infinite or absurdly large values.
     """
-    add_up(observers)
-    sums = torch.stack([o.sums for o in observers])
+    sums, energy, beyond = _totals(observers)
+    sums += torch.stack([o.sums for o in observers])
     spectral = [i for i, o in enumerate(observers) if o.needs_spectrum and statistics]
     ranged = [i for i, o in enumerate(observers) if o.needs_range and statistics]
     overflow = ~sums.isfinite().all(1)
     spectral_rows, ranged_rows = (_rows(which, overflow) for which in (spectral, ranged))
-    energy, extremes = sums.new_zeros(0, NUM_BINS), sums.new_zeros(0, 2)
+    extremes = sums.new_zeros(0, 2)
     if spectral:
-        spectra = torch.stack([observers[i].spectrum for i in spectral])
-        energy, beyond = spectra[:, :NUM_BINS], spectra[:, NUM_BINS]
+        early = [(row, observers[i]) for row, i in enumerate(spectral) if observers[i].added_up]
+        for row, observer in early:
+            energy[row] += observer.spectrum[:NUM_BINS]
+            beyond[row] += observer.spectrum[NUM_BINS]
         overflow[spectral_rows] |= beyond != 0  # NaN differs from 0, too
+    else:
+        energy = energy[:0]
     if ranged:
         extremes = torch.stack([observers[i].extremes for i in ranged])
         overflow[ranged_rows] |= ~extremes.isfinite().all(1) & (sums[ranged_rows, COUNT] > 0)
@@ -326,7 +362,11 @@ def fold(
         torch._foreach_copy_(
             [o.num_batches for o in observers], list((num_batches + seen).unbind())
         )
-    torch._foreach_zero_([o.sums for o in observers] + [o.spectrum for o in observers])
+    torch._foreach_zero_([o.sums for o in observers])
+    for observer in observers:
+        if observer.added_up:
+            observer.spectrum.zero_()
+            observer.added_up = False
     return overflow
 
 
