@@ -7,7 +7,7 @@ precision the model runs in, and follow the layer from device to device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,8 +34,6 @@ from statqat_lightning.observers import (
     SIGNAL,
     InputObserver,
     ObserverConfig,
-    Reduce,
-    fold,
     statistics_of,
 )
 from statqat_lightning.quantizers import Quantizer, get_quantizer
@@ -224,14 +222,14 @@ class WeightFakeQuantizer(FakeQuantizer):
                 return quantized
         return self.quantize(weight)
 
-    @torch.no_grad()
-    def widen(self, bits: int, weight: Tensor) -> None:
-        """Use a format of at least `bits` bits, with the scale that the weight gives."""
+    def widen(self, bits: int) -> bool:
+        """Use a format of at least `bits` bits; whether it is another one and needs a scale."""
         self.narrowest = bits
         fmt = at_least_bits(get_format(self.spec.format), bits)
-        if fmt != self.fmt:
+        changed = fmt != self.fmt
+        if changed:
             self.fmt, self.ready = fmt, False  # the scale in force is no start for another format
-            refresh_weights([(self, weight)])
+        return changed
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"together": None}  # a copy's weight is another one
@@ -389,103 +387,3 @@ def _is_floating(x: object) -> bool:
 def _recomputing() -> bool:
     """Whether this forward recomputes a checkpointed segment during a backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-_MAX_GROUP = 1 << 20  # weights up to this many elements are refreshed together
-
-
-@torch.no_grad()
-def refresh_weights(weights: Sequence[tuple[WeightFakeQuantizer, Tensor]]) -> None:
-    """Choose the scales of weights anew, starting from the scales in force.
-
-    Small weights of one kind and row length are stacked: a network of many small layers then costs
-    a few operations and not a few for each layer.
-
-    Args:
-        weights: Quantizers with their weights as they are now. Learned scales that have had their
-            start are left alone.
-    """
-    kinds: dict[tuple[Any, ...], list[tuple[WeightFakeQuantizer, Tensor]]] = {}
-    for number, (quantizer, weight) in enumerate(weights):
-        if quantizer.quantizer.learned and quantizer.ready:
-            continue
-        search = quantizer.is_due
-        rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
-        fmt = quantizer.fmt
-        whole = isinstance(fmt, BlockFormat) and fmt.has_tensor_scale  # scales depend on all rows
-        alone = number if whole or rows.numel() > _MAX_GROUP else -1
-        spec = quantizer.spec
-        kind = (spec.quantizer, spec.options, rows.shape[1], rows.device, alone)
-        key = (fmt, quantizer.ready, search, *kind)
-        kinds.setdefault(key, []).append((quantizer, rows))
-    for (fmt, ready, search, *_), group in kinds.items():
-        quantizers = [quantizer for quantizer, _ in group]
-        rows = torch.cat([rows for _, rows in group]) if len(group) > 1 else group[0][1]
-        warm = torch.cat([q.scale.flatten() for q in quantizers])
-        rule = quantizers[0].quantizer
-        scales = (
-            rule.from_rows(rows, fmt, warm if ready else None)
-            if search
-            else rule.track(rows, fmt, warm)
-        )
-        parts = torch.split(scales, [len(rows) for _, rows in group])
-        torch._foreach_copy_(
-            [q.scale for q in quantizers],
-            [part.view_as(q.scale) for q, part in zip(quantizers, parts, strict=True)],
-        )
-        for quantizer in quantizers:
-            quantizer.num_refreshes += 1
-            quantizer.ready = True
-
-
-@torch.no_grad()
-def refresh_activations(
-    quantizers: Sequence[ActivationFakeQuantizer], reduce: Reduce | None = None
-) -> Tensor:
-    """Fold what inputs have added into their statistics, and choose their scales anew.
-
-    One reduction over ranks for all layers, one batched search for all layers of a kind, and no
-    read from the device once every quantizer is settled.
-
-    Args:
-        quantizers: Input quantizers of one model, in the same order on every rank.
-        reduce: Reduction over ranks, None for a single process.
-
-    Returns:
-        bool `(len(quantizers),)`: which inputs held NaN or infinite values in this step.
-    """
-    if not quantizers:
-        return torch.zeros(0, dtype=torch.bool)
-    statistics = not quantizers[0].frozen
-    overflow = fold([q.observer for q in quantizers], statistics, reduce)
-    if not statistics:
-        return overflow
-    refresh_scales([q for q in quantizers if q.ready and not q.pass_over()])
-    undecided = [q for q in quantizers if q.deciding]
-    if undecided and reduce is not None:
-        lowest = -reduce(-torch.stack([q.lowest for q in undecided]), "max")
-        torch._foreach_copy_([q.lowest for q in undecided], list(lowest.unbind()))
-    for quantizer in quantizers:
-        quantizer.settle()
-    return overflow
-
-
-def refresh_scales(quantizers: Sequence[ActivationFakeQuantizer]) -> None:
-    """Choose the scales of ready quantizers from running statistics, all of a kind at once.
-
-    Learned scales are left alone.
-    """
-    kinds: dict[tuple[Any, ...], list[ActivationFakeQuantizer]] = {}
-    for quantizer in quantizers:
-        if quantizer.quantizer.learned:
-            continue
-        spec = quantizer.spec
-        kinds.setdefault((quantizer.fmt, spec.quantizer, spec.options), []).append(quantizer)
-    for group in kinds.values():
-        first = group[0]
-        statistics = statistics_of([q.observer for q in group])
-        warm = torch.stack([q.scale for q in group])
-        scales = first.quantizer.from_statistics(statistics, first.fmt, warm)
-        torch._foreach_copy_([q.scale for q in group], list(scales.unbind()))
-        for quantizer in group:
-            quantizer.num_refreshes += 1

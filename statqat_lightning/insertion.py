@@ -19,7 +19,6 @@ from statqat_lightning.fake_quantizer import (
     ActivationFakeQuantizer,
     FakeQuantizer,
     WeightFakeQuantizer,
-    refresh_weights,
 )
 from statqat_lightning.fast_paths import set_fast_paths
 from statqat_lightning.insertion_report import InsertionReport, LayerReport
@@ -42,6 +41,7 @@ from statqat_lightning.quantized_model import (
     quantized_layers,
 )
 from statqat_lightning.recipe import QuantRecipe, QuantRule
+from statqat_lightning.scale_refresh import refresh_weights
 from statqat_lightning.tensor_spec import TensorSpec
 
 _NORMALISATION = (

@@ -9,11 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.fake_quantizer import (
-    ActivationFakeQuantizer,
-    refresh_activations,
-    refresh_weights,
-)
+from statqat_lightning.fake_quantizer import ActivationFakeQuantizer
 from statqat_lightning.observers import Reduce
 from statqat_lightning.quantized_layer import (
     LayerQuantizers,
@@ -23,6 +19,7 @@ from statqat_lightning.quantized_layer import (
     learned_scales,
     weight_of,
 )
+from statqat_lightning.scale_refresh import refresh_activations, refresh_weights
 from statqat_lightning.weights_together import WeightsTogether
 
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -131,7 +128,8 @@ def set_narrowest(model: nn.Module, bits: int) -> None:
     """
     for module, quantizers in _quantized_modules(model):
         for name, weight in quantizers.weights.items():
-            weight.widen(bits, weight_of(module, name))
+            if weight.widen(bits):
+                refresh_weights([(weight, weight_of(module, name))])
         for activation in quantizers.activations():
             activation.widen(bits)
 

@@ -10,17 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from statqat_lightning.fake_quantizer import (
-    ActivationFakeQuantizer,
-    WeightFakeQuantizer,
-    refresh_activations,
-    refresh_weights,
-)
+from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, WeightFakeQuantizer
 from statqat_lightning.functional import QParams, fake_quantize
 from statqat_lightning.insertion import prepare
 from statqat_lightning.observers import ObserverConfig
 from statqat_lightning.quantized_model import set_observing
 from statqat_lightning.quantizers import get_quantizer
+from statqat_lightning.scale_refresh import refresh_activations, refresh_weights
 from statqat_lightning.tensor_spec import TensorSpec
 from tests.reference import ErrorOf
 

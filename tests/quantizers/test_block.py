@@ -13,16 +13,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from statqat_lightning.fake_quantizer import (
-    ActivationFakeQuantizer,
-    WeightFakeQuantizer,
-    refresh_weights,
-)
+from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, WeightFakeQuantizer
 from statqat_lightning.formats import BlockFormat, block_format_names, get_format
 from statqat_lightning.functional import fake_quantize, quantize, snr_db
 from statqat_lightning.granularity import PerBlock
 from statqat_lightning.observers import ObserverConfig
 from statqat_lightning.quantizers import Block, Statistics, get_quantizer
+from statqat_lightning.scale_refresh import refresh_weights
 from statqat_lightning.tensor_spec import TensorSpec
 from statqat_lightning.weights_together import WeightsTogether
 
