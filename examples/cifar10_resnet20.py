@@ -110,6 +110,9 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
+_HOW_TO_TRAIN = "train one: examples/cifar10_resnet20.py --float-epochs 30"
+
+
 def find_checkpoint(folder: Path) -> Path:
     """Float weights beside the data, or else in the shared data."""
     places = dict.fromkeys((folder / CHECKPOINT, SHARED_DATA / CHECKPOINT))
@@ -118,7 +121,7 @@ def find_checkpoint(folder: Path) -> Path:
             return place
     raise common.fail(
         f"no float weights at {' or '.join(map(str, places))}. Name a state dict with "
-        "--checkpoint, or train the float network first with --float-epochs N."
+        f"--checkpoint, or {_HOW_TO_TRAIN}."
     )
 
 
@@ -127,7 +130,7 @@ def load_network(checkpoint: Path) -> ResNet20:
     if not checkpoint.exists():
         raise common.fail(
             f"no float weights at {checkpoint}. Name another state dict with --checkpoint, or "
-            "train the float network first with --float-epochs N."
+            f"{_HOW_TO_TRAIN}."
         )
     network = ResNet20()
     try:

@@ -32,7 +32,7 @@ COUNT, NEGATIVE, NONFINITE, SIGNAL, NOISE, QUANTIZED = range(6)
 NUM_SUMS = 6
 
 _MAX_PENDING = 8  # samples of one input: many micro-batches must not pile up
-_ROWS_IN_CACHE = 16  # raw histograms of so many inputs at once, on a CPU
+_ROWS_IN_CACHE = 8  # raw histograms of so many inputs at once, on a CPU
 _RUN = 16  # neighbouring values in a sample: a cache line of float32
 
 
@@ -348,7 +348,7 @@ def fold(
     weight = torch.where(seen, (1 / (num_batches + 1)).maximum(momentum), 0.0)
     _fold_sums(observers, sums, weight)
     if spectral:
-        means = energy / count[spectral_rows].clamp_min(1).unsqueeze(1)
+        means = energy.div_(count[spectral_rows].clamp_min(1).unsqueeze(1))
         old = [observers[i].running_spectrum for i in spectral]
         new = torch.stack(old).lerp_(means, weight[spectral_rows].unsqueeze(1))
         torch._foreach_copy_(old, list(new.unbind()))

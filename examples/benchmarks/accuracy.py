@@ -12,12 +12,8 @@ command goes on where it was interrupted, and another one adds to the table.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.metadata
 import json
 import logging
-import os
-import platform
 import statistics
 import sys
 import time
@@ -35,13 +31,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cifar10_resnet20 as cifar10
 import common
+import measuring
 from accuracy_methods import METHODS, SETTINGS, Method, Setting
 from common import BatchedTensors, Compose, ImageClassifier, Normalize, RandomCropFlip
+from measuring import code_digest, digest, versions_text, write_json
 
 SHORT = {"epochs": 1, "seeds": [0], "lrs": [0.02]}
 LONG = {"epochs": 30, "seeds": [0, 1, 2], "lrs": [0.001, 0.005, 0.02]}
 FLOAT = "float"
-PACKAGES = ("torch", "lightning", "statqat-lightning", "brevitas")
+METHOD_FILES = [
+    Path(__file__).with_name(name) for name in ("accuracy_methods.py", "brevitas_layers.py")
+]
 
 Run = dict[str, Any]
 Data = dict[str, tuple[Tensor, Tensor]]
@@ -53,6 +53,8 @@ class Budget:
 
     Attributes:
         start: Begin of the SHA-256 of the file of float weights.
+        code: Begin of the SHA-256 of the package and of the methods.
+        device: Kind of device.
     """
 
     epochs: int
@@ -60,6 +62,8 @@ class Budget:
     test_images: int
     batch_size: int
     start: str
+    code: str
+    device: str
 
     def holds(self, run: Run) -> bool:
         """Whether a run had this budget."""
@@ -129,8 +133,9 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.versions = versions()
-        self.content: dict[str, Any] = {"versions": self.versions, "runs": []}
+        facts = measuring.facts()
+        self.versions = facts["versions"]
+        self.content: dict[str, Any] = facts | {"runs": []}
         if path.exists():
             self.content = self._read()
         self.runs: list[Run] = self.content["runs"]
@@ -140,7 +145,7 @@ class Results:
             content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
             before = content["versions"]
             content["runs"][:]
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise common.fail(
                 f"{self.path} does not hold results of this benchmark. Name another --output."
             ) from error
@@ -160,20 +165,7 @@ class Results:
 
     def add(self, run: Run) -> None:
         self.runs.append(run)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_suffix(".tmp")
-        new.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(new, self.path)
-
-
-def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+        write_json(self.path, self.content)
 
 
 @dataclass(frozen=True)
@@ -298,12 +290,15 @@ def main() -> None:
             f"{train_images} training images do not fill a batch of {args.batch_size}. Ask for "
             "more --images or a smaller --batch-size."
         )
-    digest = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:12]
-    budget = Budget(args.epochs, train_images, test_images, args.batch_size, digest)
-    used = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
-    print(f"ResNet-20 on CIFAR-10: {budget}\n{used}, {args.threads} threads", flush=True)
+    start_digest = digest(args.checkpoint)
+    code = code_digest(*METHOD_FILES)
+    device = make_trainer(args).strategy.root_device.type
+    budget = Budget(
+        args.epochs, train_images, test_images, args.batch_size, start_digest, code, device
+    )
+    print(f"ResNet-20 on CIFAR-10: {budget}\n{versions_text()}; {args.threads} threads", flush=True)
 
-    base = {"method": FLOAT, "test_images": test_images, "start": digest}
+    base = {"method": FLOAT, "test_images": test_images, "start": start_digest}
     if results.find(**base) is None:
         results.add(base | vars(budget) | {"accuracy": float_accuracy(data, args)})
     floats = results.find(**base)

@@ -7,11 +7,12 @@ that follow a ReLU unsigned, and the first and the last layer have 8 bits.
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import peers
+from brevitas_layers import quantized, replace_layers
 from common import ResNet20
 from lightning.pytorch import Callback
 from torch import nn
@@ -59,7 +60,7 @@ class Method:
     Attributes:
         build: From the float network, which it may change, and a setting to what the Trainer gets.
         lacks: Why it has no form for a setting, or None.
-        package: What has to be installed, or None.
+        package: What it needs to import, or None.
     """
 
     build: Callable[[ResNet20, Setting], Prepared]
@@ -68,12 +69,8 @@ class Method:
 
     def missing(self, setting: Setting) -> str | None:
         """Why it cannot run at a setting, here or at all; None if it can."""
-        if self.package is not None and importlib.util.find_spec(self.package) is None:
-            return (
-                f"{self.package} is not installed: pip install "
-                f'"statqat-lightning[bench]", or pip install {self.package}'
-            )
-        return self.lacks(setting)
+        reason = None if self.package is None else peers.missing(self.package)
+        return reason or self.lacks(setting)
 
 
 def ours(
@@ -152,21 +149,12 @@ def _wide(fmt: Format) -> Format:
     return get_format("mxfp8_e4m3" if isinstance(fmt, BlockFormat) else "fp8_e4m3")
 
 
-def replace_layers(network: nn.Module, new: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
-    """Put another module in the place of each convolution and linear layer."""
-    for name, layer in list(network.named_modules()):
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            network.set_submodule(name, new(name, layer))
-    return network
-
-
 def brevitas(network: ResNet20, setting: Setting) -> Prepared:
     """Brevitas with the quantizers it has ready for each kind of format.
 
     Weights follow their largest magnitude, with a gradient through it. Inputs: a percentile, 99.999
-    by default, for the first 300 steps, from then on learned.
+    by default, for the first steps, from then on learned.
     """
-    import brevitas.nn as qnn
     from brevitas.quant import float_quant_ocp, mx_quant_ocp, scaled_int
 
     def options(role: str, fmt: Format) -> dict[str, int]:
@@ -192,23 +180,7 @@ def brevitas(network: ResNet20, setting: Setting) -> Prepared:
             inputs = float_quant_ocp.FpOCPActPerTensorFloat
         quantizers = {"weight_quant": weights, "input_quant": inputs}
         arguments = quantizers | options("weight", weight) | options("input", activation)
-        bias = layer.bias is not None
-        if isinstance(layer, nn.Conv2d):
-            made = qnn.QuantConv2d(
-                layer.in_channels,
-                layer.out_channels,
-                layer.kernel_size,
-                layer.stride,
-                layer.padding,
-                bias=bias,
-                **arguments,
-            )
-        else:
-            assert isinstance(layer, nn.Linear)
-            made = qnn.QuantLinear(layer.in_features, layer.out_features, bias=bias, **arguments)
-        made.weight = layer.weight
-        made.bias = layer.bias
-        return made
+        return quantized(layer, arguments)
 
     return replace_layers(network, new), []
 
@@ -216,8 +188,9 @@ def brevitas(network: ResNet20, setting: Setting) -> Prepared:
 def torch_ao(network: ResNet20, setting: Setting) -> Prepared:
     """torch.ao's default QAT configuration, its codes bounded to the width of the setting.
 
-    Weights: min-max. Inputs: moving-average min-max, with a zero point. Their quantizers stand in
-    front of the layers, where those of all others stand.
+    Weights: min-max, with one negative code more than the others have, which its observers count
+    on: without it their scales are too large by up to a half. Inputs: moving-average min-max, with
+    a zero point. Their quantizers stand in front of the layers, where those of all others stand.
     """
     # It announces its end, and where its successor lives.
     warnings.filterwarnings("ignore", "(?s).*torch.ao.quantization is deprecated")
@@ -230,9 +203,9 @@ def torch_ao(network: ResNet20, setting: Setting) -> Prepared:
 
     def new(name: str, layer: nn.Module) -> nn.Module:
         weight, activation = of_layer(name, setting)
-        top = 2**activation.bits - 1
+        top, codes = 2**activation.bits - 1, 2**weight.bits
         layer.qconfig = quantization.QConfig(
-            weight=config.weight.with_args(quant_min=int(weight.min), quant_max=int(weight.max)),
+            weight=config.weight.with_args(quant_min=-codes // 2, quant_max=codes // 2 - 1),
             activation=config.activation.with_args(quant_min=0, quant_max=top, reduce_range=False),
         )
         made = kinds[type(layer)].from_float(layer)
@@ -251,5 +224,5 @@ METHODS = {
     ),
     "LSQ": Method(ours("lsq", "lsq", freeze_at=None), no_blocks),
     "Brevitas": Method(brevitas, no_zero_point, package="brevitas"),
-    "torch.ao": Method(torch_ao, integers_only),
+    "torch.ao": Method(torch_ao, integers_only, package="torch.ao.quantization"),
 }

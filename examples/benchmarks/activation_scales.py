@@ -1,7 +1,8 @@
 """Cost of choosing an activation's scale: ours beside two observers of torch.ao, one tensor.
 
-Ours is all that a training step pays for one input: the sample of its values, adding it up, folding
-it into the running spectrum and the search. Ratios are medians over rounds, see `measuring.py`.
+Ours is all that a training step can cost for one input: the sample of its values, adding it up,
+folding it into the running spectrum and the search, which by default only every fourth step has.
+Ratios are medians over rounds, see `measuring.py`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.ao.quantization import HistogramObserver, MovingAverageMinMaxObserver
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import positive
+import peers
+from common import fail, positive
 from measuring import measure, medians, ratio, write_results
 
 from statqat_lightning import TensorSpec
@@ -25,12 +26,13 @@ from statqat_lightning.fake_quantizer import ActivationFakeQuantizer
 from statqat_lightning.observers import ObserverConfig
 from statqat_lightning.scale_refresh import refresh_activations
 
-PEERS = {"min-max": MovingAverageMinMaxObserver, "histogram": HistogramObserver}
+PEERS = {"min-max": "MovingAverageMinMaxObserver", "histogram": "HistogramObserver"}
 
 
 def ours(x: torch.Tensor, name: str, tensors: int) -> Callable[[], object]:
-    """One refresh of `tensors` inputs that hold the same values."""
-    spec, cpu = TensorSpec(name, quantizer="iterative"), torch.device("cpu")
+    """One refresh with a search of `tensors` inputs that hold the same values."""
+    # Without a tolerance scales never rest: every refresh is a search.
+    spec, cpu = TensorSpec(name, quantizer="iterative", tolerance=0.0), torch.device("cpu")
     quantizers = [
         ActivationFakeQuantizer("layer", spec, ObserverConfig(), cpu) for _ in range(tensors)
     ]
@@ -74,7 +76,10 @@ def main() -> None:
     x = torch.randn(args.values).requires_grad_() + 0.0
     together = f"{args.tensors} together"
     runs = {"alone": ours(x, args.format, 1), together: ours(x, args.format, args.tensors)}
-    runs |= {name: peer(observer(), x.detach()) for name, observer in PEERS.items()}
+    if reason := peers.missing("torch.ao.quantization"):
+        raise fail(reason)
+    for name, observer in PEERS.items():
+        runs[name] = peer(getattr(torch.ao.quantization, observer)(), x.detach())
     seconds = measure(runs, args.rounds)
     seconds[together] = [taken / args.tensors for taken in seconds[together]]
     middle = medians(seconds)
@@ -97,7 +102,7 @@ def main() -> None:
         "median_seconds": middle,
         "ratio_to_peers": ratios,
     }
-    write_results(args, results)
+    write_results(args.output, threads=args.threads, rounds=args.rounds, **results)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ agrees with the fake-quantized model on all test images. It needs CIFAR-10, as t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
-from cifar10_resnet20 import DATA, find_checkpoint, load_data, load_network
+from cifar10_resnet20 import DATA, check_folder, find_checkpoint, load_data, load_network
 from common import BatchedTensors, Compose, ImageClassifier, Normalize, RandomCropFlip, positive
+from measuring import write_results
 
 from statqat_lightning import StatQATCallback
 from statqat_lightning.export import export_model
@@ -73,10 +73,20 @@ NETWORKS: dict[str, Callable[[], nn.Module] | None] = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = common.argument_parser(
-        __doc__.splitlines()[0], output="outputs/exports", epochs=1, lr=0.02, batch_size=128
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    parser.add_argument(
+        "--threads", type=positive, default=torch.get_num_threads(), help="of torch"
+    )
+    parser.add_argument("--accelerator", default="auto", help="auto, cpu, gpu, ...")
+    parser.add_argument("--lr", type=float, default=0.02, help="highest learning rate")
+    parser.add_argument("--batch-size", type=positive, default=128, help="images a step")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of CIFAR-10")
+    parser.add_argument("--download", action="store_true", help="let torchvision fill --data")
+    parser.add_argument("--checkpoint", type=Path, help="float state dict of ResNet-20")
+    parser.add_argument("--output", type=Path, default=Path("outputs/exports"), help="folder")
     parser.add_argument(
         "--cache", type=Path, default=Path.home() / ".cache" / "statqat", help="decoded images"
     )
@@ -97,7 +107,12 @@ def trained(
 ) -> ImageClassifier:
     epochs = 1 + steps // (50_000 // args.batch_size)
     trainer = common.make_trainer(
-        args.output, epochs, quiet=True, callbacks=[*callbacks], max_steps=steps
+        args.output,
+        epochs,
+        quiet=True,
+        accelerator=args.accelerator,
+        callbacks=[*callbacks],
+        max_steps=steps,
     )
     trainer.fit(module, loader)
     return module
@@ -106,7 +121,10 @@ def trained(
 def main() -> None:
     args = parse_arguments()
     common.start(args, "torchvision", "PIL", "torchao")
-    data = load_data(args.data, args.cache)
+    check_folder(args.data, download=args.download)
+    if "resnet20" in args.networks:  # what is missing shows before the images are decoded
+        args.checkpoint = args.checkpoint or find_checkpoint(args.data)
+    data = load_data(args.data, args.cache, download=args.download)
     normalize = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     train = BatchedTensors(*data["train"], Compose((RandomCropFlip(pad=4), normalize)))
     images, labels = (tensor[: args.test_images] for tensor in data["test"])
@@ -115,7 +133,7 @@ def main() -> None:
     for name in args.networks:
         torch.manual_seed(args.seed)
         make = NETWORKS[name]
-        network = load_network(find_checkpoint(args.data)) if make is None else make()
+        network = load_network(args.checkpoint) if make is None else make()
         module = ImageClassifier(network, lr=args.lr)
         loader = train.loader(args.batch_size, shuffle=True)
         if make is not None:
@@ -139,7 +157,7 @@ def main() -> None:
         )
         print(f"\n{name}, W8A8, target {target}\n{report}", flush=True)
         summary = args.output / f"{name}.json"
-        summary.write_text(json.dumps(report.metrics(), indent=2) + "\n")
+        write_results(summary, figures=report.metrics())
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def main() -> None:
         "median_seconds": middle,
         "ratio_to_torch": ratios,
     }
-    write_results(args, results)
+    write_results(args.output, threads=args.threads, rounds=args.rounds, **results)
 
 
 if __name__ == "__main__":

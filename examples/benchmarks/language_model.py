@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import platform
 import statistics
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 from byte_gpt import ByteGPT, LanguageModel, TrainingText, even_windows, standard_library
 from common import positive
+from measuring import code_digest, versions_text, write_json, write_results
 
 from statqat_lightning import QuantRecipe, StatQATCallback, TensorSpec, prepare
 from statqat_lightning.quantized_model import refresh, set_observing
@@ -51,6 +51,7 @@ METHODS = {  # name in the table: rule for weights, for inputs
 OURS, BASELINE = "StatQAT", "min-max"
 STEPS_BETWEEN_SAVES = 100  # of float training, which goes on from the last one
 AIM = 0.5  # of what min-max loses, INT4
+LEAST_LOSS = 0.002  # bits per byte; of less, no share is taken: a seed makes 0.001
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,7 @@ class Journal:
 
     def add(self, key: str, entry: dict[str, float]) -> None:
         self.entries[key] = entry
-        whole = self.path.with_suffix(".tmp")  # a run that is stopped here leaves the old file
-        whole.write_text(json.dumps(self.entries, indent=2) + "\n", encoding="utf-8")
-        whole.replace(self.path)
+        write_json(self.path, self.entries)
 
 
 def recipe(formats: str, method: str, args: argparse.Namespace) -> QuantRecipe:
@@ -136,7 +135,7 @@ class Benchmark:
     """
 
     def __init__(self, args: argparse.Namespace, setting: Setting) -> None:
-        self.args, self.setting = args, setting
+        self.args, self.setting, self.code = args, setting, code_digest()
         self.train, self.held_out = standard_library(args.text)
         args.output.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(
@@ -221,7 +220,9 @@ class Benchmark:
     ) -> dict[str, float]:
         """A run of quantization-aware training."""
         chosen = recipe(formats, method, self.args)
-        callback = StatQATCallback(recipe=chosen, verbose=False)
+        # Learned scales are learned to the end, as published.
+        freeze_at = None if method == "LSQ" else 0.9
+        callback = StatQATCallback(recipe=chosen, freeze_at=freeze_at, verbose=False)
         learned = f", scales {self.setting.scale_lr:g}" if method == "LSQ" else ""
         key = f"{self._quantized_key(formats, method)}, {self.setting.steps} steps, lr {lr:g}"
         return self._once(
@@ -250,7 +251,8 @@ class Benchmark:
 
     def _quantized_key(self, formats: str, method: str) -> str:
         first_last = self.args.first_last_bits
-        return f"{formats} {self.args.granularity}, ends {first_last}, {method}"
+        made_by = f"code {self.code}, torch {torch.__version__}"
+        return f"{formats} {self.args.granularity}, ends {first_last}, {method}, {made_by}"
 
     def _trained(
         self, module: LanguageModel, seed: int, *callbacks: L.Callback
@@ -327,7 +329,7 @@ def print_table(results: dict[str, Any]) -> None:
     base = {row["formats"]: row for row in results["rows"] if row["method"] == BASELINE}
     for row in results["rows"]:
         share = ""
-        if (other := base.get(row["formats"])) and other["trained_loss"] > 0:
+        if (other := base.get(row["formats"])) and other["trained_loss"] >= LEAST_LOSS:
             share = f"{row['trained_loss'] / other['trained_loss']:.2f}"
         print(
             f"{row['formats']:8}{row['method']:10}"
@@ -342,8 +344,11 @@ def verdict(results: dict[str, Any], formats: str = "INT4") -> str | None:
     loss = {r["method"]: r["trained_loss"] for r in results["rows"] if r["formats"] == formats}
     if not {OURS, BASELINE} <= loss.keys():
         return None
-    if loss[BASELINE] <= 0:
-        return f"{formats}: min-max loses nothing to float here; there is nothing to halve."
+    if loss[BASELINE] < LEAST_LOSS:
+        return (
+            f"{formats}: min-max loses {loss[BASELINE]:.4f} bits per byte here, which is noise; "
+            "there is nothing to halve."
+        )
     share = loss[OURS] / loss[BASELINE]
     holds = "holds" if share <= AIM else "does not hold"
     return f"{formats}: {OURS} loses {share:.2f} of what min-max loses; at most {AIM}: {holds}."
@@ -402,7 +407,7 @@ def main() -> None:
     print(
         f"{parameters / 1e6:.2f} million parameters, {len(benchmark.train) / 1e6:.1f} MB of text "
         f"and {len(benchmark.held_out) / 1e6:.1f} MB held out, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, lightning {importlib.metadata.version('lightning')}"
+        f"{versions_text()}"
     )
     start = time.perf_counter()
     results = compare(benchmark, args.formats, args.methods)
@@ -412,8 +417,7 @@ def main() -> None:
     print(f"{time.perf_counter() - start:.0f} s")
     path = args.output / "results.json"
     options = {"granularity": args.granularity, "first_last_bits": args.first_last_bits}
-    facts = {"setting": dataclasses.asdict(setting), **options, "torch": torch.__version__}
-    path.write_text(json.dumps(facts | results, indent=2) + "\n", encoding="utf-8")
+    write_results(path, setting=dataclasses.asdict(setting), **options, **results)
     print(f"results: {path}")
 
 

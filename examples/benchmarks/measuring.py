@@ -7,9 +7,11 @@ warm.
 
 from __future__ import annotations
 
-import argparse
+import datetime
+import hashlib
 import json
 import math
+import os
 import platform
 import random
 import statistics
@@ -18,7 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
+
+import statqat_lightning
 
 Seconds = dict[str, list[float]]
 
@@ -75,16 +80,54 @@ def medians(seconds: Seconds) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def write_results(args: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Write results as JSON to `args.output` if it was given, with what they depend on."""
-    path: Path | None = args.output
-    if path is None:
-        return
-    setting = {
-        "threads": args.threads,
-        "rounds": args.rounds,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
+def facts() -> dict[str, Any]:
+    """What results depend on: date, machine, versions."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "gpu": gpu},
+        "versions": {"python": platform.python_version()} | peers.versions(),
     }
+
+
+def versions_text() -> str:
+    """The versions of what is installed, for the head of a table."""
+    return ", ".join(f"{name} {version}" for name, version in peers.versions().items() if version)
+
+
+def _cpu_name() -> str:
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def digest(*paths: Path) -> str:
+    """Begin of the SHA-256 of files."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+
+
+def code_digest(*more: Path) -> str:
+    """Begin of the SHA-256 of the package's sources, and of more files that results depend on."""
+    package = Path(statqat_lightning.__file__).parent
+    return digest(*sorted(package.rglob("*.py")), *more)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file as a whole: a run that is stopped here leaves the one before.
+
+    Raises:
+        SystemExit: If the path is a folder.
+    """
+    if path.is_dir():
+        raise SystemExit(f"error: --output: got {path}, which is a folder; expected a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(setting | results, indent=2) + "\n")
+    new = path.with_name(path.name + ".tmp")
+    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+def write_results(path: Path | None, **results: Any) -> None:
+    """Write results as JSON, with what they depend on, unless no path was given."""
+    if path is not None:
+        write_json(path, facts() | results)

@@ -169,7 +169,7 @@ def main() -> None:
                 f"{name:24} {variant:22} {1e3 * middle[variant]:8.3f} {speedup:8.2f}   "
                 f"{integer[variant]}{verdict}"
             )
-    write_results(args, {"onnxruntime": onnxruntime.__version__, "networks": results})
+    write_results(args.output, threads=args.threads, rounds=args.rounds, networks=results)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ None where it has no form for them.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import warnings
 from collections.abc import Callable
 
+import peers
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import HistogramObserver
 
 from statqat_lightning import TensorSpec
 from statqat_lightning.fake_quantizer import ActivationFakeQuantizer
@@ -47,17 +46,17 @@ def ways() -> tuple[dict[str, Way], dict[str, str]]:
         "MSE grid, 100 points": rule("mse_grid"),
         "OCTAV": octav,
         "LSQ at its start": rule("lsq"),
-        "torch.ao histogram, observed": histogram,
     }
     missing = {}
     for name, package, make in (
+        ("torch.ao histogram, observed", "torch.ao.quantization", histogram),
         ("Brevitas MSE", "brevitas", brevitas_mse),
         ("ModelOpt MSE", "modelopt", modelopt_mse),
     ):
-        if importlib.util.find_spec(package) is None:
-            missing[name] = f"{package} is not installed"
-        else:
-            with quiet():
+        with quiet():
+            if reason := peers.missing(package):
+                missing[name] = reason
+            else:
                 found[name] = make()
     return found, missing
 
@@ -87,7 +86,10 @@ def octav(rows: Tensor, fmt: Format) -> Tensor | None:
 
 
 def observed(name: str) -> Way:
-    """A quantizer of ours as it works on an input: refreshed after every batch it has seen."""
+    """A quantizer of ours as it works on an input: a refresh after every batch.
+
+    Of eight refreshes, five are searches for the rules whose scales rest in between.
+    """
     spec = {"quantizer": name}
 
     def choose(rows: Tensor, fmt: Format) -> Tensor | None:
@@ -104,27 +106,35 @@ def observed(name: str) -> Way:
     return choose
 
 
-def histogram(rows: Tensor, fmt: Format) -> Tensor | None:
+def histogram() -> Way:
     """torch.ao's `HistogramObserver`, which knows integers and one scale for a tensor."""
-    if len(rows) > 1 or not isinstance(fmt, IntFormat):
-        return None
-    symmetric = fmt.is_signed
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        observer = HistogramObserver(
-            dtype=torch.qint8 if symmetric else torch.quint8,
-            qscheme=torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine,
-            quant_min=int(fmt.min),
-            quant_max=int(fmt.max),
-        )
-        for batch in rows[0].chunk(NUM_BATCHES):
-            observer(batch)
-        scale, _ = observer.calculate_qparams()
-    return scale.reshape(1)
+    from torch.ao.quantization import HistogramObserver
+
+    def choose(rows: Tensor, fmt: Format) -> Tensor | None:
+        if len(rows) > 1 or not isinstance(fmt, IntFormat):
+            return None
+        symmetric = fmt.is_signed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            observer = HistogramObserver(
+                dtype=torch.qint8 if symmetric else torch.quint8,
+                qscheme=torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine,
+                quant_min=int(fmt.min),
+                quant_max=int(fmt.max),
+            )
+            for batch in rows[0].chunk(NUM_BATCHES):
+                observer(batch)
+            scale, _ = observer.calculate_qparams()
+        return scale.reshape(1)
+
+    return choose
 
 
 def brevitas_mse() -> Way:
-    """Brevitas's weight quantizers with MSE scales, per tensor or per channel."""
+    """Brevitas's MSE scales: of weights, and of inputs where the format is unsigned.
+
+    Their time includes the layer that they need.
+    """
     import brevitas.nn as qnn
     from brevitas.quant import float_quant_ocp, scaled_int
 
@@ -140,6 +150,15 @@ def brevitas_mse() -> Way:
                 "exponent_bit_width": fmt.exponent_bits,
                 "mantissa_bit_width": fmt.mantissa_bits,
             }
+        elif isinstance(fmt, IntFormat) and not fmt.is_signed and len(rows) == 1:
+            with quiet(), torch.no_grad():
+                identity = qnn.QuantIdentity(
+                    scaled_int.Uint8ActPerTensorFloatMSE,
+                    bit_width=fmt.bits,
+                    return_quant_tensor=True,
+                )
+                observed: Tensor = identity(rows[0]).scale
+            return observed.detach().reshape(1)
         else:
             return None
         quantizer = type("Quantizer", (base,), facts)

@@ -10,7 +10,6 @@ unsigned.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ import common
 import digits
 from common import positive
 from exact_optimum import least_errors, squared_errors
-from measuring import write_results
+from measuring import versions_text, write_results
 from scale_peers import BASELINE, OURS, Way, quiet, ways
 
 from statqat_lightning.formats import Format, IntFormat, get_format, unsigned
@@ -258,9 +257,7 @@ def parse_arguments() -> argparse.Namespace:
         "trained here on scanned digits",
     )
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
-    args = parser.parse_args()
-    args.rounds = 1
-    return args
+    return parser.parse_args()
 
 
 def load_cases(args: argparse.Namespace) -> list[Case]:
@@ -284,14 +281,8 @@ def main() -> None:
     with quiet():  # the first call of everything, which is not timed
         for choose in methods.values():
             choose(cases[0].rows, get_format("int4"))
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "brevitas", "nvidia-modelopt")
-        if not any(name.endswith(str(reason).split()[0]) for reason in missing.values())
-    }
     results = compare(cases, args.formats, methods)
-    print(", ".join(f"{name} {version}" for name, version in versions.items()), end="")
-    print(f"; {args.values} values a tensor, {args.threads} threads")
+    print(f"{versions_text()}; {args.values} values a tensor, {args.threads} threads")
     for case in cases:
         if case.kind == "distributions":
             tables = {m: o.snr_db.get(case.name, {}) for m, o in results[case.kind].items()}
@@ -310,19 +301,17 @@ def main() -> None:
                 print(f"{method}, {kind}: {verdict} min-max")
 
     write_results(
-        args,
-        {
-            "values": args.values,
-            "versions": versions,
-            "missing": missing,
-            "snr_db": {
-                kind: {method: outcome.snr_db for method, outcome in outcomes.items()}
-                for kind, outcomes in results.items()
-            },
-            "summary": {
-                kind: {m: o.summary() for m, o in outcomes.items() if o.gaps_db}
-                for kind, outcomes in results.items()
-            },
+        args.output,
+        threads=args.threads,
+        values=args.values,
+        missing=missing,
+        snr_db={
+            kind: {method: outcome.snr_db for method, outcome in outcomes.items()}
+            for kind, outcomes in results.items()
+        },
+        summary={
+            kind: {m: o.summary() for m, o in outcomes.items() if o.gaps_db}
+            for kind, outcomes in results.items()
         },
     )
 

@@ -28,6 +28,14 @@ class Workload:
     network: nn.Module
     batches: list[tuple[Tensor, Tensor]]
 
+    def in_channels_last(self) -> Workload:
+        """The same, with images and convolutions in that memory format."""
+        last = torch.channels_last
+        batches = [
+            (x.to(memory_format=last) if x.dim() == 4 else x, labels) for x, labels in self.batches
+        ]
+        return Workload(self.name, self.network.to(memory_format=last), batches)
+
 
 def images(batch_size: int, size: int) -> list[tuple[Tensor, Tensor]]:
     return [

@@ -2,7 +2,9 @@
 
 The variants take turns, see `measuring.py`. The ratio of a variant is the median over rounds of its
 time by the time of the float step of the same round. Every quantized step observes all inputs and
-chooses all scales anew, unless its name says otherwise.
+ends with a refresh, unless its name says otherwise. A refresh searches the scales that are due:
+those of inputs at every fourth step, those of weights at every 16th or 64th. Medians leave out the
+dearest of these steps; the ratio of means does not.
 
 More networks (`--models`), more variants and peers (`--variants all`), memory (`--memory`) and
 `torch.compile` (`--compile`) on request.
@@ -12,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import platform
 import statistics
 import sys
 import warnings
@@ -26,7 +27,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import fail, near_misses, positive
-from measuring import measure, medians, ratio, write_results
+from measuring import measure, medians, ratio, versions_text, write_results
 from step_models import MODELS, Workload
 from step_variants import FLOAT, OURS, QUICK, VARIANTS, Step, Unavailable, build
 
@@ -56,12 +57,10 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return max(itertools.accumulate((change for _, change in changes), initial=0))
 
 
-def run_model(args: argparse.Namespace, make: Callable[[int], Workload]) -> dict[str, Any]:
-    """Measure all variants of a network, and print its tables."""
-    device = torch.device(args.device)
-    torch.manual_seed(0)
-    workload = make(args.batch_size)
-    batches = [(inputs.to(device), labels.to(device)) for inputs, labels in workload.batches]
+def build_all(
+    args: argparse.Namespace, workload: Workload, device: torch.device
+) -> tuple[dict[str, Step], dict[str, str]]:
+    """The steps of all variants, and why others are missing."""
 
     def compiled(model: nn.Module) -> nn.Module:
         if args.compile:
@@ -76,7 +75,20 @@ def run_model(args: argparse.Namespace, make: Callable[[int], Workload]) -> dict
             steps[name] = build(name, workload, device, compiled)
         except Unavailable as reason:
             missing[name] = str(reason)
+    return steps, missing
 
+
+def run_model(
+    args: argparse.Namespace, make: Callable[[int], Workload], batch_size: int
+) -> dict[str, Any]:
+    """Measure all variants of a network."""
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    workload = make(batch_size)
+    if args.channels_last:
+        workload = workload.in_channels_last()
+    batches = [(inputs.to(device), labels.to(device)) for inputs, labels in workload.batches]
+    steps, missing = build_all(args, workload, device)
     # A variant's own batches, in turn.
     turns = {name: itertools.cycle(batches) for name in steps}
     runs = {name: lambda s=step, t=turns[name]: s(*next(t)) for name, step in steps.items()}
@@ -85,58 +97,59 @@ def run_model(args: argparse.Namespace, make: Callable[[int], Workload]) -> dict
         name: [own / base for own, base in zip(values, seconds[FLOAT], strict=True)]
         for name, values in seconds.items()
     }
-    ratios = {name: quantiles(values) for name, values in per_round.items()}
-    means = {name: sum(values) / sum(seconds[FLOAT]) for name, values in seconds.items()}
     ours = [name for name in steps if name.startswith(OURS)]
     peers = [name for name in steps if not name.startswith((OURS, FLOAT))]
-    to_peers = {peer: {name: ratio(seconds, name, peer) for name in ours} for peer in peers}
-    peak: dict[str, int] = {}
+    results = {
+        "network": workload.name,
+        "batch_size": batch_size,
+        "device": str(device),
+        "compile": args.compile,
+        "channels_last": args.channels_last,
+        "median_seconds": medians(seconds),
+        "ratio_to_float": {name: quantiles(values) for name, values in per_round.items()},
+        "ratio_of_means": {n: sum(v) / sum(seconds[FLOAT]) for n, v in seconds.items()},
+        "ratio_to_peers": {p: {name: ratio(seconds, name, p) for name in ours} for p in peers},
+        "missing": missing,
+    }
     if args.memory:
         for run in runs.values():
             run()  # what is allocated once, is
-        peak = {name: peak_bytes(run, device) for name, run in runs.items()}
+        results["peak_bytes"] = {name: peak_bytes(run, device) for name, run in runs.items()}
+    return results
 
-    where = (
-        f"{args.threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    )
+
+def print_tables(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Ratios to float, with memory where it was measured, and ratios to the peers."""
+    on_cpu = args.device == "cpu"
+    where = f"{args.threads} threads" if on_cpu else torch.cuda.get_device_name(args.device)
     how = f", torch.compile by {args.compile}" if args.compile else ""
-    float_ms = 1e3 * statistics.median(seconds[FLOAT])
+    layout = ", channels last" if args.channels_last else ""
     print(
-        f"{workload.name}, batch {args.batch_size}, {where}, {args.rounds} rounds, "
-        f"torch {torch.__version__}{how}; float step {float_ms:.1f} ms"
+        f"{results['network']}, batch {results['batch_size']}, {where}, {args.rounds} rounds"
+        f"{layout}{how}; float step {1e3 * results['median_seconds'][FLOAT]:.1f} ms"
     )
-    memory = "   of means   peak MB   to float" if args.memory else "   of means"
-    print(f"{'variant':32} ratio to float (quartiles){memory}")
+    peak = results.get("peak_bytes", {})
+    memory = "   peak MB   to float" if peak else ""
+    print(f"{'variant':32} ratio to float (quartiles)   of means{memory}")
     for name in args.variants:
-        if name in missing:
-            print(f"{name:32} {missing[name]}")
+        if name in results["missing"]:
+            print(f"{name:32} {results['missing'][name]}")
             continue
-        low, middle, high = ratios[name]
-        line = f"{name:32} {middle:.3f} ({low:.3f} to {high:.3f})   {means[name]:9.3f}"
+        low, middle, high = results["ratio_to_float"][name]
+        mean = results["ratio_of_means"][name]
+        line = f"{name:32} {middle:.3f} ({low:.3f} to {high:.3f})   {mean:9.3f}"
         if peak:
             line += f"{peak[name] / MEGABYTE:10.1f}{peak[name] / peak[FLOAT]:11.3f}"
         print(line)
-    if peers and ours:
+    to_peers = results["ratio_to_peers"]
+    ours = [*next(iter(to_peers.values()), {})]
+    if ours:
         widths = [max(13, len(name)) for name in ours]
         header = "  ".join(f"{name:>{w}}" for name, w in zip(ours, widths, strict=True))
         print(f"\n{'ratio to':32} {header}")
         for peer, row in to_peers.items():
             cells = (f"{v:{w}.3f}" for v, w in zip(row.values(), widths, strict=True))
             print(f"{peer:32} " + "  ".join(cells))
-
-    results = {
-        "network": workload.name,
-        "batch_size": args.batch_size,
-        "device": str(device),
-        "compile": args.compile,
-        "median_seconds": medians(seconds),
-        "ratio_to_float": {name: middle for name, (_, middle, _) in ratios.items()},
-        "quartiles": {name: [low, high] for name, (low, _, high) in ratios.items()},
-        "ratio_of_means": means,
-        "ratio_to_peers": to_peers,
-        "missing": missing,
-    }
-    return results | ({"peak_bytes": peak} if peak else {})
 
 
 def variant_names(names: list[str]) -> list[str]:
@@ -157,7 +170,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=positive, default=60, help="steps of each variant")
     parser.add_argument("--threads", type=positive, default=2, help="threads of torch")
-    parser.add_argument("--batch-size", type=positive, default=64, help="images or texts of a step")
+    parser.add_argument(
+        "--batch-sizes", type=positive, nargs="+", default=[64], help="images or texts of a step"
+    )
+    parser.add_argument(
+        "--channels-last", action="store_true", help="networks of images in that memory format"
+    )
     parser.add_argument(
         "--models", nargs="+", choices=tuple(MODELS), default=["resnet20"], help="networks"
     )
@@ -187,13 +205,13 @@ def main() -> None:
     # It announces its end, and where its successor lives.
     warnings.filterwarnings("ignore", "(?s).*torch.ao.quantization is deprecated")
     warnings.filterwarnings("ignore", "(?s).*reduce_range will be deprecated")
+    print(versions_text())
     results = []
-    for number, name in enumerate(args.models):
-        if number:
-            print()
-        results.append(run_model(args, MODELS[name]))
-    facts = {"python": platform.python_version()}
-    write_results(args, facts | (results[0] if len(results) == 1 else {"models": results}))
+    for name, batch_size in itertools.product(args.models, args.batch_sizes):
+        print()
+        results.append(run_model(args, MODELS[name], batch_size))
+        print_tables(args, results[-1])
+        write_results(args.output, threads=args.threads, rounds=args.rounds, models=results)
 
 
 if __name__ == "__main__":

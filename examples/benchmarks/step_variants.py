@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import itertools
 import warnings
 from collections.abc import Callable
 
+import peers
 import torch
 import torch.nn.functional as F
+from brevitas_layers import COLLECTING_STEPS, quantized, replace_layers
 from common import BasicBlock, ResNet20
 from step_models import Workload
 from torch import Tensor, nn
@@ -208,12 +209,11 @@ def torchao_step(
 def brevitas_step(
     workload: Workload, device: torch.device, compiled: Compile, *, formats: str
 ) -> Step:
-    """Brevitas: weights per channel by min-max, inputs by a percentile and then learned.
+    """Brevitas: weights per channel by min-max, inputs learned, after they have been collected.
 
     Its layers take the place of all Conv2d and Linear layers but those inside attention.
     """
     _installed("brevitas")
-    import brevitas.nn as qnn
     from brevitas.quant import float_quant_ocp, scaled_int
 
     options: dict[str, object] = {
@@ -228,40 +228,17 @@ def brevitas_step(
             "input_quant": float_quant_ocp.Fp8e4m3OCPActPerTensorFloat,
         }
 
-    def replace(parent: nn.Module) -> None:
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.MultiheadAttention):
-                continue
-            if type(child) is nn.Linear:
-                own = qnn.QuantLinear(
-                    child.in_features, child.out_features, child.bias is not None, **options
-                )
-            elif type(child) is nn.Conv2d:
-                own = qnn.QuantConv2d(
-                    child.in_channels,
-                    child.out_channels,
-                    child.kernel_size,
-                    child.stride,
-                    child.padding,
-                    child.dilation,
-                    child.groups,
-                    bias=child.bias is not None,
-                    **options,
-                )
-            else:
-                replace(child)
-                continue
-            own.load_state_dict(child.state_dict(), strict=False)
-            setattr(parent, name, own)
-
     model = copy.deepcopy(workload.network)
-    replace(model)
-    return plain(model.train(), device, compiled)
+    replace_layers(model, lambda _, layer: quantized(layer, options))
+    model = model.to(device).train()
+    for inputs, _ in itertools.islice(itertools.cycle(workload.batches), COLLECTING_STEPS + 1):
+        model(inputs.to(device))  # the last of them gives the learned scales their start
+    return plain(model, device, compiled)
 
 
 def _installed(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise Unavailable(f"{package} is not installed")
+    if reason := peers.missing(package):
+        raise Unavailable(reason)
 
 
 def _ours(weights: str, activations: str | None, **options: object) -> Variant:

@@ -35,8 +35,8 @@ class Octav(Quantizer):
     .. math:: s \leftarrow \frac{q_{max} E[|x|; |x| > \alpha]}
         {\tfrac{4^{e_{min} - M}}{12} P(0 < |x| < s 2^{e_{min}}) + q_{max}^2 P(|x| > \alpha)}
 
-    For an unsigned format all of it is over the positive values. Weights are searched anew at every
-    16th refresh; in between their scales stay.
+    For an unsigned format all of it is over the positive values. As published, it runs at every
+    refresh.
 
     Args:
         max_iterations: Number of steps; it settles in about ten.
@@ -44,7 +44,6 @@ class Octav(Quantizer):
 
     name = "octav"
     needs_spectrum = True
-    rests = True
 
     def __init__(self, max_iterations: int = 20) -> None:
         if max_iterations < 1:

@@ -168,7 +168,7 @@ def test_all_methods_quantize_the_same_tensors_to_the_same_grids(
                 assert set(torch.frexp(values).mantissa.tolist()) <= {0.0, 0.5, 0.75}
                 assert values.max() <= 12 * values[values > 0].min()  # 6 and 0.5
             else:
-                assert count(channel) <= len(grid)
+                assert count(channel) <= len(grid) + (method == "torch.ao")
 
 
 def test_our_method_is_what_users_get_by_default(accuracy: ModuleType) -> None:
@@ -183,10 +183,7 @@ def test_our_method_is_what_users_get_by_default(accuracy: ModuleType) -> None:
 def test_what_cannot_run_is_a_row_that_says_so(
     accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "brevitas" else find(name)
-    )
+    monkeypatch.setitem(sys.modules, "brevitas", None)
     options = ("--settings", "W4A4", "FP4", "MXFP4", "--methods", "Brevitas", "torch.ao", "LSQ")
     monkeypatch.setattr(accuracy, "train", lambda *_: {"accuracy": 1.0, "data": 0, "seconds": 0})
     runs = run(accuracy, monkeypatch, *options)
@@ -210,6 +207,25 @@ def test_the_best_learning_rate_is_that_of_the_highest_mean_over_all_seeds(
     assert (cell.accuracy, cell.lr, cell.seeds) == (86.0, 0.02, [86.0, 86.0])
     assert accuracy.best(runs, [0]).lr == 0.1
     assert accuracy.best(runs, [2]) is None
+
+
+def test_results_of_other_code_are_not_taken_for_these(
+    accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accuracy, "train", lambda *_: {"accuracy": 1.0, "data": 0, "seconds": 0})
+    options = ("--settings", "W4A4", "--methods", "min-max")
+    assert len(run(accuracy, monkeypatch, *options)) == 1
+    assert len(run(accuracy, monkeypatch, *options)) == 1
+    monkeypatch.setattr(accuracy, "code_digest", lambda *_: "other")
+    assert [r["code"] == "other" for r in run(accuracy, monkeypatch, *options)] == [False, True]
+
+
+def test_results_in_the_place_of_a_folder_are_refused(
+    accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("out/runs.json").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"out/runs\.json does not hold results"):
+        run(accuracy, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -120,10 +120,9 @@ def test_where_the_cifar10_example_finds_float_weights(repository: Path, tmp_pat
     assert done.returncode == 1
     for part in ("images/resnet20_cifar10.pt", "shared/data/resnet20_cifar10.pt"):
         assert part in done.stderr
-    assert "Name a state dict with --checkpoint, or train the float network first with" in (
+    assert "Name a state dict with --checkpoint, or train one: examples/cifar10_resnet20.py" in (
         done.stderr
     )
-    assert "--float-epochs N" in done.stderr
 
     options = (*options, "--limit-train-batches", "1", "--output", "out")
     output = run_example(checkout, "cifar10_resnet20.py", *options, "--float-epochs", "1")
@@ -154,7 +153,7 @@ def test_image_folder_on_a_folder_of_images(repository: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_step_time_measures_all_variants(repository: Path) -> None:
     output = run_example(
-        repository, "benchmarks/step_time.py", "--rounds", "2", "--batch-size", "2"
+        repository, "benchmarks/step_time.py", "--rounds", "2", "--batch-sizes", "2"
     )
     for variant in ("float", "StatQAT W8A8", "StatQAT W4A4", "StatQAT FP4", "torch.ao, fused"):
         assert variant in output
@@ -171,18 +170,13 @@ def test_fake_quantize_measures_all_formats(repository: Path, tmp_path: Path) ->
         assert all(name in output and ratio > 0 for name, ratio in ratios.items())
 
 
-def test_weight_scales_prints_costs_and_snrs(repository: Path) -> None:
-    torch.save({"a.weight": torch.randn(3, 40), "a.bias": torch.randn(3)}, "float.pt")
-    options = ("--size", "32", "--rounds", "1", "--checkpoint", "float.pt", "--output", "out.json")
+def test_weight_scales_prints_costs(repository: Path) -> None:
+    options = ("--size", "32", "--rounds", "1", "--output", "out.json")
     output = run_example(repository, "benchmarks/weight_scales.py", *options)
     assert "ratio to one fake-quantize" in output
     results = json.loads(Path("out.json").read_text())
     assert len(results["costs"]) == 4
     assert all(value > 0 for row in results["costs"].values() for value in row.values())
-    assert len(results["snr_db"]) == 9
-    for row in results["snr_db"].values():
-        assert row["min-max"] <= row["default"] + 1e-3
-        assert row["optimum"] - row["worst layer"] == pytest.approx(row["default"], abs=1e-3)
 
 
 def test_python_code_of_the_readme_runs(repository: Path) -> None:
