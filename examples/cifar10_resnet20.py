@@ -16,9 +16,17 @@ from types import ModuleType
 import common
 import lightning as L
 import torch
-from common import BatchedTensors, Compose, ImageClassifier, Normalize, RandomCropFlip, ResNet20
 from torch import Tensor
 from torch.utils.data import DataLoader
+from vision import (
+    Batch,
+    BatchedTensors,
+    Compose,
+    ImageClassifier,
+    Normalize,
+    RandomCropFlip,
+    ResNet20,
+)
 
 SHARED_DATA = common.REPOSITORY.parent / "shared" / "data"
 CHECKPOINT = "resnet20_cifar10.pt"
@@ -140,7 +148,7 @@ def load_network(checkpoint: Path) -> ResNet20:
     return network
 
 
-def train_network(args: argparse.Namespace, loader: DataLoader[common.Batch]) -> ResNet20:
+def train_network(args: argparse.Namespace, loader: DataLoader[Batch]) -> ResNet20:
     """ResNet-20 trained in float from scratch; the weights are kept for `--checkpoint`."""
     L.seed_everything(args.seed, verbose=False)
     module = ImageClassifier(ResNet20(), lr=args.float_lr)

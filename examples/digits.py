@@ -14,9 +14,10 @@ import time
 import common
 import lightning as L
 import torch
-from common import BatchedTensors, ImageClassifier, Normalize, Result
+from common import Result
 from safetensors.torch import save_file
 from torch import nn
+from vision import BatchedTensors, ImageClassifier, Normalize
 
 RUNS = (  # method, what the table calls the formats, weights, activations
     ("statqat", "W4A4", "int4", "int4"),

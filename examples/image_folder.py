@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 import common
 import lightning as L
 import torch
-from common import ImageClassifier
 from torch import nn
 from torch.utils.data import DataLoader, Subset
+from vision import ImageClassifier
 
 try:
     from torchvision import models

@@ -33,8 +33,8 @@ import cifar10_resnet20 as cifar10
 import common
 import measuring
 from accuracy_methods import METHODS, SETTINGS, Method, Setting
-from common import BatchedTensors, Compose, ImageClassifier, Normalize, RandomCropFlip
 from measuring import code_digest, digest, versions_text, write_json
+from vision import BatchedTensors, Compose, ImageClassifier, Normalize, RandomCropFlip
 
 SHORT = {"epochs": 1, "seeds": [0], "lrs": [0.02]}
 LONG = {"epochs": 30, "seeds": [0, 1, 2], "lrs": [0.001, 0.005, 0.02]}

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import peers
 from brevitas_layers import quantized, replace_layers
-from common import ResNet20
 from lightning.pytorch import Callback
 from torch import nn
+from vision import ResNet20
 
 from statqat_lightning import StatQATCallback, TensorSpec, get_format
 from statqat_lightning.formats import BlockFormat, FloatFormat, Format, IntFormat

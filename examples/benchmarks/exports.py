@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
 from cifar10_resnet20 import DATA, check_folder, find_checkpoint, load_data, load_network
-from common import BatchedTensors, Compose, ImageClassifier, Normalize, RandomCropFlip, positive
+from common import positive
 from measuring import write_results
+from vision import BatchedTensors, Compose, ImageClassifier, Normalize, RandomCropFlip
 
 from statqat_lightning import StatQATCallback
 from statqat_lightning.export import export_model

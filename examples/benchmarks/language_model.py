@@ -77,7 +77,7 @@ class Setting:
     steps: int = 30
     float_lr: float = 2e-3
     lrs: tuple[float, ...] = (3e-4,)
-    scale_lr: float = 0.1
+    scale_lr: float = 1.0
     seeds: int = 1
     eval_bytes: int = 1 << 15
 

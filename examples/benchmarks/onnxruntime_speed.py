@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import ResNet20, positive
+from common import positive
 from measuring import measure, medians, ratio, write_results
+from vision import ResNet20
 
 from statqat_lightning import QuantRecipe, TensorSpec, prepare
 from statqat_lightning.dataflow import record

@@ -30,6 +30,7 @@ from common import positive
 from exact_optimum import least_errors, squared_errors
 from measuring import versions_text, write_results
 from scale_peers import BASELINE, OURS, Way, quiet, ways
+from vision import Normalize
 
 from statqat_lightning.formats import Format, IntFormat, get_format, unsigned
 
@@ -107,7 +108,7 @@ def resnet20() -> tuple[nn.Module, Tensor]:
     network = cifar10_resnet20.load_network(cifar10_resnet20.find_checkpoint(folder))
     reader = cifar10_resnet20._import_file(folder / "cifar10.py")
     images, _ = reader.load("test", cache=None)
-    normalize = common.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    normalize = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     return network.eval(), normalize(images[:IMAGES])
 
 

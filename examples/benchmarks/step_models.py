@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from byte_gpt import ByteGPT
-from common import ResNet20
 from torch import Tensor, nn
+from vision import ResNet20
 
 NUM_BATCHES = 4
 CONTEXT = 64  # bytes of a text

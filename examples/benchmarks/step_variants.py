@@ -16,9 +16,9 @@ import peers
 import torch
 import torch.nn.functional as F
 from brevitas_layers import COLLECTING_STEPS, quantized, replace_layers
-from common import BasicBlock, ResNet20
 from step_models import Workload
 from torch import Tensor, nn
+from vision import BasicBlock, ResNet20
 
 from statqat_lightning import prepare
 from statqat_lightning.quantized_model import refresh, set_frozen, set_observing, set_recompute

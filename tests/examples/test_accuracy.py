@@ -41,7 +41,7 @@ def accuracy(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Modu
     module = importlib.import_module("accuracy")
     Path("images").mkdir()
     Path("images/cifar10.py").write_text(FEW_IMAGES)
-    torch.save(module.common.ResNet20().state_dict(), "images/resnet20_cifar10.pt")
+    torch.save(module.cifar10.ResNet20().state_dict(), "images/resnet20_cifar10.pt")
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     yield module
@@ -97,7 +97,7 @@ def test_an_interrupted_benchmark_goes_on(
     assert runs[0] == first[-1]
     assert run(accuracy, monkeypatch, *options) == runs
     assert len(started) == 4
-    torch.save(accuracy.common.ResNet20().state_dict(), "images/resnet20_cifar10.pt")
+    torch.save(accuracy.cifar10.ResNet20().state_dict(), "images/resnet20_cifar10.pt")
     assert len(run(accuracy, monkeypatch, *options)) == 6  # other weights, other runs
 
 
@@ -119,7 +119,7 @@ class Spy(TorchDispatchMode):
 def layers_see(accuracy: ModuleType, method: str, setting: str) -> list[tuple[Tensor, Tensor]]:
     """Input and weight of each layer after the first batches of training."""
     methods, settings = accuracy.METHODS, accuracy.SETTINGS
-    model, callbacks = methods[method].build(accuracy.common.ResNet20(), settings[setting])
+    model, callbacks = methods[method].build(accuracy.cifar10.ResNet20(), settings[setting])
     module = accuracy.ImageClassifier(model)
     args = argparse.Namespace(output=Path("out/x.json"), epochs=1, accelerator="cpu")
     images, labels = torch.randint(256, (32, 3, 32, 32)), torch.arange(32) % 10
@@ -173,7 +173,7 @@ def test_all_methods_quantize_the_same_tensors_to_the_same_grids(
 
 def test_our_method_is_what_users_get_by_default(accuracy: ModuleType) -> None:
     for setting in accuracy.SETTINGS.values():
-        _, (callback,) = accuracy.METHODS["StatQAT"].build(accuracy.common.ResNet20(), setting)
+        _, (callback,) = accuracy.METHODS["StatQAT"].build(accuracy.cifar10.ResNet20(), setting)
         inputs = TensorSpec(setting.inputs, unsigned_if_nonnegative=True)
         default = StatQATCallback(setting.weights, inputs if setting.zero_point else setting.inputs)
         assert callback.recipe.to_dict() == default.recipe.to_dict()

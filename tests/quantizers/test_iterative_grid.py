@@ -132,7 +132,7 @@ def activations() -> dict[str, Tensor]:
     data = repository.parent / "shared" / "data"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(repository / "examples"))
-        network = importlib.import_module("common").ResNet20()
+        network = importlib.import_module("vision").ResNet20()
     network.load_state_dict(torch.load(data / "resnet20_cifar10.pt", weights_only=True))
     network.eval()
     archive = np.load(data / "cifar10_jpeg.npz")
