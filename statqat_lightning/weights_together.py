@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from statqat_lightning.granularity import Granularity, PerBlock, PerChannel
+from statqat_lightning.granularity import Granularity, PerBlock, PerChannel, PerTensor
 
 if TYPE_CHECKING:
     from statqat_lightning.fake_quantizer import WeightFakeQuantizer
@@ -88,29 +88,55 @@ class WeightsTogether:
                 )
         entries: dict[int, _Entry] = {}
         for (fmt, *_), group in kinds.items():
-            views = [quantizer.granularity.rows(weight) for quantizer, weight in group]
+            ordered = [_in_memory_order(weight) for _, weight in group]
+            views = [q.granularity.rows(x) for (q, _), x in zip(group, ordered, strict=True)]
             scale = torch.cat([quantizer.scale.flatten() for quantizer, _ in group]).unsqueeze(1)
             x = torch.cat(views).div_(scale)
             values = x.clamp(fmt.min, fmt.max)
             inside = x.sub_(values).abs_().sign_().neg_().add_(1.0)
             fmt.round_inside_(values).mul_(scale)
             sizes = [len(view) for view in views]
-            for (quantizer, weight), own_inside, own_values in zip(
-                group, torch.split(inside, sizes), torch.split(values, sizes), strict=True
+            for (quantizer, weight), like, own_inside, own_values in zip(
+                group, ordered, torch.split(inside, sizes), torch.split(values, sizes), strict=True
             ):
                 entries[id(quantizer)] = _Entry(
                     weight,
                     weight._version,
                     weight.data_ptr(),
                     quantizer.scale._version,
-                    own_inside.view_as(weight),
-                    own_values.view_as(weight),
+                    _in_order_of(weight, own_inside.view_as(like)),
+                    _in_order_of(weight, own_values.view_as(like)),
                 )
         return entries
 
 
+def _is_channels_last(weight: Tensor) -> bool:
+    last = torch.channels_last
+    return (
+        weight.dim() == 4
+        and not weight.is_contiguous()
+        and weight.is_contiguous(memory_format=last)
+    )
+
+
+def _in_memory_order(weight: Tensor) -> Tensor:
+    """The weight with its dimensions as they lie in memory: output channels first in any case."""
+    return weight.permute(0, 2, 3, 1) if _is_channels_last(weight) else weight
+
+
+def _in_order_of(weight: Tensor, ordered: Tensor) -> Tensor:
+    """What is in memory order, with the dimensions of the weight."""
+    return ordered.permute(0, 3, 1, 2) if _is_channels_last(weight) else ordered
+
+
 def _in_order(granularity: Granularity, weight: Tensor) -> bool:
     """Whether the rows that share scales are memory in order, without gaps."""
+    if _is_channels_last(weight):
+        return isinstance(granularity, PerTensor) or (
+            isinstance(granularity, PerChannel) and granularity.axis == 0
+        )
+    if not weight.is_contiguous():
+        return False
     if isinstance(granularity, PerChannel):
         return granularity.axis == 0
     if not isinstance(granularity, PerBlock):
@@ -128,7 +154,6 @@ def _qualifies(quantizer: WeightFakeQuantizer, weight: Tensor) -> bool:
         and type(weight) is torch.nn.Parameter
         and weight.dtype == torch.float32
         and weight.numel() <= _LARGEST
-        and weight.is_contiguous()
         and (len(scale_shape) == 0 or scale_shape[0] == weight.shape[0])
         and _in_order(quantizer.granularity, weight)
     )

@@ -61,6 +61,28 @@ def test_values_and_gradients(fmt: str, granularity: str) -> None:
     assert_like_alone(model)
 
 
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group:9"])
+def test_channels_last(granularity: str) -> None:
+    model = network().to(memory_format=torch.channels_last)
+    model[0] = nn.Conv2d(9, 8, 3).to(memory_format=torch.channels_last)
+    model[2] = nn.Conv2d(9, 8, 3).to(memory_format=torch.channels_last)
+    model[3] = nn.Conv2d(9, 8, 3).to(memory_format=torch.channels_last)
+    model[5] = nn.Linear(36, 5)
+    recipe = QuantRecipe([QuantRule("*", weights=TensorSpec("int4", granularity))])
+    prepare(model, recipe=recipe)
+    set_observing(model, True)
+    assert_like_alone(model)
+    first = quantized_layers(model)[0]
+    quantizer, weight = first.quantizers.weight, weight_of(first.module)
+    assert quantizer is not None
+    assert quantizer.together is not None
+    together = quantizer.together.take(quantizer, weight)
+    # Groups run along the input channels and the places of a kernel, not as these lie in memory.
+    assert (together is None) == (granularity == "per_group:9")
+    if together is not None:
+        assert together.is_contiguous(memory_format=torch.channels_last)
+
+
 def write_in_place(weight: Tensor) -> None:
     with torch.no_grad():
         weight.mul_(1.5)
