@@ -62,6 +62,9 @@ class FakeQuantizer:
         num_refreshes: How often the scale was looked at, or passed over.
     """
 
+    first_searches = 1
+    """So many refreshes are all searches."""
+
     def __init__(
         self,
         layer: str,
@@ -112,7 +115,7 @@ class FakeQuantizer:
     def is_due(self) -> bool:
         """Whether the next refresh is a search: often at first, then every so many refreshes."""
         number = self.num_refreshes
-        early = number & (number - 1) == 0  # 0, 1, 2, 4, 8
+        early = number < self.first_searches or number & (number - 1) == 0  # 0, 1, 2, 4, 8, 16
         return not self.ready or early or number % self.search_every == 0
 
     def pass_over(self) -> bool:
@@ -255,6 +258,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
     """
 
     batches_to_decide = 8
+    first_searches = 8  # batches of calibration: what the last of them brings must not be missed
 
     def __init__(
         self,

@@ -19,7 +19,11 @@ from statqat_lightning.quantized_layer import (
     learned_scales,
     weight_of,
 )
-from statqat_lightning.scale_refresh import refresh_activations, refresh_weights
+from statqat_lightning.scale_refresh import (
+    refresh_activations,
+    refresh_scales,
+    refresh_weights,
+)
 from statqat_lightning.weights_together import WeightsTogether
 
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -182,6 +186,11 @@ def refresh(
             refresh_weights([(q, weight_of(m, name))])  # one gathered weight at a time
     observed = [q for _, layer in layers for q in layer.activations()] if inputs else []
     return refresh_activations(observed, reduce)
+
+
+def search_activations(model: nn.Module) -> None:
+    """Choose all scales of inputs and outputs from their statistics, whether or not one is due."""
+    refresh_scales([q for q in activation_quantizers(model) if q.ready and not q.frozen])
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Any]:

@@ -86,10 +86,7 @@ def octav(rows: Tensor, fmt: Format) -> Tensor | None:
 
 
 def observed(name: str) -> Way:
-    """A quantizer of ours as it works on an input: a refresh after every batch.
-
-    Of eight refreshes, five are searches for the rules whose scales rest in between.
-    """
+    """A quantizer of ours as it calibrates an input: refreshed after every batch."""
     spec = {"quantizer": name}
 
     def choose(rows: Tensor, fmt: Format) -> Tensor | None:

@@ -24,6 +24,7 @@ from statqat_lightning.quantized_model import (
     load_quantizer_state,
     quantizer_state,
     refresh,
+    search_activations,
     set_enabled,
     set_observing,
 )
@@ -137,6 +138,7 @@ def _calibrate(
 
     if failure := _run_all(trainer, steps, reduce, choose_scales):
         return failure
+    search_activations(twin)  # the last refreshes may have passed them over
     load_quantizer_state(pl_module, quantizer_state(twin))
     return None
 

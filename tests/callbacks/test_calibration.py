@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, Dataset, IterableDataset, Sampler
 
 from statqat_lightning import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.callbacks.qat import StatQATCallback, StatQATWarning
+from statqat_lightning.observers import statistics_of
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     LAYERS,
@@ -157,6 +158,27 @@ def test_as_many_batches_as_asked_or_an_epoch(asked: int, got: int) -> None:
     train(callback, Look(), data=data)
     assert seen["count"] == got
     assert seen["max"] == got  # batch k reaches k times as far
+
+
+def test_the_last_batch_of_calibration_counts() -> None:
+    last = 11  # its refresh is none that searches anyway
+    callback = statqat(calibration_batches=last)
+    images, labels = (torch.cat([tensor, tensor]) for tensor in digits().tensors)  # 12 batches
+    scaled = images * (1 + 7 * (torch.arange(len(images)) // 32 == last - 1)).view(-1, 1, 1, 1)
+    data = loader(torch.utils.data.TensorDataset(scaled, labels), shuffle=False)
+    errors: list[float] = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            quantizer = quantizer_of(pl_module, "net.0/input")
+            spectrum = statistics_of([quantizer.observer]).spectrum
+            assert spectrum is not None
+            best = spectrum.optimal_scale(quantizer.fmt)
+            for scale in (quantizer.scale.reshape(1), best):
+                errors.append(float(spectrum.mse(quantizer.fmt, scale)))
+
+    train(callback, Look(), data=data)
+    assert errors[0] <= 1.06 * errors[1]  # what a scale may rest within
 
 
 def test_the_progress_of_calibration_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
