@@ -24,6 +24,7 @@ ROWS: list[set[str]] = [
     {
         "observers",
         "fake_quantizer",
+        "scale_refresh",
         "tensor_spec",
         "weights_together",
         "attention",
