@@ -62,9 +62,6 @@ class FakeQuantizer:
         num_refreshes: How often the scale was looked at, or passed over.
     """
 
-    first_searches = 1
-    """So many refreshes are all searches."""
-
     def __init__(
         self,
         layer: str,
@@ -109,13 +106,13 @@ class FakeQuantizer:
     @property
     def search_every(self) -> int:
         """Every so many refreshes is a search; between them scales rest, or `track` follows."""
-        raise NotImplementedError
+        return 4
 
     @property
     def is_due(self) -> bool:
         """Whether the next refresh is a search: often at first, then every so many refreshes."""
         number = self.num_refreshes
-        early = number < self.first_searches or number & (number - 1) == 0  # 0, 1, 2, 4, 8, 16
+        early = number & (number - 1) == 0  # 0, 1, 2, 4, 8, 16
         return not self.ready or early or number % self.search_every == 0
 
     def pass_over(self) -> bool:
@@ -215,7 +212,8 @@ class WeightFakeQuantizer(FakeQuantizer):
 
     @property
     def search_every(self) -> int:
-        # The error of a wide format hardly depends on the scale, and a search takes longer.
+        # Weights move slowly. The error of a wide format hardly depends on the scale, and a search
+        # takes longer.
         return 16 if self.fmt.bits <= 4 else 64
 
     def __call__(self, weight: Tensor) -> Tensor:
@@ -258,7 +256,6 @@ class ActivationFakeQuantizer(FakeQuantizer):
     """
 
     batches_to_decide = 8
-    first_searches = 8  # batches of calibration: what the last of them brings must not be missed
 
     def __init__(
         self,
@@ -286,10 +283,6 @@ class ActivationFakeQuantizer(FakeQuantizer):
         self.lowest = torch.zeros((), dtype=torch.float32, device="cpu")
         if device.type != "meta":
             self.to(device)
-
-    @property
-    def search_every(self) -> int:
-        return 4  # statistics move faster than weights
 
     def __call__(self, x: Tensor) -> Tensor:
         x_hat = self.quantize(x)

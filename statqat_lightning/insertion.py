@@ -73,7 +73,7 @@ def prepare(
     those of another recipe are replaced or taken out.
 
     Weight scales are chosen at once, from the weights. Inputs pass unchanged until their statistics
-    are known: run batches between `set_observing(model, True)` and `refresh(model)`.
+    are known: run batches between `set_observing(model, True)` and `refresh(model, search=True)`.
 
     Args:
         model: Any module.

@@ -208,28 +208,28 @@ def _sample(x: Tensor, starts: Tensor | None) -> Tensor:
 @torch.no_grad()
 def add_up(observers: Sequence[InputObserver]) -> None:
     """Add pending samples to the accumulators."""
-    for observer in observers:
-        observer.added_up = True
     spectral = [o for o in observers if o.needs_spectrum]
-    sums, energy, beyond = _totals(observers)
+    sums, spectra = _totals(observers)
     torch._foreach_add_([o.sums for o in observers], list(sums.unbind()))
     if spectral:
-        spectra = torch.cat([energy, beyond.unsqueeze(1)], 1)
         torch._foreach_add_([o.spectrum for o in spectral], list(spectra.unbind()))
+    for observer in observers:
+        observer.added_up = True
 
 
-def _totals(observers: Sequence[InputObserver]) -> tuple[Tensor, Tensor, Tensor]:
+def _totals(observers: Sequence[InputObserver]) -> tuple[Tensor, Tensor]:
     """What pending samples add up to; they are pending no more.
 
     Returns:
-        Sums `(len(observers), NUM_SUMS)`; of the observers that need a spectrum, energies
-        `(observers, NUM_BINS)` and what lies beyond them `(observers,)`.
+        Sums `(len(observers), NUM_SUMS)`; of the observers that need a spectrum, energies and what
+        lies beyond them, `(observers, NUM_BINS + 1)`.
     """
     device = observers[0].sums.device
     sums = torch.zeros(len(observers), NUM_SUMS, dtype=torch.float32, device=device)
     spectral = [i for i, o in enumerate(observers) if o.needs_spectrum]
     row_of = {number: row for row, number in enumerate(spectral)}
-    energy, beyond = sums.new_zeros(len(spectral), NUM_BINS), sums.new_zeros(len(spectral))
+    spectra = sums.new_zeros(len(spectral), NUM_BINS + 1)
+    energy, beyond = spectra[:, :NUM_BINS], spectra[:, NUM_BINS]
     while any(o.pending for o in observers):
         # One sample of each observer in a round, so that no row is added to twice at once.
         kinds: dict[tuple[Any, ...], list[tuple[int, Sample]]] = {}
@@ -252,7 +252,7 @@ def _totals(observers: Sequence[InputObserver]) -> tuple[Tensor, Tensor, Tensor]
                     more_energy, more_beyond = resolved_bins(raw_spectra(values, squares))
                     _add_rows(energy, rows, more_energy)
                     _add_rows(beyond, rows, more_beyond)
-    return sums, energy, beyond
+    return sums, spectra
 
 
 def _sums(samples: Sequence[Sample], fmt: Format, values: Tensor, squares: Tensor) -> Tensor:
@@ -308,21 +308,19 @@ def fold(
     Returns:
         bool `(len(observers),)`: where an input held NaN, infinite or absurdly large values.
     """
-    sums, energy, beyond = _totals(observers)
+    sums, spectra = _totals(observers)
     sums += torch.stack([o.sums for o in observers])
     spectral = [i for i, o in enumerate(observers) if o.needs_spectrum and statistics]
     ranged = [i for i, o in enumerate(observers) if o.needs_range and statistics]
     overflow = ~sums.isfinite().all(1)
     spectral_rows, ranged_rows = (_rows(which, overflow) for which in (spectral, ranged))
-    extremes = sums.new_zeros(0, 2)
+    added_up = [o.spectrum for o in observers if o.added_up and o.needs_spectrum]
+    energy, extremes = sums.new_zeros(0, NUM_BINS), sums.new_zeros(0, 2)
     if spectral:
-        early = [(row, observers[i]) for row, i in enumerate(spectral) if observers[i].added_up]
-        for row, observer in early:
-            energy[row] += observer.spectrum[:NUM_BINS]
-            beyond[row] += observer.spectrum[NUM_BINS]
+        if added_up:
+            spectra += torch.stack([observers[i].spectrum for i in spectral])
+        energy, beyond = spectra[:, :NUM_BINS], spectra[:, NUM_BINS]
         overflow[spectral_rows] |= beyond != 0  # NaN differs from 0, too
-    else:
-        energy = energy[:0]
     if ranged:
         extremes = torch.stack([observers[i].extremes for i in ranged])
         overflow[ranged_rows] |= ~extremes.isfinite().all(1) & (sums[ranged_rows, COUNT] > 0)
@@ -362,11 +360,9 @@ def fold(
         torch._foreach_copy_(
             [o.num_batches for o in observers], list((num_batches + seen).unbind())
         )
-    torch._foreach_zero_([o.sums for o in observers])
+    torch._foreach_zero_([o.sums for o in observers] + added_up)
     for observer in observers:
-        if observer.added_up:
-            observer.spectrum.zero_()
-            observer.added_up = False
+        observer.added_up = False
     return overflow
 
 

@@ -21,7 +21,6 @@ from statqat_lightning.quantized_layer import (
 )
 from statqat_lightning.scale_refresh import (
     refresh_activations,
-    refresh_scales,
     refresh_weights,
 )
 from statqat_lightning.weights_together import WeightsTogether
@@ -156,7 +155,11 @@ def refit_weights(model: nn.Module, learned: bool = True) -> None:
 
 @torch.no_grad()
 def refresh(
-    model: nn.Module, weights: bool = True, inputs: bool = True, reduce: Reduce | None = None
+    model: nn.Module,
+    weights: bool = True,
+    inputs: bool = True,
+    reduce: Reduce | None = None,
+    search: bool = False,
 ) -> Tensor:
     """Bring all scales up to date: weights from themselves, activations from what they have added.
 
@@ -166,6 +169,8 @@ def refresh(
         inputs: Whether to fold what inputs and outputs have added; frozen ones keep statistics and
             scale.
         reduce: Reduction over ranks, see `observers.Reduce`; None for a single process.
+        search: Whether to choose the scales of all activations anew. In training they rest most of
+            the time; statistics that end here, as in calibration, ask for a search.
 
     Returns:
         bool `(number of activation quantizers,)`, in the order of `activation_quantizers`: which
@@ -185,12 +190,7 @@ def refresh(
         for q, m, name in compress(found, sharded):
             refresh_weights([(q, weight_of(m, name))])  # one gathered weight at a time
     observed = [q for _, layer in layers for q in layer.activations()] if inputs else []
-    return refresh_activations(observed, reduce)
-
-
-def search_activations(model: nn.Module) -> None:
-    """Choose all scales of inputs and outputs from their statistics, whether or not one is due."""
-    refresh_scales([q for q in activation_quantizers(model) if q.ready and not q.frozen])
+    return refresh_activations(observed, reduce, search)
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Any]:

@@ -64,7 +64,9 @@ def refresh_weights(weights: Sequence[tuple[WeightFakeQuantizer, Tensor]]) -> No
 
 @torch.no_grad()
 def refresh_activations(
-    quantizers: Sequence[ActivationFakeQuantizer], reduce: Reduce | None = None
+    quantizers: Sequence[ActivationFakeQuantizer],
+    reduce: Reduce | None = None,
+    search: bool = False,
 ) -> Tensor:
     """Fold what inputs have added into their statistics, and choose their scales anew.
 
@@ -74,6 +76,7 @@ def refresh_activations(
     Args:
         quantizers: Input quantizers of one model, in the same order on every rank.
         reduce: Reduction over ranks, None for a single process.
+        search: Whether no scale rests, due or not, so that the last batch counts like the others.
 
     Returns:
         bool `(len(quantizers),)`: which inputs held NaN or infinite values in this step.
@@ -84,7 +87,7 @@ def refresh_activations(
     overflow = fold([q.observer for q in quantizers], statistics, reduce)
     if not statistics:
         return overflow
-    refresh_scales([q for q in quantizers if q.ready and not q.pass_over()])
+    _refresh_scales([q for q in quantizers if q.ready and (search or not q.pass_over())])
     undecided = [q for q in quantizers if q.deciding]
     if undecided and reduce is not None:
         lowest = -reduce(-torch.stack([q.lowest for q in undecided]), "max")
@@ -94,7 +97,7 @@ def refresh_activations(
     return overflow
 
 
-def refresh_scales(quantizers: Sequence[ActivationFakeQuantizer]) -> None:
+def _refresh_scales(quantizers: Sequence[ActivationFakeQuantizer]) -> None:
     """Choose the scales of ready quantizers from running statistics, all of a kind at once.
 
     Learned scales are left alone.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from statqat_lightning.granularity import Granularity, PerBlock, PerChannel, PerTensor
+from statqat_lightning.granularity import Granularity, PerBlock, PerChannel, PerGroup
 
 if TYPE_CHECKING:
     from statqat_lightning.fake_quantizer import WeightFakeQuantizer
@@ -79,70 +79,52 @@ class WeightsTogether:
 
     @torch.no_grad()
     def _quantize(self) -> dict[int, _Entry]:
-        kinds: dict[tuple[Any, ...], list[tuple[WeightFakeQuantizer, Tensor]]] = {}
+        kinds: dict[tuple[Any, ...], list[tuple[WeightFakeQuantizer, Tensor, Tensor]]] = {}
         for quantizer, weight in self._weights:
             if quantizer.ready and quantizer.enabled:
-                row = quantizer.granularity.rows(weight).shape[1]
-                kinds.setdefault((quantizer.fmt, row, weight.device), []).append(
-                    (quantizer, weight)
-                )
+                rows = quantizer.granularity.rows(_in_memory_order(weight))
+                kind = (quantizer.fmt, rows.shape[1], weight.device)
+                kinds.setdefault(kind, []).append((quantizer, weight, rows))
         entries: dict[int, _Entry] = {}
         for (fmt, *_), group in kinds.items():
-            ordered = [_in_memory_order(weight) for _, weight in group]
-            views = [q.granularity.rows(x) for (q, _), x in zip(group, ordered, strict=True)]
-            scale = torch.cat([quantizer.scale.flatten() for quantizer, _ in group]).unsqueeze(1)
-            x = torch.cat(views).div_(scale)
+            scale = torch.cat([quantizer.scale.flatten() for quantizer, *_ in group]).unsqueeze(1)
+            x = torch.cat([rows for *_, rows in group]).div_(scale)
             values = x.clamp(fmt.min, fmt.max)
             inside = x.sub_(values).abs_().sign_().neg_().add_(1.0)
             fmt.round_inside_(values).mul_(scale)
-            sizes = [len(view) for view in views]
-            for (quantizer, weight), like, own_inside, own_values in zip(
-                group, ordered, torch.split(inside, sizes), torch.split(values, sizes), strict=True
+            sizes = [len(rows) for *_, rows in group]
+            for (quantizer, weight, _), own_inside, own_values in zip(
+                group, torch.split(inside, sizes), torch.split(values, sizes), strict=True
             ):
+                # Strides are those of memory without gaps, see `_qualifies`.
+                size, stride = weight.shape, weight.stride()
                 entries[id(quantizer)] = _Entry(
                     weight,
                     weight._version,
                     weight.data_ptr(),
                     quantizer.scale._version,
-                    _in_order_of(weight, own_inside.view_as(like)),
-                    _in_order_of(weight, own_values.view_as(like)),
+                    own_inside.as_strided(size, stride),
+                    own_values.as_strided(size, stride),
                 )
         return entries
 
 
-def _is_channels_last(weight: Tensor) -> bool:
-    last = torch.channels_last
-    return (
-        weight.dim() == 4
-        and not weight.is_contiguous()
-        and weight.is_contiguous(memory_format=last)
-    )
-
-
 def _in_memory_order(weight: Tensor) -> Tensor:
     """The weight with its dimensions as they lie in memory: output channels first in any case."""
-    return weight.permute(0, 2, 3, 1) if _is_channels_last(weight) else weight
-
-
-def _in_order_of(weight: Tensor, ordered: Tensor) -> Tensor:
-    """What is in memory order, with the dimensions of the weight."""
-    return ordered.permute(0, 3, 1, 2) if _is_channels_last(weight) else ordered
+    if weight.is_contiguous() or not weight.is_contiguous(memory_format=torch.channels_last):
+        return weight
+    return weight.permute(0, 2, 3, 1)
 
 
 def _in_order(granularity: Granularity, weight: Tensor) -> bool:
     """Whether the rows that share scales are memory in order, without gaps."""
-    if _is_channels_last(weight):
-        return isinstance(granularity, PerTensor) or (
-            isinstance(granularity, PerChannel) and granularity.axis == 0
-        )
-    if not weight.is_contiguous():
-        return False
-    if isinstance(granularity, PerChannel):
-        return granularity.axis == 0
-    if not isinstance(granularity, PerBlock):
-        return True
-    matrix = weight.dim() == 2 and granularity.axis == 1
-    return matrix and weight.shape[1] % granularity.size == 0
+    if isinstance(granularity, PerBlock):
+        matrix = weight.dim() == 2 and granularity.axis == 1
+        return matrix and weight.is_contiguous() and weight.shape[1] % granularity.size == 0
+    if isinstance(granularity, PerGroup):
+        return weight.is_contiguous()
+    by_row = not isinstance(granularity, PerChannel) or granularity.axis == 0
+    return by_row and _in_memory_order(weight).is_contiguous()
 
 
 def _qualifies(quantizer: WeightFakeQuantizer, weight: Tensor) -> bool:

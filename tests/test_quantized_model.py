@@ -129,14 +129,14 @@ def test_a_module_under_two_names_is_one_layer() -> None:
     assert quantizer.observer.num_batches == 1
 
 
+def perceptron(width: int) -> nn.Module:
+    layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+    return calibrated(layers, "int4", "int4", x=torch.randn(6, width))
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_observes_once_and_changes_nothing(use_reentrant: bool) -> None:
-    plain = calibrated(
-        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)),
-        "int4",
-        "int4",
-        x=torch.randn(6, 4),
-    )
+    plain = perceptron(4)
     # Two copies: in both, each weight is quantized by itself and lies in memory of its own, on
     # which the last bit of a sum may depend.
     plain, model = copy.deepcopy(plain), copy.deepcopy(plain)
@@ -216,12 +216,7 @@ def test_scales_do_not_vanish_on_the_meta_device() -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_equals_the_eager_one(backend: str) -> None:
-    model = calibrated(
-        nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)),
-        "int4",
-        "int4",
-        x=torch.randn(4, 8),
-    )
+    model = perceptron(8)
     twin = copy.deepcopy(model)
     compiled = cast(nn.Module, torch.compile(twin, backend=backend))
     x = torch.randn(4, 8)

@@ -292,7 +292,7 @@ def main() -> None:
         )
     start_digest = digest(args.checkpoint)
     code = code_digest(*METHOD_FILES)
-    device = make_trainer(args).strategy.root_device.type
+    device = data["train"][1].device.type
     budget = Budget(
         args.epochs, train_images, test_images, args.batch_size, start_digest, code, device
     )

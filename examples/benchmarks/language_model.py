@@ -243,7 +243,7 @@ class Benchmark:
                 with torch.no_grad():
                     for batch in self.text(8, self.args.seed).train_dataloader():
                         module(batch[:, :-1].long())
-                        refresh(module)
+                        refresh(module, search=True)
                 set_observing(module, False)
             return {"bits_per_byte": self.bits_per_byte(module), "seconds": 0.0}
 

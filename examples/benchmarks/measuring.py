@@ -24,6 +24,7 @@ import peers
 import torch
 
 import statqat_lightning
+from statqat_lightning.export.files import replacing
 
 Seconds = dict[str, list[float]]
 
@@ -117,14 +118,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file as a whole: a run that is stopped here leaves the one before.
 
     Raises:
-        SystemExit: If the path is a folder.
+        SystemExit: If it cannot be written; the message names it.
     """
-    if path.is_dir():
-        raise SystemExit(f"error: --output: got {path}, which is a folder; expected a file.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".tmp")
-    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    new.replace(path)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SystemExit(f"error: --output: {error.strerror}") from error
 
 
 def write_results(path: Path | None, **results: Any) -> None:

@@ -97,7 +97,7 @@ def observed(name: str) -> Way:
         )
         for batch in rows[0].chunk(NUM_BATCHES):
             quantizer.observer.add(batch, fmt, quantizer.scale, statistics=True)
-            refresh_activations([quantizer])
+            refresh_activations([quantizer], search=True)
         return quantizer.scale.reshape(1)
 
     return choose

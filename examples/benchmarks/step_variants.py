@@ -92,7 +92,7 @@ def statqat_step(
     set_observing(model, True)
     for inputs, _ in itertools.islice(itertools.cycle(workload.batches), _CALIBRATION_BATCHES):
         model(inputs.to(device))
-        refresh(model)
+        refresh(model, search=True)
     set_frozen(model, frozen)
     set_recompute(model, recompute)
     optimizer, run = sgd(model), compiled(model)

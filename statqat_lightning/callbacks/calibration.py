@@ -24,7 +24,6 @@ from statqat_lightning.quantized_model import (
     load_quantizer_state,
     quantizer_state,
     refresh,
-    search_activations,
     set_enabled,
     set_observing,
 )
@@ -133,12 +132,11 @@ def _calibrate(
     steps = _steps(trainer, twin, num_batches, "StatQAT calibration", observing=True)
 
     def choose_scales() -> None:
-        refresh(twin, weights=False, reduce=reduce)
+        refresh(twin, weights=False, reduce=reduce, search=True)
         set_enabled(twin, weights=True, inputs=True)
 
     if failure := _run_all(trainer, steps, reduce, choose_scales):
         return failure
-    search_activations(twin)  # the last refreshes may have passed them over
     load_quantizer_state(pl_module, quantizer_state(twin))
     return None
 
