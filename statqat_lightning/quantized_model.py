@@ -19,10 +19,7 @@ from statqat_lightning.quantized_layer import (
     learned_scales,
     weight_of,
 )
-from statqat_lightning.scale_refresh import (
-    refresh_activations,
-    refresh_weights,
-)
+from statqat_lightning.scale_refresh import refresh_activations, refresh_weights
 from statqat_lightning.weights_together import WeightsTogether
 
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
