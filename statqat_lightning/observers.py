@@ -32,7 +32,7 @@ COUNT, NEGATIVE, NONFINITE, SIGNAL, NOISE, QUANTIZED = range(6)
 NUM_SUMS = 6
 
 _MAX_PENDING = 8  # samples of one input: many micro-batches must not pile up
-_ROWS_IN_CACHE = 8  # raw histograms of so many inputs at once, on a CPU
+_ROWS_IN_CACHE = 16  # raw histograms of so many inputs at once, on a CPU
 _RUN = 16  # neighbouring values in a sample: a cache line of float32
 
 
@@ -48,7 +48,7 @@ class ObserverConfig:
     """
 
     momentum: float = 0.1
-    max_values: int = 8192
+    max_values: int = 4096
 
     def __post_init__(self) -> None:
         if not 0 < self.momentum <= 1:
@@ -347,9 +347,8 @@ def fold(
     _fold_sums(observers, sums, weight)
     if spectral:
         means = energy.div_(count[spectral_rows].clamp_min(1).unsqueeze(1))
-        old = [observers[i].running_spectrum for i in spectral]
-        new = torch.stack(old).lerp_(means, weight[spectral_rows].unsqueeze(1))
-        torch._foreach_copy_(old, list(new.unbind()))
+        spectrums = [observers[i].running_spectrum for i in spectral]
+        _lerp_rows_(spectrums, means, weight[spectral_rows])
     if ranged:
         old = [observers[i].running_extremes for i in ranged]
         new = _fold_ranges([observers[i] for i in ranged], extremes, seen[ranged_rows])
@@ -364,6 +363,16 @@ def fold(
     for observer in observers:
         observer.added_up = False
     return overflow
+
+
+def _lerp_rows_(rows: list[Tensor], table: Tensor, weights: Tensor) -> None:
+    """`row.lerp_(table[i], weights[i])` for each of the rows."""
+    if table.device.type == "cpu":
+        torch._foreach_lerp_(rows, list(table.unbind()), weights.tolist())
+        return
+    # Elsewhere the host would have to wait for the weights.
+    new = torch.stack(rows).lerp_(table, weights.unsqueeze(1))
+    torch._foreach_copy_(rows, list(new.unbind()))
 
 
 def _fold_ranges(observers: Sequence[InputObserver], extremes: Tensor, seen: Tensor) -> Tensor:

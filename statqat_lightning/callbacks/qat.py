@@ -89,7 +89,7 @@ class StatQATCallback(Callback):
         refresh_every: Batches between two refreshes. Default 1.
         momentum: Weight of the newest batch in the running statistics. Default 0.1, a window of
             about 20 batches.
-        max_observed: Values of each input and batch that enter the statistics, default 8192.
+        max_observed: Values of each input and batch that enter the statistics, default 4096.
         recompute_inputs: Quantize inputs once more in the backward pass, and do not keep them
             quantized until then: memory close to that of the float run for some time, see README.
             No number depends on it. `torch.compile` and gradient checkpointing decide by
@@ -125,7 +125,7 @@ class StatQATCallback(Callback):
         schedule: QuantSchedule | dict[str, Any] | None = None,
         refresh_every: int = 1,
         momentum: float = 0.1,
-        max_observed: int = 8192,
+        max_observed: int = 4096,
         recompute_inputs: bool = False,
         enabled: bool = True,
         verbose: bool = True,

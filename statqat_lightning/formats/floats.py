@@ -80,12 +80,17 @@ class FloatFormat(Format):
 
     def binade(self, x: Tensor) -> Tensor:
         """`2**floor(log2|x|)`, and no less than for the smallest normal value."""
-        return self._binade(x).clamp_min_(2.0**self.min_exponent)
-
-    @staticmethod
-    def _binade(x: Tensor) -> Tensor:
-        """`2**floor(log2|x|)`; for tiny `x` something below the smallest normal of every format."""
         if x.dtype == torch.float32:
-            return (x.view(torch.int32) & _FLOAT32_EXPONENT_MASK).view(torch.float32)
-        _, exponent = torch.frexp(x)
-        return torch.ldexp(torch.ones_like(x), exponent - 1)
+            binade = (x.view(torch.int32) & _FLOAT32_EXPONENT_MASK).view(torch.float32)
+        else:
+            _, exponent = torch.frexp(x)
+            binade = torch.ldexp(torch.ones_like(x), exponent - 1)
+        # What stands for a tiny `x` lies below the smallest normal value of every format.
+        return binade.clamp_min_(2.0**self.min_exponent)
+
+    def binade_(self, x: Tensor) -> Tensor:
+        """`binade`, in place of `x`: a new tensor costs more than the arithmetic."""
+        if x.dtype != torch.float32:
+            return x.copy_(self.binade(x))
+        x.view(torch.int32).bitwise_and_(_FLOAT32_EXPONENT_MASK)
+        return x.clamp_min_(2.0**self.min_exponent)

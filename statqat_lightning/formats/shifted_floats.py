@@ -73,6 +73,6 @@ class ShiftedFloatFormat(Format):
     def round_inside_(self, x: Tensor) -> Tensor:
         # Every step divides the zero point, so `x` itself is rounded to multiples of the step at
         # `x - z`: in one addition, as in `FloatFormat`, with the parity that `x - z` has.
-        offset = self.element.binade(x - self.zero_point).mul_(self.element.anchor(x.dtype))
+        offset = self.element.binade_(x - self.zero_point).mul_(self.element.anchor(x.dtype))
         offset.sub_(self.zero_point)
         return x.add_(offset).sub_(offset)

@@ -18,7 +18,7 @@ class Percentile(Quantizer):
     From a tensor it is the exact percentile, with linear interpolation between neighbours. From a
     running statistic it comes from the energy spectrum, right to the width of a bin: 1/32 of an
     octave, 3 %. There it can be no finer than the values observed: one in ten thousand lies beyond
-    99.99 %, and the observer takes 8192 values a batch into a running mean. Where the percentile is
+    99.99 %, and the observer takes 4096 values a batch into a running mean. Where the percentile is
     zero and the data is not, the largest magnitude is taken. For an unsigned format, negative
     values count as zeros.
 
