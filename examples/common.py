@@ -24,6 +24,7 @@ from vision import Batch
 from statqat_lightning import ExportCallback, SNRMonitor, StatQATCallback, TensorSpec, get_format
 from statqat_lightning.export.verify import onnx_session
 from statqat_lightning.placement import TARGETS
+from statqat_lightning.recipe import activation_spec
 from statqat_lightning.report import History, plot_snr
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -206,7 +207,8 @@ def quantization_callbacks(
 
 def _minmax(name: str, role: str) -> TensorSpec:
     # A plain `int4` for activations adapts its sign to the data; the baseline gets the same.
-    adaptive = role == "activations" and name.startswith("int")
+    plain = activation_spec(name, role) if role == "activations" else None
+    adaptive = plain is not None and plain.unsigned_if_nonnegative
     # Inputs are averaged, as other training tools do: a running maximum would never fall.
     rule = "moving_average" if role == "activations" else "minmax"
     return TensorSpec(name, quantizer=rule, unsigned_if_nonnegative=adaptive)

@@ -368,9 +368,9 @@ def fold(
 def _lerp_rows_(rows: list[Tensor], table: Tensor, weights: Tensor) -> None:
     """`row.lerp_(table[i], weights[i])` for each of the rows."""
     if table.device.type == "cpu":
-        torch._foreach_lerp_(rows, list(table.unbind()), weights.tolist())
+        torch._foreach_lerp_(rows, list(table.unbind()), list(weights.unbind()))
         return
-    # Elsewhere the host would have to wait for the weights.
+    # Elsewhere each of the rows would be an operation of its own, and a copy costs next to nothing.
     new = torch.stack(rows).lerp_(table, weights.unsqueeze(1))
     torch._foreach_copy_(rows, list(new.unbind()))
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from statqat_lightning.formats import IntFormat, at_least_bits, get_format
+from statqat_lightning.formats import IntFormat, at_least_bits, get_format, unsigned
 from statqat_lightning.layer_kinds import KINDS
 from statqat_lightning.tensor_spec import TensorSpec as TensorSpec
 
@@ -24,12 +24,14 @@ def activation_spec(spec: str | TensorSpec | None, role: str) -> TensorSpec | No
     """A specification for inputs or outputs.
 
     The plain name of a signed integer format stands for its width: unsigned where nothing is
-    negative.
+    negative. So does that of a float of at most 4 bits, which gets a zero point there. Wider floats
+    gain nothing by one in training, and hardware for them knows none.
     """
     if not isinstance(spec, str):
         return _checked(role, spec)
     fmt = get_format(spec)
-    return TensorSpec(spec, unsigned_if_nonnegative=isinstance(fmt, IntFormat) and fmt.signed)
+    adapts = unsigned(fmt) is not None and (isinstance(fmt, IntFormat) or fmt.bits <= 4)
+    return TensorSpec(spec, unsigned_if_nonnegative=adapts)
 
 
 def weight_spec(spec: str | TensorSpec | None) -> TensorSpec | None:
@@ -54,7 +56,7 @@ class QuantRule:
             by a rule for their type or with their full name.
         weights: Specification of the weights, a format name, or None for float.
         inputs: Specification of the inputs, likewise. A plain integer name means that width,
-            unsigned where the data is non-negative.
+            unsigned where the data is non-negative; plain FP4 gets a zero point there.
         outputs: Specification of the output, likewise. A rule with nothing else matches any module
             that it describes, with weights or not: `QuantRule("type:BatchNorm2d", outputs="int8")`.
             One with inputs, too, matches modules without weights by their full name only: what is

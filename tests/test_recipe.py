@@ -96,6 +96,9 @@ def test_mistakes_in_a_spec(arguments: dict[str, Any], message: str) -> None:
 def test_plain_names() -> None:
     assert activation_spec("int4", "inputs") == TensorSpec("int4", unsigned_if_nonnegative=True)
     assert activation_spec("uint4", "inputs") == TensorSpec("uint4")
+    assert activation_spec("fp4", "inputs") == TensorSpec("fp4", unsigned_if_nonnegative=True)
+    assert activation_spec("fp4_e3m0", "inputs") == TensorSpec("fp4_e3m0")
+    assert activation_spec("fp6_e2m3", "inputs") == TensorSpec("fp6_e2m3")
     assert activation_spec("fp8", "inputs") == TensorSpec("fp8_e4m3")
     assert weight_spec("int4") == TensorSpec("int4")
     assert activation_spec(None, "inputs") is None

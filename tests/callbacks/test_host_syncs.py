@@ -177,7 +177,7 @@ def spec(fmt: str, quantizer: str, **options: Any) -> TensorSpec:
 RECIPES: dict[str, tuple[Any, Any]] = {
     "the defaults": ("int8", "int8"),
     "few bits": ("int4", "int4"),
-    "floats": ("fp4", "fp8"),
+    "floats": ("fp8", "fp4"),
     "groups": (TensorSpec("int4", "per_group:36"), "uint4"),
     "codebook": ("nf4", "int8"),
     "blocks": ("mxfp4", "int8"),
