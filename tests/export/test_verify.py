@@ -260,7 +260,8 @@ def test_a_forward_that_fixes_its_batch_is_compared_on_that_batch() -> None:
     report = export_model(model, "model", torch.randn(7, 4), program=True)
     assert report.program is not None
     assert report.program.remarks == ("The forward fixes its batch size: 3 only.",)
-    assert (report.program.max_steps, report.program.examples) == (0, 6)
+    assert report.program.max_steps < 1e-3  # sums may differ in their last bit
+    assert report.program.examples == 6
     assert report.onnx is not None
     assert report.onnx.remarks == ("The forward fixes its batch size: 7 only.",)
     graph = onnx.load("model.onnx").graph
