@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,12 +206,13 @@ def quantization_callbacks(
 
 
 def _minmax(name: str, role: str) -> TensorSpec:
-    # A plain `int4` for activations adapts its sign to the data; the baseline gets the same.
-    plain = activation_spec(name, role) if role == "activations" else None
-    adaptive = plain is not None and plain.unsigned_if_nonnegative
-    # Inputs are averaged, as other training tools do: a running maximum would never fall.
-    rule = "moving_average" if role == "activations" else "minmax"
-    return TensorSpec(name, quantizer=rule, unsigned_if_nonnegative=adaptive)
+    if role == "weights":
+        return TensorSpec(name, quantizer="minmax")
+    # Signs and zero points as the plain name has them. Ranges are averaged, as other training tools
+    # do: a running maximum would never fall.
+    plain = activation_spec(name, role)
+    assert plain is not None
+    return replace(plain, quantizer="moving_average")
 
 
 def make_logger(

@@ -177,7 +177,9 @@ def spec(fmt: str, quantizer: str, **options: Any) -> TensorSpec:
 RECIPES: dict[str, tuple[Any, Any]] = {
     "the defaults": ("int8", "int8"),
     "few bits": ("int4", "int4"),
-    "floats": ("fp8", "fp4"),
+    # With the default tolerance, scales of E4M3 rest.
+    "floats": ("fp4", spec("fp8", "iterative", tolerance=0.0)),
+    "zero point": ("fp8", "fp4"),
     "groups": (TensorSpec("int4", "per_group:36"), "uint4"),
     "codebook": ("nf4", "int8"),
     "blocks": ("mxfp4", "int8"),
