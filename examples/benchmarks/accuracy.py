@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cifar10_resnet20 as cifar10
 import common
 import measuring
-from accuracy_methods import METHODS, SETTINGS, Method, Setting
+from accuracy_methods import CONTROL, METHODS, SETTINGS, Method, Setting
 from measuring import code_digest, digest, versions_text, write_json
 from vision import BatchedTensors, Compose, ImageClassifier, Normalize, RandomCropFlip
 
@@ -192,13 +192,19 @@ def best(runs: Sequence[Run], seeds: Sequence[int]) -> Cell | None:
     return max(cells, key=lambda cell: cell.accuracy, default=None)
 
 
+def run_key(setting: str, method: str) -> Run:
+    """What the runs of a cell have in common; those of the control are the same in all rows."""
+    return {"setting": FLOAT if method == CONTROL else setting, "method": method}
+
+
 def summary(results: Results, budget: Budget, args: argparse.Namespace) -> dict[str, Any]:
     """Cells of the table by setting and method, among the runs that were asked for."""
     runs = [r for r in results.runs if budget.holds(r) and r.get("lr") in args.lrs]
     table: dict[str, Any] = {}
     for setting in args.settings:
         for method in args.methods:
-            some = [r for r in runs if (r["setting"], r["method"]) == (setting, method)]
+            cell = run_key(setting, method)
+            some = [r for r in runs if cell.items() <= r.items()]
             table.setdefault(setting, {})[method] = best(some, args.seeds)
     return table
 
@@ -238,7 +244,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     grid = parser.add_argument_group("grid")
     grid.add_argument("--settings", nargs="+", choices=[*SETTINGS], default=[*SETTINGS])
-    grid.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
+    grid.add_argument(
+        "--methods", nargs="+", choices=[*METHODS], default=[m for m in METHODS if m != CONTROL]
+    )
     grid.add_argument("--seeds", type=int, nargs="+", help="of order and augmentation")
     grid.add_argument(
         "--lrs", type=float, nargs="+", help="highest learning rates; the best counts"
@@ -315,14 +323,14 @@ def main() -> None:
                         settings = notes.setdefault((name, why), [])
                         settings += [setting] * (setting not in settings)
                         continue
-                    key = {"setting": setting, "method": name, "seed": seed, "lr": lr}
+                    key = run_key(setting, name) | {"seed": seed, "lr": lr}
                     if results.find(**key, **vars(budget)):
                         continue
                     result = train(method, SETTINGS[setting], seed, lr, data, args)
                     results.add(key | vars(budget) | result)
                     print(
-                        f"{setting} {name}, seed {seed}, lr {lr:g}: {result['accuracy']:.2f} % "
-                        f"in {result['seconds']:.0f} s",
+                        f"{key['setting']} {name}, seed {seed}, lr {lr:g}: "
+                        f"{result['accuracy']:.2f} % in {result['seconds']:.0f} s",
                         flush=True,
                     )
     print(f"\nAccuracy in percent after the last epoch @learning rate; float {floats['accuracy']}")

@@ -226,3 +226,6 @@ METHODS = {
     "Brevitas": Method(brevitas, no_zero_point, package="brevitas"),
     "torch.ao": Method(torch_ao, integers_only, package="torch.ao.quantization"),
 }
+# What the training itself gains or costs, whatever the setting.
+CONTROL = "trained-float"
+METHODS[CONTROL] = Method(lambda network, setting: (network, []))

@@ -76,6 +76,25 @@ def test_all_of_our_methods_see_the_same_batches(
 
 
 @pytest.mark.slow
+def test_the_control_is_trained_once_for_all_settings(
+    accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--settings", "W4A4", "FP8", "--methods", "trained-float", "StatQAT")
+    control, *others = run(accuracy, monkeypatch, *options)
+    assert (control["setting"], control["method"]) == ("float", "trained-float")
+    assert [(r["setting"], r["method"]) for r in others] == [
+        ("W4A4", "StatQAT"),
+        ("FP8", "StatQAT"),
+    ]
+    assert {r["data"] for r in others} == {control["data"]}
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    cells = [
+        row[1].rstrip("*") for row in rows if row and row[0] in ("W4A4", "FP8") and "@" in row[2]
+    ]
+    assert cells == [f"{control['accuracy']:.2f}"] * 2
+
+
+@pytest.mark.slow
 def test_an_interrupted_benchmark_goes_on(
     accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
