@@ -94,7 +94,7 @@ def add_quantization_arguments(
         "--activations",
         type=format_name,
         default=activations,
-        help="format name, or none; intN is unsigned where the data is not negative",
+        help="format name, or none; without negative data intN is unsigned, fp4 has a zero point",
     )
     group.add_argument(
         "--quantizer",

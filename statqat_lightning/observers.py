@@ -34,6 +34,7 @@ NUM_SUMS = 6
 _MAX_PENDING = 8  # samples of one input: many micro-batches must not pile up
 _ROWS_IN_CACHE = 16  # raw histograms of so many inputs at once, on a CPU
 _RUN = 16  # neighbouring values in a sample: a cache line of float32
+_NEXT_PART, _NEXT_BATCH = 0.618, 0.414  # by how much of a part the place of a run moves on
 
 
 @dataclass
@@ -43,18 +44,19 @@ class ObserverConfig:
     Attributes:
         momentum: Weight of the newest batch in the running statistics; the first batches are
             averaged evenly.
-        max_values: Values of each input taken into the spectrum and the SNR at each forward pass:
-            short runs spread evenly over the input. The range is always exact.
+        max_observed: Values of each input taken into the spectrum and the SNR at each forward pass:
+            short runs spread evenly over the input, elsewhere in every batch. The range is always
+            exact.
     """
 
     momentum: float = 0.1
-    max_values: int = 4096
+    max_observed: int = 4096
 
     def __post_init__(self) -> None:
         if not 0 < self.momentum <= 1:
             raise ValueError(f"momentum: got {self.momentum!r}; expected a number in (0, 1].")
-        if self.max_values < 256:
-            raise ValueError(f"max_values: got {self.max_values!r}; expected at least 256.")
+        if self.max_observed < 256:
+            raise ValueError(f"max_observed: got {self.max_observed!r}; expected at least 256.")
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ class InputObserver:
             statistics: Whether it adds to the statistics that scales come from, or only to the sums
                 of the SNR.
         """
-        starts = _cached(_run_starts)(x.numel(), self.config.max_values, x.device)
+        runs = _cached(_runs)(x.numel(), self.config.max_observed, x.device)
+        starts = None if runs is None else runs.starts(self.num_batches)
         self.pending.append(Sample(_sample(x, starts), fmt, scale, statistics))
         if not x.requires_grad:
             # Data, and not the output of a layer: only here can a lone NaN escape the sample. From
@@ -175,20 +178,44 @@ def _cached(function: Any) -> Callable[..., Any]:
     return plain if torch.compiler.is_compiling() else function
 
 
-@lru_cache(maxsize=1024)
-def _run_starts(numel: int, max_values: int, device: torch.device) -> Tensor | None:
-    """Where the runs of a sample begin, int64 `(runs,)`; None if the input is small enough.
+@dataclass(frozen=True)
+class _Runs:
+    """Where the runs of a sample lie: one in each of equal parts of memory.
 
-    One run lies in each of equal parts of memory, at a place in it that moves on by the golden
-    ratio: evenly spread whatever the dimensions are, and the same for every tensor of a size.
+    Attributes:
+        parts: Begin of each part, int64 `(runs,)`.
+        places: Place of each run in its part for the first batch, int64 `(runs,)`.
+        span: Number of places in a part.
     """
-    num_runs = max_values // _RUN
+
+    parts: Tensor
+    places: Tensor
+    span: int
+
+    def starts(self, num_batches: Tensor) -> Tensor:
+        """Begins of the runs after so many batches, int64 `(runs,)`.
+
+        Places move on with every batch: what is rare and always at the same place, as a token that
+        draws all attention is, has its share in the running means.
+        """
+        step = int(_NEXT_BATCH * self.span)
+        moved = torch.add(self.places, num_batches.long(), alpha=step)
+        return moved.remainder_(self.span).add_(self.parts)
+
+
+@lru_cache(maxsize=1024)
+def _runs(numel: int, max_observed: int, device: torch.device) -> _Runs | None:
+    """The runs for inputs of a size; None if all values are taken.
+
+    Places move on from part to part by the golden ratio: evenly spread whatever the dimensions are.
+    """
+    num_runs = max_observed // _RUN
     part = numel // num_runs
     if part <= _RUN:
         return None
     span = part - _RUN + 1
     number = torch.arange(num_runs, device=device)
-    return number * part + number * int(0.618 * span) % span
+    return _Runs(number * part, number * int(_NEXT_PART * span) % span, span)
 
 
 def _sample(x: Tensor, starts: Tensor | None) -> Tensor:

@@ -269,7 +269,7 @@ def test_sample_meets_every_index_of_every_dimension(
         index = torch.arange(size)
         marks = 2.0 ** (index // 32 - 30) * (1 + index % 32 / 32)
         x = marks.view([-1 if i == dim else 1 for i in range(len(shape))]).expand(shape)
-        observer = spectral(max_values=16384)
+        observer = spectral(max_observed=16384)
         add(observer, x.contiguous(memory_format=layout))
         add_up([observer])
         assert observer.sums[COUNT] < x.numel() or x.numel() < 2 * 16384
@@ -281,15 +281,43 @@ def test_sample_meets_every_index_of_every_dimension(
 
 def test_sample_has_about_the_wanted_size_and_small_inputs_are_taken_whole() -> None:
     for numel in (255, 256, 257, 10_000, 99_991, 2**17, 30_030 * 4):
-        observer = spectral(max_values=256)
+        observer = spectral(max_observed=256)
         add(observer, torch.ones(numel))
         add_up([observer])
         taken = int(observer.sums[COUNT])
         assert taken == (numel if numel < 272 else 256)
 
 
+@pytest.mark.parametrize("numel", [2**16, 99_991, 600_000])
+def test_places_of_a_sample_move_on_with_every_batch(numel: int) -> None:
+    x = torch.arange(numel, dtype=torch.float32)
+    observer = spectral(max_observed=4096)
+    times = torch.zeros(numel)
+    num_batches = 10 * numel // 4096
+    for batch in range(num_batches):
+        add(observer, x)
+        (sample,) = observer.pending
+        taken = sample.values.long()
+        assert len(taken.unique()) == 4096
+        if batch == 20:  # a run that goes on from here takes the same
+            twin = spectral(max_observed=4096)
+            twin.num_batches.copy_(observer.num_batches)
+            add(twin, x)
+            assert twin.pending[0].values.equal(sample.values)
+        times[taken] += 1
+        fold([observer], statistics=True)
+    # The share of a value is that of the places at which a run meets it.
+    part = numel // 256
+    span = part - 15
+    place = torch.arange(part)
+    meeting = torch.minimum(place, torch.tensor(span - 1)) - (place - 15).clamp_min(0) + 1
+    expected = num_batches / span * meeting.tile(256)
+    assert (times[: 256 * part] - expected).abs().max() < 5
+    assert times[256 * part :].sum() == 0
+
+
 def test_range_is_exact_however_small_the_sample() -> None:
-    observer = ranged(max_values=256)
+    observer = ranged(max_observed=256)
     x = torch.randn(100_000)
     add(observer, x)
     assert observer.extremes.tolist() == [-float(x.min()), float(x.max())]
@@ -401,8 +429,8 @@ def test_momentum_out_of_range(momentum: float) -> None:
 
 
 def test_sample_too_small() -> None:
-    with pytest.raises(ValueError, match="max_values: got 255; expected at least 256"):
-        ObserverConfig(max_values=255)
+    with pytest.raises(ValueError, match="max_observed: got 255; expected at least 256"):
+        ObserverConfig(max_observed=255)
 
 
 def test_statistics_do_not_depend_on_the_default_dtype() -> None:

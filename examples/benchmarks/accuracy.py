@@ -210,14 +210,15 @@ def summary(results: Results, budget: Budget, args: argparse.Namespace) -> dict[
 
 
 def print_table(table: dict[str, dict[str, Cell | None]]) -> None:
-    """Rows are settings, columns methods; the highest accuracy of a row is marked."""
+    """Rows are settings, columns methods; the highest accuracy of quantized ones is marked."""
     methods = list(next(iter(table.values())))
     lines = [["", *methods]]
     for setting, row in table.items():
-        top = max((cell.accuracy for cell in row.values() if cell), default=0.0)
+        quantized = (cell.accuracy for name, cell in row.items() if cell and name != CONTROL)
+        top = max(quantized, default=0.0)
         marks = [
-            f"{cell}{'*' if cell.accuracy == top else ' '}" if cell else "-"
-            for cell in row.values()
+            f"{cell}{'*' if name != CONTROL and cell.accuracy == top else ' '}" if cell else "-"
+            for name, cell in row.items()
         ]
         lines.append([setting, *marks])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -1,8 +1,8 @@
 """The methods that `accuracy.py` compares: from a float network to one that trains quantized.
 
-All of them quantize the same tensors: the weight, per output channel, and the input, per tensor, of
-every convolution and of the last layer. Grids are the same, too: integers are symmetric, inputs
-that follow a ReLU unsigned, and the first and the last layer have 8 bits.
+All but the control quantize the same tensors: the weight, per output channel, and the input, per
+tensor, of every convolution and of the last layer. Grids are the same, too: integers are symmetric,
+inputs that follow a ReLU unsigned, and the first and the last layer have 8 bits.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from measuring import write_results
 from statqat_lightning import prepare
 from statqat_lightning.quantized_model import activation_quantizers, refresh, set_observing
 
-WIDTH, TOKENS = 64, 8  # 16 examples have as many values as the observer samples
+WIDTH, TOKENS = 64, 8  # 8 examples have as many values as the observer samples
 AIM_LAYERS, AIM_MS = 100, 5.0
 WARM_UP = 8  # as many as settle the signs of inputs, with a collective of their own
 

@@ -51,13 +51,19 @@ class InputWarnings:
     def of_negatives(self, model: nn.Module) -> None:
         """Warn of inputs with negative values in an unsigned format."""
         for quantizer in activation_quantizers(model):
+            spec = quantizer.spec
             if not quantizer.fmt.is_signed and quantizer.negative_share > 0:
+                # The sign follows the first batches, which held none.
+                signed = (
+                    f"TensorSpec({spec.format!r}), without unsigned_if_nonnegative"
+                    if spec.unsigned_if_nonnegative
+                    else f"a signed format, for example TensorSpec('int{quantizer.fmt.bits}')"
+                )
                 self.once(
                     quantizer.name,
                     "negative",
                     f"{100 * quantizer.negative_share:.3g} % of the values are negative, and "
-                    f"{quantizer.fmt.name} sets them to zero. Use a signed format for this input, "
-                    f"for example int{quantizer.fmt.bits}.",
+                    f"{quantizer.fmt.name} sets them to zero. Give this input {signed}.",
                 )
 
     def of_idle_layers(self, model: nn.Module) -> None:

@@ -69,7 +69,8 @@ class StatQATCallback(Callback):
             `int8`: with per-channel scales it costs no accuracy worth mentioning.
         activations: Format name or `TensorSpec` of the inputs of all layers; None leaves them in
             float. Default `int8`. A plain integer name stands for that width, *unsigned where the
-            data is non-negative*, which wins a bit after a ReLU.
+            data is non-negative*, which wins a bit after a ReLU; plain `fp4` gets a zero point
+            there (`TensorSpec("fp4")` does not).
         recipe: A `QuantRecipe`, or the path of one in YAML, in place of `weights`, `activations`,
             `exclude` and `first_last_bits`.
         exclude: Patterns of layers that stay in float.
@@ -89,7 +90,8 @@ class StatQATCallback(Callback):
         refresh_every: Batches between two refreshes. Default 1.
         momentum: Weight of the newest batch in the running statistics. Default 0.1, a window of
             about 20 batches.
-        max_observed: Values of each input and batch that enter the statistics, default 4096.
+        max_observed: Values of each input and batch that enter the statistics, default 4096; other
+            ones in every batch.
         recompute_inputs: Quantize inputs once more in the backward pass, and do not keep them
             quantized until then: memory close to that of the float run for some time, see README.
             No number depends on it. `torch.compile` and gradient checkpointing decide by

@@ -145,8 +145,8 @@ def unsigned(fmt: Format) -> Format | None:
 def at_least_bits(fmt: Format, bits: int) -> Format:
     """`fmt`, or the narrowest wider one of its family if it has fewer than `bits` bits.
 
-    Floats and codebooks widen to FP6 E2M3 and FP8 E4M3, block formats to the MX formats of these,
-    and no further.
+    Floats, with or without a zero point, and codebooks widen to FP6 E2M3 and FP8 E4M3, block
+    formats to the MX formats of these, and no further.
     """
     if fmt.bits >= bits:
         return fmt

@@ -118,7 +118,7 @@ class Iterative(Quantizer):
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
     ) -> Tensor:
         assert statistics.spectrum is not None, "Iterative asks for the spectrum"
-        return statistics.spectrum.optimal_scale(fmt, warm, self.tolerance)
+        return statistics.spectrum.optimal_scale(fmt, warm, self.tolerance, room=True)
 
     def affine_from_rows(
         self, rows: Tensor, fmt: Format, warm: tuple[Tensor, Tensor] | None = None

@@ -35,7 +35,7 @@ from tests.callbacks.digits import DigitsModule, digits, loader, quantizer_of, s
         (lambda: StatQATCallback(freeze_at=0.0), r"freeze_at=0\.0"),
         (lambda: StatQATCallback(freeze_at=1.5), r"freeze_at=1\.5"),
         (lambda: StatQATCallback(momentum=0.0), r"momentum: got 0\.0"),
-        (lambda: StatQATCallback(max_observed=3), "max_values: got 3"),
+        (lambda: StatQATCallback(max_observed=3), "max_observed: got 3"),
     ],
 )
 def test_invalid_arguments_are_refused_at_once(make: Callable[[], Any], message: str) -> None:
@@ -142,7 +142,19 @@ def test_negatives_into_an_unsigned_format_are_counted_and_reported() -> None:
     last_batch = 100 * (shifted[-32:] < 0).float().mean().item()
     assert f" {last_batch:.3g} %" in text
     assert abs(share - last_batch) < 5
-    assert "int8" in text
+    assert "a signed format, for example TensorSpec('int8')" in text
+
+
+def test_negatives_after_the_sign_is_settled_name_what_keeps_the_sign() -> None:
+    images, labels = digits().tensors
+    images, labels = images.repeat(4, 1, 1, 1), labels.repeat(4)
+    images[-64:] -= 0.5
+    data = loader(TensorDataset(images, labels), shuffle=False)
+    assert len(data) > 8 + 2  # batches that decide
+    with pytest.warns(StatQATWarning, match=r"net\.0/input.*are negative, and uint8") as caught:
+        train(statqat("int8", "int8", calibration_batches=8), data=data)
+    text = next(str(w.message) for w in caught if "net.0/input" in str(w.message))
+    assert "Give this input TensorSpec('int8'), without unsigned_if_nonnegative" in text
 
 
 def test_a_plain_integer_name_takes_the_signed_format_for_negative_data() -> None:
