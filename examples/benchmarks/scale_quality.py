@@ -3,8 +3,8 @@
 Tensors are drawn from distributions, and taken from a trained network: its weights, with a scale
 for each output channel, and inputs of its layers, with one scale. The best scale is exact, see
 `exact_optimum.py`; the methods are in `scale_peers.py`. "Observed" methods see the tensor in parts,
-as a training does; all others see it whole. Where a tensor has no negative value, integers are
-unsigned.
+as a training does, and ours take a sample of each; all others see it whole. Where a tensor has no
+negative value, integers are unsigned.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def distributions(num_values: int) -> list[Case]:
     """One tensor of each distribution."""
     normal = torch.randn(num_values)
     wild = normal.clone()
-    wild[:: max(1, num_values // 8)] *= 100
+    wild[torch.randperm(num_values)[:8]] *= 100
     tensors = {
         "normal": normal,
         "Laplace": torch.distributions.Laplace(0.0, 1.0).sample((num_values,)),
@@ -269,7 +269,9 @@ def load_cases(args: argparse.Namespace) -> list[Case]:
         network = "resnet20" if there else "digits"
     if network != "none":
         print(f"weights and inputs of {network}")
-        cases += tensors_of(*(resnet20() if network == "resnet20" else digits_network()), 1 << 14)
+        cases += tensors_of(
+            *(resnet20() if network == "resnet20" else digits_network()), args.values
+        )
     return cases
 
 
