@@ -43,15 +43,18 @@ def test_sharded_weights_have_the_scales_of_whole_ones(folder: Path, tmp_path: P
     train(tmp_path, "single")
     own, expected = known(folder, "full"), known(tmp_path, "single")
     assert len(own["states"]) == 2 * STEPS
+    doubt = 0.0  # of float32 scales from sums in another order; how much depends on the processor
     for state, wanted in zip(own["states"], expected["states"], strict=True):
         for name in wanted:
             torch.testing.assert_close(
                 state[name]["scale"], wanted[name]["scale"], rtol=1e-6, atol=0.0
             )
+            ratio = state[name]["scale"].double() / wanted[name]["scale"]
+            doubt = max(doubt, float((ratio - 1).abs().max()))
     first, last = own["states"][0], own["states"][-1]
     assert all(not torch.equal(first[name]["scale"], last[name]["scale"]) for name in first)
     for name, weight in expected["weights"].items():
-        torch.testing.assert_close(own["weights"][name], weight, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(own["weights"][name], weight, rtol=1e-9 + doubt, atol=1e-12)
 
 
 @slow
