@@ -391,3 +391,27 @@ def test_snr_of_half_precision_does_not_overflow() -> None:
 def test_snr_refuses_to_broadcast() -> None:
     with pytest.raises(ValueError, match=r"got shapes \(3,\) and \(3, 3\); expected equal shapes"):
         snr_db(torch.ones(3), torch.ones(3, 3))
+
+
+@pytest.mark.parametrize("gradient", ["clipped", "pass_through", "magnitude"])
+@pytest.mark.parametrize("layout", ["flat", "channels_last", "with gaps", "float64"])
+@pytest.mark.parametrize("name", ["e4m3", "e2m1", "ue2m1", "nf4", "int4"])
+def test_large_tensors_equal_their_rows_one_by_one(name: str, layout: str, gradient: str) -> None:
+    # They are worked on in slices of memory, some of them in the midst of a row.
+    fmt = get_format({"ue2m1": "ufp4_e2m1"}.get(name, name))
+    x = 3 * torch.randn(7, 5, 130, 131)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "with gaps":
+        x = (3 * torch.randn(7, 6, 130, 131))[:, :5]
+    elif layout == "float64":
+        x = x.double()
+    x.requires_grad_()
+    qparams = QParams(torch.tensor(0.37))
+    whole = fake_quantize(x, qparams, fmt, gradient)
+    rows = torch.stack([fake_quantize(row, qparams, fmt, gradient) for row in x])
+    assert whole.stride() == x.stride() or layout == "with gaps"
+    assert torch.equal(whole, rows)
+    (of_whole,) = torch.autograd.grad(whole.square().sum(), x)
+    (of_rows,) = torch.autograd.grad(rows.square().sum(), x)
+    assert torch.equal(of_whole, of_rows)
