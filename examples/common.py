@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,8 @@ def _minmax(name: str, role: str) -> TensorSpec:
     # do: a running maximum would never fall.
     plain = activation_spec(name, role)
     assert plain is not None
-    return replace(plain, quantizer="moving_average")
+    adapts = plain.unsigned_if_nonnegative
+    return TensorSpec(name, quantizer="moving_average", unsigned_if_nonnegative=adapts)
 
 
 def make_logger(
