@@ -262,7 +262,8 @@ def _parts(x: Tensor, scale: Tensor, fmt: Format) -> Sequence[Tensor]:
         x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     )
     many = x.numel() > _SLICE and scale.numel() == 1
-    if not (many and dense and _is_plain_cpu(x)) or isinstance(fmt, IntFormat):
+    plain = type(x) is Tensor and _is_plain_cpu(x)  # a distributed tensor's memory is a part of it
+    if not (many and dense and plain) or isinstance(fmt, IntFormat):
         return (x,)
     return torch.split(x.as_strided((x.numel(),), (1,)), _SLICE)
 
