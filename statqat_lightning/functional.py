@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -142,8 +143,7 @@ def _carrier(x: Tensor, qparams: QParams, fmt: Format, gradient: str) -> Tensor:
         # reading two numbers costs nothing.
         scale = qparams.scale.item()
         offset = 0.0 if qparams.zero_point is None else qparams.zero_point.item()
-        low, high = (_outwards((end - offset) * scale, x.dtype) for end in (fmt.min, fmt.max))
-        return F.hardtanh(x, low, high)
+        return F.hardtanh(x, *_limits(fmt, scale, offset, x.dtype))
     zero_point = 0.0 if qparams.zero_point is None else qparams.zero_point
     scales = qparams.scale.to(x.dtype)
     lows, highs = (fmt.min - zero_point) * scales, (fmt.max - zero_point) * scales
@@ -227,6 +227,13 @@ def _many_scales_on_cpu(x: Tensor, qparams: QParams, fmt: Format) -> Tensor:
     if qparams.zero_point is not None:
         y = y - qparams.zero_point
     return y * scale
+
+
+@lru_cache(maxsize=4096)
+def _limits(fmt: Format, scale: float, offset: float, dtype: torch.dtype) -> tuple[float, float]:
+    """What `hardtanh` clips to: the next values beyond the clip points. Most scales rest."""
+    low, high = (_outwards((end - offset) * scale, dtype) for end in (fmt.min, fmt.max))
+    return low, high
 
 
 def _outwards(limit: float, dtype: torch.dtype) -> float:

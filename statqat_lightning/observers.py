@@ -151,8 +151,7 @@ class InputObserver:
             statistics: Whether it adds to the statistics that scales come from, or only to the sums
                 of the SNR.
         """
-        runs = _cached(_runs)(x.numel(), self.config.max_observed, x.device)
-        starts = None if runs is None else runs.starts(self.num_batches)
+        starts = self._starts(x)
         self.pending.append(Sample(_sample(x, starts), fmt, scale, statistics))
         if not x.requires_grad:
             # Data, and not the output of a layer: only here can a lone NaN escape the sample. From
@@ -166,6 +165,14 @@ class InputObserver:
             )
         if torch.compiler.is_compiling() or len(self.pending) == _MAX_PENDING:
             add_up([self])  # a compiled graph keeps tensors, but no list of them
+
+    def _starts(self, x: Tensor) -> Tensor | None:
+        """Where the runs of a sample of `x` begin; None if all of it is taken."""
+        kind = x.numel(), self.config.max_observed, x.device
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _starts_on_cpu(*kind, int(self.num_batches))
+        runs = _cached(_runs)(*kind)
+        return None if runs is None else runs.starts(self.num_batches)
 
     def tensors(self) -> tuple[str, ...]:
         """Names of all tensor attributes."""
@@ -216,6 +223,15 @@ def _runs(numel: int, max_observed: int, device: torch.device) -> _Runs | None:
     span = part - _RUN + 1
     number = torch.arange(num_runs, device=device)
     return _Runs(number * part, number * int(_NEXT_PART * span) % span, span)
+
+
+@lru_cache(maxsize=256)
+def _starts_on_cpu(
+    numel: int, max_observed: int, device: torch.device, num_batches: int
+) -> Tensor | None:
+    """Begins of runs: inputs of one size share them, and on a CPU the number is there to read."""
+    runs = _runs(numel, max_observed, device)
+    return None if runs is None else runs.starts(torch.tensor(num_batches))
 
 
 def _sample(x: Tensor, starts: Tensor | None) -> Tensor:
