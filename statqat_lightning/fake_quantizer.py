@@ -287,11 +287,25 @@ class ActivationFakeQuantizer(FakeQuantizer):
     def __call__(self, x: Tensor) -> Tensor:
         x_hat = self.quantize(x)
         if self.observing and _is_floating(x) and not _recomputing():
-            scale = None if x_hat is x else self.qparams.scale
-            self.observer.add(x, self.fmt, scale, statistics=not self.frozen)
-            if self.deciding and x.numel() and not self.frozen:
-                self.lowest = torch.fmin(self.lowest, x.detach().amin().to(torch.float32))
+            self.observe(x, quantized=x_hat is not x)
         return x_hat
+
+    def observe(self, x: Tensor, quantized: bool) -> None:
+        """Add a tensor to the sums behind the SNR and, unless frozen, to the statistics.
+
+        Args:
+            x: The input or output, any shape, floating dtype.
+            quantized: Whether it is quantized with the scale in force, or passed on as it is.
+        """
+        scale = self.qparams.scale if quantized else None
+        # Peaks change slowly: they are looked at where a search comes next. A compiled graph must
+        # not depend on a number that changes.
+        peaks = self.quantizer.needs_peaks(self.fmt) and (
+            torch.compiler.is_compiling() or self.is_due
+        )
+        self.observer.add(x, self.fmt, scale, statistics=not self.frozen, peaks=peaks)
+        if self.deciding and x.numel() and not self.frozen:
+            self.lowest = torch.fmin(self.lowest, x.detach().amin().to(torch.float32))
 
     def to(self, device: torch.device) -> None:
         super().to(device)

@@ -28,8 +28,10 @@ Reduce = Callable[[Tensor, str], Tensor]
 """Reduces a tensor over all ranks: called with the tensor and "sum" or "max"."""
 
 # Sums kept beside the spectrum, in this order.
-COUNT, NEGATIVE, NONFINITE, SIGNAL, NOISE, QUANTIZED = range(6)
-NUM_SUMS = 6
+COUNT, NEGATIVE, NONFINITE, SIGNAL, NOISE, QUANTIZED, HIGH, LOW, SIZE, PEAKED = range(10)
+NUM_SUMS = 10
+# What only some samples hold, and where the number of their values is.
+_PARTS = ((slice(SIGNAL, QUANTIZED), QUANTIZED), (slice(HIGH, PEAKED), PEAKED))
 
 _MAX_PENDING = 8  # samples of one input: many micro-batches must not pile up
 _ROWS_IN_CACHE = 16  # raw histograms of so many inputs at once, on a CPU
@@ -69,12 +71,15 @@ class Sample:
         scale: The scale it was quantized with, float32 `()`; None if it was passed on as it is.
         statistics: Whether the values add to the statistics that scales come from, or only to the
             sums of the SNR.
+        peaks: How far the whole input reaches above and below zero, and its number of values,
+            float32 `(3,)`; None if nobody looked.
     """
 
     values: Tensor
     fmt: Format
     scale: Tensor | None
     statistics: bool
+    peaks: Tensor | None
 
 
 class InputObserver:
@@ -141,7 +146,14 @@ class InputObserver:
         self.extremes.fill_(-torch.inf)
 
     @torch.no_grad()
-    def add(self, x: Tensor, fmt: Format, scale: Tensor | None, statistics: bool) -> None:
+    def add(
+        self,
+        x: Tensor,
+        fmt: Format,
+        scale: Tensor | None,
+        statistics: bool,
+        peaks: bool = False,
+    ) -> None:
         """Take a sample of one input.
 
         Args:
@@ -150,9 +162,10 @@ class InputObserver:
             scale: The scale it is quantized with, float32 `()`; None if it is passed on as it is.
             statistics: Whether it adds to the statistics that scales come from, or only to the sums
                 of the SNR.
+            peaks: Whether to look at all values for the largest, which no sample shows.
         """
-        starts = self._starts(x)
-        self.pending.append(Sample(_sample(x, starts), fmt, scale, statistics))
+        reach = _reach(x) if peaks and statistics and x.numel() else None
+        self.pending.append(Sample(_sample(x, self._starts(x)), fmt, scale, statistics, reach))
         if not x.requires_grad:
             # Data, and not the output of a layer: only here can a lone NaN escape the sample. From
             # the first layer on it spreads.
@@ -248,6 +261,14 @@ def _sample(x: Tensor, starts: Tensor | None) -> Tensor:
     return flat.unfold(0, _RUN, 1).index_select(0, starts).view(-1).to(torch.float32)
 
 
+def _reach(x: Tensor) -> Tensor:
+    """How far a tensor reaches above and below zero, and its number of values, float32 `(3,)`."""
+    low, high = torch.aminmax(x.detach())
+    size = torch.full_like(high, x.numel(), dtype=torch.float32)
+    reach = torch.stack([high, -low]).to(torch.float32).clamp_min_(0.0)
+    return torch.cat([reach, size.unsqueeze(0)])
+
+
 @torch.no_grad()
 def add_up(observers: Sequence[InputObserver]) -> None:
     """Add pending samples to the accumulators."""
@@ -280,10 +301,10 @@ def _totals(observers: Sequence[InputObserver]) -> tuple[Tensor, Tensor]:
             if observer.pending:
                 sample = observer.pending.pop(0)
                 with_spectrum = sample.statistics and observer.needs_spectrum
-                quantized = sample.scale is not None
-                key = (sample.fmt, quantized, with_spectrum, sample.values.numel())
+                quantized, peaked = sample.scale is not None, sample.peaks is not None
+                key = (sample.fmt, with_spectrum, quantized, peaked, sample.values.numel())
                 kinds.setdefault(key, []).append((number, sample))
-        for (fmt, _, with_spectrum, _), group in kinds.items():
+        for (fmt, with_spectrum, *_), group in kinds.items():
             most = _ROWS_IN_CACHE if device.type == "cpu" else len(group)
             for start in range(0, len(group), most):
                 numbers, samples = zip(*group[start : start + most], strict=True)
@@ -299,7 +320,7 @@ def _totals(observers: Sequence[InputObserver]) -> tuple[Tensor, Tensor]:
 
 
 def _sums(samples: Sequence[Sample], fmt: Format, values: Tensor, squares: Tensor) -> Tensor:
-    """The sums of samples, all quantized or none, `(len(samples), NUM_SUMS)`."""
+    """The sums of samples of one kind, `(len(samples), NUM_SUMS)`."""
     sums = values.new_zeros(len(values), NUM_SUMS)
     sums[:, COUNT] = values.shape[1]
     scales = [sample.scale for sample in samples if sample.scale is not None]
@@ -308,6 +329,9 @@ def _sums(samples: Sequence[Sample], fmt: Format, values: Tensor, squares: Tenso
         sums[:, QUANTIZED] = values.shape[1]
         sums[:, SIGNAL] = squares.sum(1)
         sums[:, NOISE] = fmt.round_(values / scale).mul_(scale).sub_(values).square_().sum(1)
+    if peaks := [sample.peaks for sample in samples if sample.peaks is not None]:
+        sums[:, PEAKED] = values.shape[1]
+        sums[:, HIGH:PEAKED] = torch.stack(peaks) * values.shape[1]
     if not fmt.is_signed:
         # -1 for each negative value; comparisons that give bool are several times slower on CPU.
         sums[:, NEGATIVE] = values.clamp(max=0.0).sign_().sum(1).neg_()
@@ -435,22 +459,26 @@ def _fold_ranges(observers: Sequence[InputObserver], extremes: Tensor, seen: Ten
 
 
 def _fold_sums(observers: Sequence[InputObserver], sums: Tensor, weight: Tensor) -> None:
-    """Running means of the sums; those of the SNR start at the first batch that is quantized."""
+    """Running means of the sums; what only some samples hold starts with the first of these."""
     running = torch.stack([o.running_sums for o in observers])
     # One NaN in an input is no news about its quantizer: such sums are left out.
     known = sums.isfinite()
-    known[:, SIGNAL : NOISE + 1] = known[:, SIGNAL : NOISE + 1].all(1, keepdim=True)
+    for part, _ in _PARTS:
+        known[:, part] = known[:, part].all(1, keepdim=True)
     sums = torch.where(known, sums, 0.0)
-    quantized = (sums[:, QUANTIZED:] > 0) & known[:, SIGNAL : SIGNAL + 1]
     means = sums / sums[:, COUNT : COUNT + 1].clamp_min(1)
-    means[:, SIGNAL : NOISE + 1] = sums[:, SIGNAL : NOISE + 1] / sums[:, QUANTIZED:].clamp_min(1)
-    first = quantized & (running[:, QUANTIZED:] == 0)
     weights = torch.where(known, weight.unsqueeze(1), 0.0)
-    weights[:, SIGNAL : NOISE + 1] = torch.where(
-        first, 1.0, torch.where(quantized, weights[:, SIGNAL : NOISE + 1], 0.0)
-    )
+    started = running.clone()
+    for part, number in _PARTS:
+        held, before = sums[:, number : number + 1], running[:, number : number + 1]
+        new = (held > 0) & known[:, part][:, :1]
+        first = new & (before == 0)
+        means[:, part] = sums[:, part] / held.clamp_min(1)
+        weights[:, part] = torch.where(first, 1.0, torch.where(new, weights[:, part], 0.0))
+        started[:, number : number + 1] = torch.where(first | (before > 0), 1.0, 0.0)
     running.lerp_(means, weights)
-    running[:, QUANTIZED:] = torch.where(first | (running[:, QUANTIZED:] > 0), 1.0, 0.0)
+    for _, number in _PARTS:
+        running[:, number] = started[:, number]
     torch._foreach_copy_([o.running_sums for o in observers], list(running.unbind()))
 
 
@@ -458,9 +486,10 @@ def statistics_of(observers: Sequence[InputObserver]) -> Statistics:
     """Running statistics of observers that keep the same kinds, as quantizers read them."""
     first = observers[0]
     spectrum = low = high = None
+    sums = torch.stack([o.running_sums for o in observers])
     if first.needs_spectrum:
         spectrum = EnergySpectrum(torch.stack([o.running_spectrum for o in observers]))
     if first.needs_range:
         extremes = torch.stack([o.running_extremes for o in observers])
         low, high = -extremes[:, 0], extremes[:, 1]
-    return Statistics(spectrum, low, high)
+    return Statistics(spectrum, low, high, sums[:, HIGH:PEAKED])

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from statqat_lightning.error_analysis import EnergySpectrum
 from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, WeightFakeQuantizer
 from statqat_lightning.functional import QParams, fake_quantize
 from statqat_lightning.insertion import prepare
-from statqat_lightning.observers import ObserverConfig, statistics_of
+from statqat_lightning.observers import HIGH, PEAKED, ObserverConfig, statistics_of
 from statqat_lightning.quantized_model import set_observing
 from statqat_lightning.quantizers import get_quantizer
 from statqat_lightning.scale_refresh import refresh_activations, refresh_weights
@@ -284,6 +285,52 @@ def test_scale_approaches_the_one_of_all_data() -> None:
     error = ErrorOf(x.numpy())
     # The statistic weighs the last batches more; 5 000 of 20 000 values, so to speak. 0.2 dB.
     assert error(quantizer.fmt, float(quantizer.scale)) < 1.05 * error.best(quantizer.fmt)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["laplace", "standard_exponential", "half-normal"])
+def test_int8_is_not_clipped_by_what_a_sample_shows(name: str, seed: int) -> None:
+    rng, size = np.random.default_rng(seed), 2**20
+    x = np.abs(rng.normal(size=size)) if name == "half-normal" else getattr(rng, name)(size=size)
+    quantizer = for_input(TensorSpec("int8", unsigned_if_nonnegative=True))
+    for batch in torch.from_numpy(x).float().chunk(8):
+        quantizer(batch)
+        refresh_activations([quantizer], search=True)
+    error = ErrorOf(x)
+    best = error.best(quantizer.fmt)
+    assert error(quantizer.fmt, float(quantizer.scale)) < 1.1 * best  # 0.4 dB
+    if name != "half-normal":  # the sample alone shows enough of that
+        alone = EnergySpectrum(quantizer.observer.running_spectrum.unsqueeze(0))
+        assert error(quantizer.fmt, float(alone.optimal_scale(quantizer.fmt))) > 1.05 * best
+
+
+def test_peaks_are_looked_at_where_a_search_comes_next() -> None:
+    quantizer = for_input(TensorSpec("int8"))
+    sums, looked = quantizer.observer.running_sums, []
+    expected = np.zeros(3)
+    for number in range(18):
+        x = torch.randn(9_000 + number)
+        due, before = quantizer.is_due, sums.clone()
+        quantizer(x)
+        refresh_activations([quantizer])
+        assert torch.equal(sums[HIGH:PEAKED], before[HIGH:PEAKED]) == (not due)
+        if due:
+            looked.append(number)
+            reach = np.array([x.max(), -x.min(), len(x)])
+            weight = 1.0 if len(looked) == 1 else max(0.1, 1 / (number + 1))
+            expected += weight * (reach - expected)
+            np.testing.assert_allclose(sums[HIGH:PEAKED].numpy(), expected, rtol=1e-5)
+    assert looked == [0, 1, 2, 3, 5, 9, 13, 17]
+
+
+@pytest.mark.parametrize(
+    "spec", [TensorSpec("int6"), TensorSpec("fp8"), TensorSpec("int8", quantizer="lsq")], ids=str
+)
+def test_nobody_looks_at_peaks_that_no_rule_reads(spec: TensorSpec) -> None:
+    quantizer = for_input(spec)
+    quantizer(torch.randn(100))
+    refresh_activations([quantizer])
+    assert quantizer.observer.running_sums[PEAKED] == 0
 
 
 # State

@@ -16,9 +16,11 @@ from statqat_lightning.formats import get_format
 from statqat_lightning.functional import QParams, fake_quantize
 from statqat_lightning.observers import (
     COUNT,
+    HIGH,
     NEGATIVE,
     NOISE,
     NUM_SUMS,
+    PEAKED,
     QUANTIZED,
     SIGNAL,
     InputObserver,
@@ -146,6 +148,35 @@ def test_share_of_negative_values() -> None:
     add(observer, x)  # a signed format loses nothing of them
     fold([observer], statistics=True)
     assert observer.running_sums[NEGATIVE] == 0
+
+
+def test_peaks_are_those_of_all_values_and_averaged() -> None:
+    observer, fmt = spectral(max_observed=256), get_format("int8")
+    large, small = torch.randn(5000), torch.rand(200)
+    for x in (large, small):  # a layer used twice in one step
+        observer.add(x, fmt, None, statistics=True, peaks=True)
+    fold([observer], statistics=True)
+    reaches = np.array([[large.max(), -large.min(), 5000], [small.max(), 0, 200]])
+    expected = np.average(reaches, axis=0, weights=[256, 200])  # by the values observed
+    found = statistics_of([observer]).peaks
+    assert found is not None
+    np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-6)
+    observer.add(torch.ones(200), fmt, None, statistics=True)
+    fold([observer], statistics=True)
+    np.testing.assert_allclose(observer.running_sums[HIGH:PEAKED].numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_peaks_of_a_bad_batch_do_not_count(bad: float) -> None:
+    observer, fmt, x = spectral(max_observed=256), get_format("int8"), torch.randn(5000)
+    observer.add(x, fmt, None, statistics=True, peaks=True)
+    fold([observer], statistics=True)
+    before = observer.running_sums[HIGH:].clone()
+    harmed = x.clone()
+    harmed[4999] = bad  # no sample shows it
+    observer.add(harmed, fmt, None, statistics=True, peaks=True)
+    assert fold([observer], statistics=True).tolist() == [True]
+    assert torch.equal(observer.running_sums[HIGH:], before)
 
 
 def test_many_samples_do_not_pile_up() -> None:

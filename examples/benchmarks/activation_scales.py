@@ -39,7 +39,7 @@ def ours(x: torch.Tensor, name: str, tensors: int) -> Callable[[], object]:
 
     def refresh() -> None:
         for quantizer in quantizers:
-            quantizer.observer.add(x, quantizer.fmt, quantizer.scale, statistics=True)
+            quantizer.observe(x, quantized=True)
         refresh_activations(quantizers)
 
     return refresh

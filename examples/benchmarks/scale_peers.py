@@ -96,7 +96,7 @@ def observed(name: str) -> Way:
             "", TensorSpec(fmt.name, **spec), ObserverConfig(), torch.device("cpu")
         )
         for batch in rows[0].chunk(NUM_BATCHES):
-            quantizer.observer.add(batch, fmt, quantizer.scale, statistics=True)
+            quantizer.observe(batch, quantized=quantizer.ready)
             refresh_activations([quantizer], search=True)
         return quantizer.scale.reshape(1)
 

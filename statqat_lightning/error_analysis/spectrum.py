@@ -45,6 +45,8 @@ CANDIDATES_PER_OCTAVE = 64
 _FINE_POINTS = 18
 _OCTAVES_ABOVE, _OCTAVES_BELOW = 1, 12  # candidates' clip points around the top of the data
 _MOST_ROOM, _PRICE_OF_ROOM = 7, 0.005  # octaves above that, and their share of the error
+_RARE = 2.0**-14  # share of the values of which a sample shows too few
+_MORE = 4  # so much rarer must be what peaks tell of
 _ROWS_AT_ONCE = 256  # a raw histogram takes 64 KiB
 _NEGLIGIBLE = 1e-10  # share of the energy that may lie above the window
 
@@ -166,6 +168,34 @@ class EnergySpectrum:
         both = self.energy[:, :BINS_PER_SIDE] + self.energy[:, BINS_PER_SIDE:]
         edges = bin_edges(both.device)[1:]
         return torch.where(both > 0, edges, 0.0).amax(1)
+
+    def reaching(self, peaks: Tensor) -> EnergySpectrum:
+        r"""The spectrum of all values, if this one comes from a sample of them.
+
+        A sample does not show what is rare. So on each side of zero, above the value `u` that one
+        in 16 384 exceeds, the energy becomes that of an exponential tail,
+
+        .. math:: P(x) = P(u) \, (P(u) \, N)^{-(x - u) / (p - u)},
+
+        up to `p`, the largest of `N` values: one in `N` is as large.
+
+        Args:
+            peaks: `p` above zero, `p` below zero, and `N`, float32 `(n, 3)`. A side stays as it is
+                where the sample reaches as far, or `N` is too small to tell of anything rarer.
+        """
+        edges, squares = _bins(self.energy.device)
+        energy = self.energy.view(-1, 2, BINS_PER_SIDE)
+        share = (energy / squares).flip(-1).cumsum(-1).flip(-1)  # of values in a bin and above it
+        known = (share >= _RARE).sum(-1, keepdim=True)
+        start = (known - 1).clamp_min_(0)
+        low, rarity = edges[start], share.gather(-1, start)
+        peak, number = peaks[:, :2].unsqueeze(-1), peaks[:, 2:].unsqueeze(-1)
+        fall = torch.log(rarity * number) / (peak - low)
+        tail = torch.where(edges <= peak, rarity * torch.exp((low - edges) * fall), 0.0)
+        tail = (tail[..., :-1] - tail[..., 1:]) * squares
+        longer = (known > 0) & (peak > edges[start + 1]) & (rarity * number >= _MORE)
+        above = _range(0, BINS_PER_SIDE, edges.device) >= start
+        return EnergySpectrum(torch.where(longer & above, tail, energy).view(-1, NUM_BINS))
 
     def error_curve(self, fmt: Format) -> ErrorCurve:
         """Error of `fmt` at candidate scales, 64 an octave.
@@ -372,6 +402,14 @@ def bin_edges(device: torch.device) -> Tensor:
     """Magnitudes at the bin edges, evenly spaced in an octave; float32 `(BINS_PER_SIDE + 1,)`."""
     patterns = torch.arange(_FIRST_BIN, _END_BIN + 1, dtype=torch.int32, device=device)
     return (patterns << _SHIFT).view(torch.float32)
+
+
+@lru_cache(maxsize=8)
+def _bins(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Edges of the bins, and the mean square of values spread evenly in each `(BINS_PER_SIDE,)`."""
+    edges = bin_edges(device)
+    low, high = edges[:-1], edges[1:]
+    return edges, (low.square() + low * high + high.square()) / 3
 
 
 @lru_cache(maxsize=8)

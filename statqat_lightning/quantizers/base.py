@@ -28,11 +28,14 @@ class Statistics:
         spectrum: Energy spectra of the tensors, or None if the quantizer did not ask for them.
         low: Smallest value, `(n,)`, or None if the quantizer did not ask for the range.
         high: Largest value, `(n,)`.
+        peaks: How far a batch reaches above and below zero and its number of values, in the mean,
+            `(n, 3)`; zeros where nobody looked. None if it is not known.
     """
 
     spectrum: EnergySpectrum | None = None
     low: Tensor | None = None
     high: Tensor | None = None
+    peaks: Tensor | None = None
 
     @property
     def has_negative(self) -> Tensor:
@@ -66,6 +69,10 @@ class Quantizer(ABC):
         Raises:
             ValueError: If there is none; the base accepts all.
         """
+
+    def needs_peaks(self, fmt: Format) -> bool:
+        """Whether `from_statistics` reads `Statistics.peaks` in this format."""
+        return False
 
     @abstractmethod
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:

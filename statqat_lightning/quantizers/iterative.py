@@ -9,7 +9,7 @@ from torch import Tensor
 
 from statqat_lightning.error_analysis import EnergySpectrum, Samples
 from statqat_lightning.error_analysis.spectrum import CANDIDATES_PER_OCTAVE
-from statqat_lightning.formats import Format
+from statqat_lightning.formats import Format, IntFormat
 from statqat_lightning.quantizers.base import (
     TOLERANCE,
     Quantizer,
@@ -66,6 +66,10 @@ class Iterative(Quantizer):
         self.rests = tolerance > 0
         self.max_iterations = max_iterations
 
+    def needs_peaks(self, fmt: Format) -> bool:
+        # So fine a grid is clipped at what one in some 100 000 values exceeds.
+        return isinstance(fmt, IntFormat) and fmt.bits >= 7
+
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
         rows = rows if fmt.is_signed else rows.clamp_min(0)  # what it cannot represent is zero
         peak = largest(rows, fmt)
@@ -117,8 +121,11 @@ class Iterative(Quantizer):
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
     ) -> Tensor:
-        assert statistics.spectrum is not None, "Iterative asks for the spectrum"
-        return statistics.spectrum.optimal_scale(fmt, warm, self.tolerance, room=True)
+        spectrum = statistics.spectrum
+        assert spectrum is not None, "Iterative asks for the spectrum"
+        if statistics.peaks is not None and self.needs_peaks(fmt):
+            spectrum = spectrum.reaching(statistics.peaks)
+        return spectrum.optimal_scale(fmt, warm, self.tolerance, room=True)
 
     def affine_from_rows(
         self, rows: Tensor, fmt: Format, warm: tuple[Tensor, Tensor] | None = None

@@ -17,6 +17,7 @@ from statqat_lightning.error_analysis.spectrum import (
     BINS_PER_SIDE,
     LOWEST_OCTAVE,
     NUM_BINS,
+    bin_edges,
 )
 from statqat_lightning.formats import Format, get_format
 from statqat_lightning.quantizers import Analytic, Statistics
@@ -290,3 +291,61 @@ def test_no_energy_gives_scale_one() -> None:
     scales = EnergySpectrum.of(rows).optimal_scale(get_format("uint4"))
     assert scales[:2].tolist() == [1.0, 1.0]
     assert 0 < scales[2] < 0.5
+
+
+# Tails
+
+
+def of_a_sample(x: Array) -> EnergySpectrum:
+    """The spectrum of one in 32 values, as running statistics keep it."""
+    return EnergySpectrum.of(torch.from_numpy(x[::32]).float(), keep=False)
+
+
+def peaks_of(x: Array) -> Tensor:
+    return torch.tensor([[max(x.max(), 0), max(-x.min(), 0), len(x)]], dtype=torch.float32)
+
+
+def test_a_tail_has_the_energy_of_the_values_that_no_sample_shows() -> None:
+    x, few = (-np.log((np.arange(2**n) + 0.5) / 2**n) for n in (20, 15))  # quantiles
+    sample = EnergySpectrum.of(torch.from_numpy(few), keep=False)
+    edges = bin_edges(torch.device("cpu"))[:-1].numpy()
+    energy = sample.reaching(peaks_of(x)).energy[0].numpy()
+    assert energy.dtype == np.float32
+    common = edges < np.quantile(x, 1 - 2.0**-13)
+    old = sample.energy[0].numpy()
+    np.testing.assert_array_equal(energy[:BINS_PER_SIDE][common], old[:BINS_PER_SIDE][common])
+    np.testing.assert_array_equal(energy[BINS_PER_SIDE:], 0)
+    assert np.all(energy[:BINS_PER_SIDE][edges > x.max()] == 0)
+    for rarity in (2.0**-14, 2.0**-15, 2.0**-16):
+        above = float(np.quantile(x, 1 - rarity))
+        expected = np.sum(x[x > above] ** 2) / len(x)
+        found = energy[:BINS_PER_SIDE][edges > above].sum()
+        assert found == pytest.approx(expected, rel=0.35), rarity
+
+
+def test_each_side_has_its_own_tail() -> None:
+    x = np.random.default_rng(2).laplace(size=2**20)
+    mirrored, peaks = torch.roll(of_a_sample(x).energy, BINS_PER_SIDE, 1), peaks_of(x)
+    expected = of_a_sample(x).reaching(peaks).energy.roll(BINS_PER_SIDE, 1)
+    found = EnergySpectrum(mirrored).reaching(peaks[:, [1, 0, 2]]).energy
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    one = of_a_sample(x).reaching(peaks * torch.tensor([[1.0, 0.0, 1.0]])).energy
+    assert torch.equal(one[:, BINS_PER_SIDE:], of_a_sample(x).energy[:, BINS_PER_SIDE:])
+    assert not torch.equal(one[:, :BINS_PER_SIDE], of_a_sample(x).energy[:, :BINS_PER_SIDE])
+
+
+@pytest.mark.parametrize(
+    "peaks",
+    [(0.0, 0.0, 0.0), (0.9, 0.9, 2.0**20), (50.0, 50.0, 2.0**7)],
+    ids=["nobody looked", "the sample reaches as far", "few values"],
+)
+def test_a_tail_that_is_known_stays(peaks: tuple[float, ...]) -> None:
+    spectrum = EnergySpectrum.of(torch.linspace(-1, 1, 2**15))
+    found = spectrum.reaching(torch.tensor([peaks], dtype=torch.float32))
+    assert torch.equal(found.energy, spectrum.energy)
+
+
+def test_no_energy_has_no_tail() -> None:
+    spectrum = EnergySpectrum.of(torch.zeros(100))
+    peaks = torch.tensor([[1.0, 1.0, 1e6]], dtype=torch.float32)
+    assert torch.equal(spectrum.reaching(peaks).energy, spectrum.energy)
