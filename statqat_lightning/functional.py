@@ -103,7 +103,7 @@ def fake_quantize(x: Tensor, qparams: QParams, fmt: Format, gradient: str = "cli
     if not x.is_floating_point():
         raise TypeError(f"fake_quantize: got dtype {x.dtype}; expected a floating dtype.")
     view = qparams.granularity.view(x)
-    if gradient == "clipped" and qparams.scale.dim() > 0 and _is_plain_cpu(x):
+    if gradient == "clipped" and qparams.scale.dim() > 0 and is_plain_cpu(x):
         y = _many_scales_on_cpu(_wide(view), qparams, fmt)
         return qparams.granularity.restore(y.to(x.dtype), x.shape)
     y = _carrier(_wide(view), qparams, fmt, gradient)
@@ -138,7 +138,7 @@ def _carrier(x: Tensor, qparams: QParams, fmt: Format, gradient: str) -> Tensor:
             for other in (qparams.scale, qparams.zero_point):
                 x = x if other is None else x + torch.zeros_like(other)
         return x.clone()
-    if gradient == "clipped" and _is_plain_cpu(x):
+    if gradient == "clipped" and is_plain_cpu(x):
         # On CPU this operator is several times faster than `clamp`, above all backwards, and
         # reading two numbers costs nothing.
         scale = qparams.scale.item()
@@ -269,13 +269,13 @@ def _parts(x: Tensor, scale: Tensor, fmt: Format) -> Sequence[Tensor]:
         x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     )
     many = x.numel() > _SLICE and scale.numel() == 1
-    plain = type(x) is Tensor and _is_plain_cpu(x)  # a distributed tensor's memory is a part of it
+    plain = type(x) is Tensor and is_plain_cpu(x)  # a distributed tensor's memory is a part of it
     if not (many and dense and plain) or isinstance(fmt, IntFormat):
         return (x,)
     return torch.split(x.as_strided((x.numel(),), (1,)), _SLICE)
 
 
-def _is_plain_cpu(x: Tensor) -> bool:
+def is_plain_cpu(x: Tensor) -> bool:
     """Whether `x` lies in this machine's memory and is neither traced nor batched."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_batched()
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statqat_lightning import functional
 from statqat_lightning.error_analysis.spectrum import (
     NUM_BINS,
     EnergySpectrum,
@@ -182,7 +183,7 @@ class InputObserver:
     def _starts(self, x: Tensor) -> Tensor | None:
         """Where the runs of a sample of `x` begin; None if all of it is taken."""
         kind = x.numel(), self.config.max_observed, x.device
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if functional.is_plain_cpu(x):
             return _starts_on_cpu(*kind, int(self.num_batches))
         runs = _cached(_runs)(*kind)
         return None if runs is None else runs.starts(self.num_batches)

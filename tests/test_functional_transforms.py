@@ -198,7 +198,7 @@ def test_no_number_is_read_by_the_host_off_the_cpu(
     results = []
     for off_the_cpu in (False, True):
         if off_the_cpu:
-            monkeypatch.setattr(functional, "_is_plain_cpu", lambda x: False)
+            monkeypatch.setattr(functional, "is_plain_cpu", lambda x: False)
         leaf = x.clone().requires_grad_()
         if off_the_cpu:
             with NothingReachesTheHost():

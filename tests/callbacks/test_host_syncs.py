@@ -197,7 +197,7 @@ RECIPES: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_settled_step_does_not_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The CPU has its own way through fake quantization, which may read what is there already.
-    monkeypatch.setattr(functional, "_is_plain_cpu", lambda x: False)
+    monkeypatch.setattr(functional, "is_plain_cpu", lambda x: False)
     # Signs are decided in the first eight batches; weights are searched at every sixteenth.
     first = FirstInStep(settled_at=9)
     weights, inputs = RECIPES[name]
@@ -245,7 +245,7 @@ class NaNInTheMiddle(DigitsModule):
 def test_inputs_are_checked_for_nan_only_every_so_many_batches(
     between: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional, "_is_plain_cpu", lambda x: False)
+    monkeypatch.setattr(functional, "is_plain_cpu", lambda x: False)
     monkeypatch.setattr(qat, "_BATCHES_BETWEEN_CHECKS", between)
     first = FirstInStep(settled_at=9)
     callback = statqat(None, "int4", freeze_at=None)
