@@ -47,6 +47,7 @@ _OCTAVES_ABOVE, _OCTAVES_BELOW = 1, 12  # candidates' clip points around the top
 _MOST_ROOM, _PRICE_OF_ROOM = 7, 0.005  # octaves above that, and their share of the error
 _RARE = 2.0**-14  # share of the values of which a sample shows too few
 _MORE = 4  # so much rarer must be what peaks tell of
+_OCTAVES_OF_TAIL = 8
 _ROWS_AT_ONCE = 256  # a raw histogram takes 64 KiB
 _NEGLIGIBLE = 1e-10  # share of the energy that may lie above the window
 
@@ -177,25 +178,42 @@ class EnergySpectrum:
 
         .. math:: P(x) = P(u) \, (P(u) \, N)^{-(x - u) / (p - u)},
 
-        up to `p`, the largest of `N` values: one in `N` is as large.
+        up to `p`, the largest of `N` values: one in `N` is as large. It ends eight octaves higher
+        at the latest.
 
         Args:
             peaks: `p` above zero, `p` below zero, and `N`, float32 `(n, 3)`. A side stays as it is
                 where the sample reaches as far, or `N` is too small to tell of anything rarer.
         """
         edges, squares = _bins(self.energy.device)
-        energy = self.energy.view(-1, 2, BINS_PER_SIDE)
-        share = (energy / squares).flip(-1).cumsum(-1).flip(-1)  # of values in a bin and above it
-        known = (share >= _RARE).sum(-1, keepdim=True)
-        start = (known - 1).clamp_min_(0)
-        low, rarity = edges[start], share.gather(-1, start)
-        peak, number = peaks[:, :2].unsqueeze(-1), peaks[:, 2:].unsqueeze(-1)
-        fall = torch.log(rarity * number) / (peak - low)
-        tail = torch.where(edges <= peak, rarity * torch.exp((low - edges) * fall), 0.0)
-        tail = (tail[..., :-1] - tail[..., 1:]) * squares
-        longer = (known > 0) & (peak > edges[start + 1]) & (rarity * number >= _MORE)
-        above = _range(0, BINS_PER_SIDE, edges.device) >= start
-        return EnergySpectrum(torch.where(longer & above, tail, energy).view(-1, NUM_BINS))
+        octaves = self.energy.reshape(-1, NUM_OCTAVES, BINS_PER_OCTAVE)
+        counts = octaves / squares.view(NUM_OCTAVES, -1)
+        # The octave of `u`, and with it those that the tail may reach.
+        enough = _from_above(counts.sum(2)) >= _RARE
+        first = (enough.sum(1, keepdim=True) - 1).clamp_(0, NUM_OCTAVES - _OCTAVES_OF_TAIL)
+        place = first + _range(0, _OCTAVES_OF_TAIL, edges.device)
+        place = place.add_(_range(0, len(octaves), edges.device).unsqueeze(1), alpha=NUM_OCTAVES)
+        place = place.flatten()
+        share, old = (
+            x.reshape(-1, BINS_PER_OCTAVE).index_select(0, place).view(len(octaves), -1)
+            for x in (counts, octaves)
+        )
+        share = _from_above(share)
+        start = ((share >= _RARE).sum(1, keepdim=True) - 1).clamp_min_(0)
+        rarity = share.gather(1, start)
+        number = first * BINS_PER_OCTAVE + _range(0, share.shape[1] + 1, edges.device)
+        ends = edges[number]
+        low = ends.gather(1, start)
+        peak = peaks[:, :2].reshape(-1, 1)
+        size = peaks[:, 2:].repeat_interleave(2, 0)
+        fall = torch.log(rarity * size) / (peak - low)
+        tail = torch.where(ends <= peak, rarity * torch.exp((low - ends) * fall), 0.0)
+        tail = (tail[:, :-1] - tail[:, 1:]) * squares[number[:, :-1]]
+        longer = (peak > ends.gather(1, start + 1)) & (rarity * size >= _MORE) & (rarity >= _RARE)
+        longer = longer & (_range(0, share.shape[1], edges.device) >= start)
+        energy = octaves.reshape(-1, BINS_PER_OCTAVE).clone()
+        energy.index_copy_(0, place, torch.where(longer, tail, old).view(-1, BINS_PER_OCTAVE))
+        return EnergySpectrum(energy.view(-1, NUM_BINS))
 
     def error_curve(self, fmt: Format) -> ErrorCurve:
         """Error of `fmt` at candidate scales, 64 an octave.
@@ -402,6 +420,11 @@ def bin_edges(device: torch.device) -> Tensor:
     """Magnitudes at the bin edges, evenly spaced in an octave; float32 `(BINS_PER_SIDE + 1,)`."""
     patterns = torch.arange(_FIRST_BIN, _END_BIN + 1, dtype=torch.int32, device=device)
     return (patterns << _SHIFT).view(torch.float32)
+
+
+def _from_above(x: Tensor) -> Tensor:
+    """Sums of each row from each place to its end."""
+    return x.flip(1).cumsum(1).flip(1)
 
 
 @lru_cache(maxsize=8)

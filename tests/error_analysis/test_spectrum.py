@@ -345,7 +345,10 @@ def test_a_tail_that_is_known_stays(peaks: tuple[float, ...]) -> None:
     assert torch.equal(found.energy, spectrum.energy)
 
 
-def test_no_energy_has_no_tail() -> None:
-    spectrum = EnergySpectrum.of(torch.zeros(100))
+@pytest.mark.parametrize("rare", [0, 1], ids=["no energy", "too few values"])
+def test_so_little_has_no_tail(rare: int) -> None:
+    x = torch.zeros(2**15)
+    x[:rare] = 0.5
+    spectrum = EnergySpectrum.of(x)
     peaks = torch.tensor([[1.0, 1.0, 1e6]], dtype=torch.float32)
     assert torch.equal(spectrum.reaching(peaks).energy, spectrum.energy)
