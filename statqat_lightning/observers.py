@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statqat_lightning import functional
+import statqat_lightning.functional as functional
 from statqat_lightning.error_analysis.spectrum import (
     NUM_BINS,
     EnergySpectrum,
