@@ -20,7 +20,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -37,11 +37,28 @@ from measuring import code_digest, versions_text, write_json, write_results
 from statqat_lightning import QuantRecipe, StatQATCallback, TensorSpec, prepare
 from statqat_lightning.quantized_model import refresh, set_observing
 
-FORMATS = {  # name in the table: weights, inputs
-    "INT4": ("int4", None),
-    "FP4": ("fp4_e2m1", None),
-    "INT3": ("int3", None),
-    "W4A8": ("int4", "int8"),
+
+class Formats(NamedTuple):
+    """What a row of the table quantizes to.
+
+    Attributes:
+        weights, inputs: Names of formats; inputs stay in float where there is none.
+        granularity: Of weights.
+        ends: Least bits of the first and the last layer; 0 for any.
+    """
+
+    weights: str
+    inputs: str | None = None
+    granularity: str = "per_channel"
+    ends: int = 8
+
+
+FORMATS = {
+    "INT4": Formats("int4"),
+    "INT4-tensor": Formats("int4", granularity="per_tensor", ends=0),
+    "FP4": Formats("fp4_e2m1"),
+    "INT3": Formats("int3"),
+    "W4A8": Formats("int4", "int8"),
 }
 METHODS = {  # name in the table: rule for weights, for inputs
     "StatQAT": (None, None),
@@ -49,8 +66,9 @@ METHODS = {  # name in the table: rule for weights, for inputs
     "LSQ": ("lsq", "lsq"),
 }
 OURS, BASELINE = "StatQAT", "min-max"
+WITH_AIM = ("INT4", "INT4-tensor")
 STEPS_BETWEEN_SAVES = 100  # of float training, which goes on from the last one
-AIM = 0.5  # of what min-max loses, INT4
+AIM = 0.5  # of what min-max loses
 LEAST_LOSS = 0.002  # bits per byte; of less, no share is taken: a seed makes 0.001
 
 
@@ -113,16 +131,23 @@ class Journal:
         write_json(self.path, self.entries)
 
 
-def recipe(formats: str, method: str, args: argparse.Namespace) -> QuantRecipe:
+def chosen_formats(args: argparse.Namespace) -> dict[str, Formats]:
+    """The rows of the table, with what the command line puts in place of their own."""
+    given = {"granularity": args.granularity, "ends": args.first_last_bits}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {name: FORMATS[name]._replace(**given) for name in args.formats}
+
+
+def recipe(formats: Formats, method: str) -> QuantRecipe:
     """Which quantizers a run gets; all methods share granularity and the layers with 8 bits."""
-    (weights, inputs), (weight_rule, input_rule) = FORMATS[formats], METHODS[method]
+    inputs, (weight_rule, input_rule) = formats.inputs, METHODS[method]
     adaptive = inputs is not None and inputs.startswith("int")
     return QuantRecipe.default(
-        TensorSpec(weights, args.granularity, weight_rule),
+        TensorSpec(formats.weights, formats.granularity, weight_rule),
         None
         if inputs is None
         else TensorSpec(inputs, None, input_rule, unsigned_if_nonnegative=adaptive),
-        first_last_bits=args.first_last_bits or None,
+        first_last_bits=formats.ends or None,
     )
 
 
@@ -136,6 +161,7 @@ class Benchmark:
 
     def __init__(self, args: argparse.Namespace, setting: Setting) -> None:
         self.args, self.setting, self.code = args, setting, code_digest()
+        self.formats = chosen_formats(args)
         self.train, self.held_out = standard_library(args.text)
         args.output.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(
@@ -219,7 +245,7 @@ class Benchmark:
         self, state: dict[str, Tensor], formats: str, method: str, lr: float, seed: int
     ) -> dict[str, float]:
         """A run of quantization-aware training."""
-        chosen = recipe(formats, method, self.args)
+        chosen = recipe(self.formats[formats], method)
         # Learned scales are learned to the end, as published.
         freeze_at = None if method == "LSQ" else 0.9
         callback = StatQATCallback(recipe=chosen, freeze_at=freeze_at, verbose=False)
@@ -237,8 +263,8 @@ class Benchmark:
 
         def run() -> dict[str, float]:
             module = self.module(state, 1.0)
-            prepare(module, recipe=recipe(formats, method, self.args))
-            if FORMATS[formats][1] is not None:
+            prepare(module, recipe=recipe(self.formats[formats], method))
+            if self.formats[formats].inputs is not None:
                 set_observing(module, True)
                 with torch.no_grad():
                     for batch in self.text(8, self.args.seed).train_dataloader():
@@ -250,9 +276,9 @@ class Benchmark:
         return self._once(f"{self._quantized_key(formats, method)}, post-training", run)
 
     def _quantized_key(self, formats: str, method: str) -> str:
-        first_last = self.args.first_last_bits
+        _, _, granularity, ends = self.formats[formats]
         made_by = f"code {self.code}, torch {torch.__version__}"
-        return f"{formats} {self.args.granularity}, ends {first_last}, {method}, {made_by}"
+        return f"{formats} {granularity}, ends {ends}, {method}, {made_by}"
 
     def _trained(
         self, module: LanguageModel, seed: int, *callbacks: L.Callback
@@ -278,37 +304,42 @@ def mean_of_best(runs: dict[float, list[float]]) -> tuple[float, float]:
     return best, means[best]
 
 
-def compare(benchmark: Benchmark, formats: list[str], methods: list[str]) -> dict[str, Any]:
+def compare(benchmark: Benchmark, methods: list[str]) -> dict[str, Any]:
     """All runs of a setting, and the rows of the table."""
     s = benchmark.setting
     state = benchmark.float_state()
     start = benchmark.journal.entries["float"]["bits_per_byte"]
     seeds = range(s.seeds)
-    _, floor = mean_of_best(
-        {
-            lr: [benchmark.continued(state, lr, seed)["bits_per_byte"] for seed in seeds]
-            for lr in s.lrs
-        }
-    )
+    continued = {
+        lr: [benchmark.continued(state, lr, seed)["bits_per_byte"] for seed in seeds]
+        for lr in s.lrs
+    }
+    floor_lr, floor = mean_of_best(continued)
     rows = []
-    for name in formats:
+    for name, (_, _, granularity, ends) in benchmark.formats.items():
         for method in methods:
             at_once = benchmark.post_training(state, name, method)["bits_per_byte"]
             runs = {
                 lr: [benchmark.quantized(state, name, method, lr, seed) for seed in seeds]
                 for lr in s.lrs
             }
-            lr, trained = mean_of_best(
-                {lr: [run["bits_per_byte"] for run in of_lr] for lr, of_lr in runs.items()}
-            )
+            bits = {lr: [run["bits_per_byte"] for run in of_lr] for lr, of_lr in runs.items()}
+            lr, trained = mean_of_best(bits)
+            losses = [
+                own - float_bits
+                for own, float_bits in zip(bits[lr], continued[floor_lr], strict=True)
+            ]
             rows.append(
                 {
                     "formats": name,
+                    "granularity": granularity,
+                    "first_last_bits": ends,
                     "method": method,
                     "post_training": at_once,
                     "post_training_loss": at_once - start,
                     "trained": trained,
                     "trained_loss": trained - floor,
+                    "trained_losses": losses,
                     "lr": lr,
                     "seconds": statistics.fmean(run["seconds"] for run in runs[lr]),
                 }
@@ -323,23 +354,26 @@ def print_table(results: dict[str, Any]) -> None:
         f"{results['float_continued']:.4f}"
     )
     print(
-        f"{'':8}{'':10}{'post-training':>24}{'trained':>20}{'of min-max':>12}{'lr':>8}{'s':>7}"
-        "   losses in 0.001 bits per byte"
+        f"{'':22}{'post-training':>24}{'trained':>20}{'':7}{'of min-max':>12}{'lr':>8}{'s':>7}"
+        "   losses in 0.001 bits per byte, with the standard error of seeds"
     )
     base = {row["formats"]: row for row in results["rows"] if row["method"] == BASELINE}
     for row in results["rows"]:
-        share = ""
+        share = error = ""
+        losses = [1e3 * loss for loss in row["trained_losses"]]
+        if len(losses) > 1:
+            error = f" ±{statistics.stdev(losses) / len(losses) ** 0.5:.1f}"
         if (other := base.get(row["formats"])) and other["trained_loss"] >= LEAST_LOSS:
             share = f"{row['trained_loss'] / other['trained_loss']:.2f}"
         print(
-            f"{row['formats']:8}{row['method']:10}"
+            f"{row['formats']:12}{row['method']:10}"
             f"{row['post_training']:12.4f} {1e3 * row['post_training_loss']:+11.1f}"
-            f"{row['trained']:10.4f} {1e3 * row['trained_loss']:+9.1f}"
+            f"{row['trained']:10.4f} {1e3 * row['trained_loss']:+9.1f}{error:7}"
             f"{share:>12}{row['lr']:8.0e}{row['seconds']:7.0f}"
         )
 
 
-def verdict(results: dict[str, Any], formats: str = "INT4") -> str | None:
+def verdict(results: dict[str, Any], formats: str) -> str | None:
     """Whether the aim holds: at most half of what min-max loses after training."""
     loss = {r["method"]: r["trained_loss"] for r in results["rows"] if r["formats"] == formats}
     if not {OURS, BASELINE} <= loss.keys():
@@ -363,9 +397,9 @@ def parse_arguments() -> tuple[argparse.Namespace, Setting]:
     )
     parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=[*FORMATS])
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=[*METHODS])
-    parser.add_argument("--granularity", default="per_channel", help="of weights")
+    parser.add_argument("--granularity", help="of weights, in place of that of each row")
     parser.add_argument(
-        "--first-last-bits", type=int, default=8, help="least bits of first and last layer; 0: any"
+        "--first-last-bits", type=int, help="least bits of first and last layer, likewise; 0: any"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the float training")
     parser.add_argument("--threads", type=positive, default=1, help="threads of torch")
@@ -410,14 +444,14 @@ def main() -> None:
         f"{versions_text()}"
     )
     start = time.perf_counter()
-    results = compare(benchmark, args.formats, args.methods)
+    results = compare(benchmark, args.methods)
     print_table(results)
-    if line := verdict(results):
-        print(f"\n{line}")
+    for name in WITH_AIM:
+        if line := verdict(results, name):
+            print(line)
     print(f"{time.perf_counter() - start:.0f} s")
     path = args.output / "results.json"
-    options = {"granularity": args.granularity, "first_last_bits": args.first_last_bits}
-    write_results(path, setting=dataclasses.asdict(setting), **options, **results)
+    write_results(path, setting=dataclasses.asdict(setting), **results)
     print(f"results: {path}")
 
 

@@ -116,20 +116,19 @@ def run(
 def test_a_run_prints_its_table_and_is_not_repeated(
     run: Any, load: Any, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("--float-steps", "10", "--formats", "INT4", "W4A8", "--lrs", "1e-3", "1e-2")
+    formats = ("INT4", "INT4-tensor", "W4A8")
+    options = ("--float-steps", "10", "--formats", *formats, "--lrs", "1e-3", "1e-2")
     output, results = run("out", *options)
-    assert "INT4: " in output.splitlines()[-3]
+    assert [line.split(":")[0] for line in output.splitlines()[-4:-2]] == ["INT4", "INT4-tensor"]
     assert [(row["formats"], row["method"]) for row in results["rows"]] == [
-        (formats, method)
-        for formats in ("INT4", "W4A8")
-        for method in ("StatQAT", "min-max", "LSQ")
+        (name, method) for name in formats for method in ("StatQAT", "min-max", "LSQ")
     ]
     for row in results["rows"]:
         assert row["lr"] in (1e-3, 1e-2)
         assert row["post_training_loss"] == row["post_training"] - results["float"]
         assert row["trained_loss"] == row["trained"] - results["float_continued"]
         assert abs(row["trained"] - results["float_continued"]) < 0.5
-    assert len({row["trained"] for row in results["rows"]}) == 6  # no method is another in disguise
+    assert len({row["trained"] for row in results["rows"]}) == 9  # no method is another in disguise
 
     # Bits per byte by hand, from the float weights that were kept.
     byte_gpt = load("byte_gpt")
@@ -221,8 +220,9 @@ def test_the_verdict(load: Any, ours: float, other: float, said: str) -> None:
         for method, loss in losses.items()
     ]
     language_model = load("language_model")
-    assert said in language_model.verdict({"rows": rows})
-    assert language_model.verdict({"rows": rows[:1]}) is None
+    assert said in language_model.verdict({"rows": rows}, "INT4")
+    assert language_model.verdict({"rows": rows[:1]}, "INT4") is None
+    assert language_model.verdict({"rows": rows}, "INT3") is None
 
 
 def test_learned_scales_have_their_own_learning_rate_and_no_decay(load: Any) -> None:
