@@ -58,6 +58,8 @@ class TensorSpec:
         gradient: str = "clipped",
         **options: Any,
     ) -> None:
+        if isinstance(options.get("options"), tuple):  # from `dataclasses.replace`
+            options |= dict(options.pop("options"))
         _refuse_unknown(options)
         fmt = get_format(format)
         if granularity is not None:

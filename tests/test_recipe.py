@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def test_spec_holds_what_it_was_given() -> None:
         "tolerance": 0.1,
     }
     assert TensorSpec(**spec.to_dict()) == spec
+    wider = dataclasses.replace(spec, format="fp8")
+    assert wider.to_dict() == spec.to_dict() | {"format": "fp8_e4m3"}
     assert TensorSpec("int4").to_dict() == {"format": "int4"}
     assert len({spec, copy.deepcopy(spec), pickle.loads(pickle.dumps(spec))}) == 1
     with pytest.raises(AttributeError):
