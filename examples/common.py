@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +212,7 @@ def _minmax(name: str, role: str) -> TensorSpec:
     # do: a running maximum would never fall.
     plain = activation_spec(name, role)
     assert plain is not None
-    adapts = plain.unsigned_if_nonnegative
-    return TensorSpec(name, quantizer="moving_average", unsigned_if_nonnegative=adapts)
+    return replace(plain, quantizer="moving_average")
 
 
 def make_logger(
