@@ -173,18 +173,26 @@ class FakeQuantizer:
             "scale": self.scale.detach().cpu().clone(),
         }
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned.
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse what `load_state_dict` cannot take over.
 
         Raises:
-            ValueError: If the scale has another shape; nothing is changed then.
+            ValueError: If a tensor has another shape.
         """
         if state["scale"].shape != self.scale.shape:
             raise ValueError(
                 f"{self.name}: the saved scale has shape {tuple(state['scale'].shape)}; expected "
                 f"{tuple(self.scale.shape)}. Use the model and the recipe it was saved with."
             )
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            ValueError: As `check_state`; nothing is changed then.
+        """
+        self.check_state(state)
         self.fmt = get_format(state["format"])
         self.narrowest = int(state.get("narrowest", 0))
         self.ready = bool(state["ready"])
@@ -373,7 +381,8 @@ class ActivationFakeQuantizer(FakeQuantizer):
         deciding = {"deciding": self.deciding, "lowest": self.lowest.detach().cpu().clone()}
         return super().state_dict() | running | deciding
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def check_state(self, state: dict[str, Any]) -> None:
+        super().check_state(state)
         for name in self.observer.RUNNING:
             saved, own = tuple(state[name].shape), tuple(getattr(self.observer, name).shape)
             if saved != own:
@@ -382,6 +391,9 @@ class ActivationFakeQuantizer(FakeQuantizer):
                     "from another version of the package or another quantizer: use those, or load "
                     "the model's weights alone and calibrate again."
                 )
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.deciding = bool(state["deciding"])
         self.lowest.copy_(state["lowest"])

@@ -163,10 +163,11 @@ class InputObserver:
             scale: The scale it is quantized with, float32 `()`; None if it is passed on as it is.
             statistics: Whether it adds to the statistics that scales come from, or only to the sums
                 of the SNR.
-            peaks: Whether to look at all values for the largest, which no sample shows.
+            peaks: Whether to look at all values for the largest, if a sample may not show it.
         """
-        reach = _reach(x) if peaks and statistics and x.numel() else None
-        self.pending.append(Sample(_sample(x, self._starts(x)), fmt, scale, statistics, reach))
+        starts = self._starts(x)
+        reach = _reach(x) if peaks and statistics and starts is not None else None
+        self.pending.append(Sample(_sample(x, starts), fmt, scale, statistics, reach))
         if not x.requires_grad:
             # Data, and not the output of a layer: only here can a lone NaN escape the sample. From
             # the first layer on it spreads.
@@ -239,13 +240,13 @@ def _runs(numel: int, max_observed: int, device: torch.device) -> _Runs | None:
     return _Runs(number * part, number * int(_NEXT_PART * span) % span, span)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)  # of the running batch: the next one has other places
 def _starts_on_cpu(
     numel: int, max_observed: int, device: torch.device, num_batches: int
 ) -> Tensor | None:
     """Begins of runs: inputs of one size share them, and on a CPU the number is there to read."""
     runs = _runs(numel, max_observed, device)
-    return None if runs is None else runs.starts(torch.tensor(num_batches))
+    return None if runs is None else runs.starts(torch.tensor(num_batches, device=device))
 
 
 def _sample(x: Tensor, starts: Tensor | None) -> Tensor:

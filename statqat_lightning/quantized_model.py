@@ -201,7 +201,7 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Give the quantizers of a model the state that `quantizer_state` returned.
 
     Raises:
-        ValueError: If the names differ; nothing is changed then.
+        ValueError: If names or shapes differ; nothing is changed then.
     """
     quantizers = {q.name: q for _, _, layer in quantized_layers(model) for q in layer.present()}
     if set(quantizers) != set(state):
@@ -210,6 +210,8 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
             f"only in the state: {sorted(set(state) - set(quantizers))}. "
             "Use the recipe and the model it was saved with."
         )
+    for name, quantizer in quantizers.items():
+        quantizer.check_state(state[name])
     for name, quantizer in quantizers.items():
         quantizer.load_state_dict(state[name])
 

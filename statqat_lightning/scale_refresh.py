@@ -14,7 +14,7 @@ from torch import Tensor
 
 from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, WeightFakeQuantizer
 from statqat_lightning.formats import BlockFormat
-from statqat_lightning.observers import Reduce, fold, statistics_of
+from statqat_lightning.observers import HIGH, PEAKED, Reduce, fold, statistics_of
 
 _MAX_GROUP = 1 << 20  # weights up to this many elements are refreshed together
 
@@ -84,6 +84,10 @@ def refresh_activations(
     if not quantizers:
         return torch.zeros(0, dtype=torch.bool)
     statistics = not quantizers[0].frozen
+    # A compiled graph looks at the peaks of every batch; only those before a search count.
+    added_up = [q for q in quantizers if not q.observer.pending]
+    if late := [q.observer.sums[HIGH : PEAKED + 1] for q in added_up if not q.is_due]:
+        torch._foreach_zero_(late)
     overflow = fold([q.observer for q in quantizers], statistics, reduce)
     if not statistics:
         return overflow

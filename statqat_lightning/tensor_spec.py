@@ -59,7 +59,7 @@ class TensorSpec:
         **options: Any,
     ) -> None:
         if isinstance(options.get("options"), tuple):  # from `dataclasses.replace`
-            options |= dict(options.pop("options"))
+            options = dict(options.pop("options")) | options
         _refuse_unknown(options)
         fmt = get_format(format)
         if granularity is not None:

@@ -328,9 +328,40 @@ def test_peaks_are_looked_at_where_a_search_comes_next() -> None:
 )
 def test_nobody_looks_at_peaks_that_no_rule_reads(spec: TensorSpec) -> None:
     quantizer = for_input(spec)
-    quantizer(torch.randn(100))
+    quantizer(torch.randn(9_000))
     refresh_activations([quantizer])
     assert quantizer.observer.running_sums[PEAKED] == 0
+
+
+def test_an_int8_input_that_is_seen_whole_keeps_its_own_tail() -> None:
+    quantizer, batches = for_input(TensorSpec("int8")), []
+    for number in range(16):  # one value in 16 384 lies far beyond a hard edge
+        batches.append(torch.rand(2048) * 2 - 1)
+        batches[-1][5] = 3.0 if number % 8 == 0 else 0.0
+        quantizer(batches[-1])
+        refresh_activations([quantizer], search=True)
+    error = ErrorOf(torch.cat(batches).numpy())
+    assert error(quantizer.fmt, float(quantizer.scale)) < 1.05 * error.best(quantizer.fmt)
+
+
+def test_a_compiled_int8_input_gets_the_scales_of_an_eager_one() -> None:
+    eager, other = (for_input(TensorSpec("int8")) for _ in range(2))
+    compiled = torch.compile(lambda x: other(x), backend="eager", fullgraph=True)
+    for number in range(12):
+        x = torch.distributions.Laplace(0.0, 2 ** (number / 10)).sample((1 << 18,))
+        eager(x)
+        compiled(x)
+        for quantizer in (eager, other):
+            refresh_activations([quantizer])
+        assert torch.equal(other.scale, eager.scale), number
+
+
+def test_where_tensors_are_made_by_default_does_not_matter() -> None:
+    quantizer, x = for_input(TensorSpec("int8")), torch.randn(9_137)  # of a size of its own
+    with torch.device("meta"):
+        quantizer(x)
+    refresh_activations([quantizer])
+    assert quantizer.ready
 
 
 # State

@@ -152,12 +152,12 @@ def test_share_of_negative_values() -> None:
 
 def test_peaks_are_those_of_all_values_and_averaged() -> None:
     observer, fmt = spectral(max_observed=256), get_format("int8")
-    large, small = torch.randn(5000), torch.rand(200)
-    for x in (large, small):  # a layer used twice in one step
+    large, small, whole = torch.randn(5000), torch.rand(3000), torch.full((200,), 9.0)
+    for x in (large, small, whole):  # a layer used often in one step; the last is no sample
         observer.add(x, fmt, None, statistics=True, peaks=True)
     fold([observer], statistics=True)
-    reaches = np.array([[large.max(), -large.min(), 5000], [small.max(), 0, 200]])
-    expected = np.average(reaches, axis=0, weights=[256, 200])  # by the values observed
+    reaches = np.array([[large.max(), -large.min(), 5000], [small.max(), 0, 3000]])
+    expected = reaches.mean(0)  # as many values were observed of each
     found = statistics_of([observer]).peaks
     assert found is not None
     np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-6)

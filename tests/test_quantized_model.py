@@ -88,6 +88,18 @@ def test_quantizer_state_of_other_layers_is_refused() -> None:
         assert torch.equal(entries["scale"], before[name]["scale"])
 
 
+def test_quantizer_state_of_other_shapes_is_refused_as_a_whole() -> None:
+    model, other = calibrated(Net(), "int4"), Net()
+    prepare(other, "int4", "int4")
+    before, state = quantizer_state(other), quantizer_state(model)
+    state["conv1d/input"]["running_sums"] = torch.zeros(6)
+    with pytest.raises(ValueError, match=r"running_sums has shape \(6,\); expected \(10,\)"):
+        load_quantizer_state(other, state)
+    for name, entries in quantizer_state(other).items():
+        assert torch.equal(entries["scale"], before[name]["scale"])
+        assert entries["num_refreshes"] == before[name]["num_refreshes"]
+
+
 # Layers that are shared, used often, or recomputed
 
 

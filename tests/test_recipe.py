@@ -57,6 +57,8 @@ def test_spec_holds_what_it_was_given() -> None:
     assert TensorSpec(**spec.to_dict()) == spec
     wider = dataclasses.replace(spec, format="fp8")
     assert wider.to_dict() == spec.to_dict() | {"format": "fp8_e4m3"}
+    freer = dataclasses.replace(spec, tolerance=0.2, max_iterations=5)
+    assert freer.to_dict() == spec.to_dict() | {"tolerance": 0.2, "max_iterations": 5}
     assert TensorSpec("int4").to_dict() == {"format": "int4"}
     assert len({spec, copy.deepcopy(spec), pickle.loads(pickle.dumps(spec))}) == 1
     with pytest.raises(AttributeError):

@@ -66,7 +66,8 @@ METHODS = {  # name in the table: rule for weights, for inputs
     "LSQ": ("lsq", "lsq"),
 }
 OURS, BASELINE = "StatQAT", "min-max"
-WITH_AIM = ("INT4", "INT4-tensor")
+PER_TENSOR = "INT4-tensor"
+WITH_AIM = ("INT4", PER_TENSOR)
 STEPS_BETWEEN_SAVES = 100  # of float training, which goes on from the last one
 AIM = 0.5  # of what min-max loses
 LEAST_LOSS = 0.002  # bits per byte; of less, no share is taken: a seed makes 0.001
@@ -132,10 +133,16 @@ class Journal:
 
 
 def chosen_formats(args: argparse.Namespace) -> dict[str, Formats]:
-    """The rows of the table, with what the command line puts in place of their own."""
+    """The rows of the table, with what the command line puts in place of their own.
+
+    The row that is per tensor by its name stays so.
+    """
     given = {"granularity": args.granularity, "ends": args.first_last_bits}
     given = {name: value for name, value in given.items() if value is not None}
-    return {name: FORMATS[name]._replace(**given) for name in args.formats}
+    return {
+        name: FORMATS[name] if name == PER_TENSOR else FORMATS[name]._replace(**given)
+        for name in args.formats
+    }
 
 
 def recipe(formats: Formats, method: str) -> QuantRecipe:
@@ -397,9 +404,9 @@ def parse_arguments() -> tuple[argparse.Namespace, Setting]:
     )
     parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=[*FORMATS])
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=[*METHODS])
-    parser.add_argument("--granularity", help="of weights, in place of that of each row")
+    parser.add_argument("--granularity", help=f"of weights, but for {PER_TENSOR}")
     parser.add_argument(
-        "--first-last-bits", type=int, help="least bits of first and last layer, likewise; 0: any"
+        "--first-last-bits", type=int, help="least bits of first and last layer, likewise"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the float training")
     parser.add_argument("--threads", type=positive, default=1, help="threads of torch")
