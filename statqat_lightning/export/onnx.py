@@ -53,7 +53,7 @@ from statqat_lightning.formats import (
 
 FLOAT8_ONNX = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
 OPSET = 21
-"""The first with 4-bit types and blocks in DequantizeLinear. ONNX Runtime 1.23 reads all of it."""
+"""The first with 4-bit types and blocks in DequantizeLinear. ONNX Runtime 1.25 reads all of it."""
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "ml_dtypes")
 
 # The optimizer computes ahead of time what is constant, and would turn codes into float weights. It
