@@ -84,10 +84,10 @@ def refresh_activations(
     if not quantizers:
         return torch.zeros(0, dtype=torch.bool)
     statistics = not quantizers[0].frozen
-    # A compiled graph looks at the peaks of every batch; only those before a search count.
-    added_up = [q for q in quantizers if not q.observer.pending]
-    if late := [q.observer.sums[HIGH : PEAKED + 1] for q in added_up if not q.is_due]:
-        torch._foreach_zero_(late)
+    # A compiled graph adds up the peaks of every batch; only those before a search count.
+    early = [q.observer for q in quantizers if q.observer.added_up and not q.is_due]
+    if early:
+        torch._foreach_zero_([observer.sums[HIGH : PEAKED + 1] for observer in early])
     overflow = fold([q.observer for q in quantizers], statistics, reduce)
     if not statistics:
         return overflow

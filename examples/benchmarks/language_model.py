@@ -53,9 +53,10 @@ class Formats(NamedTuple):
     ends: int = 8
 
 
+PER_TENSOR = "INT4-tensor"
 FORMATS = {
     "INT4": Formats("int4"),
-    "INT4-tensor": Formats("int4", granularity="per_tensor", ends=0),
+    PER_TENSOR: Formats("int4", granularity="per_tensor", ends=0),
     "FP4": Formats("fp4_e2m1"),
     "INT3": Formats("int3"),
     "W4A8": Formats("int4", "int8"),
@@ -66,7 +67,6 @@ METHODS = {  # name in the table: rule for weights, for inputs
     "LSQ": ("lsq", "lsq"),
 }
 OURS, BASELINE = "StatQAT", "min-max"
-PER_TENSOR = "INT4-tensor"
 WITH_AIM = ("INT4", PER_TENSOR)
 STEPS_BETWEEN_SAVES = 100  # of float training, which goes on from the last one
 AIM = 0.5  # of what min-max loses
@@ -406,7 +406,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Setting]:
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=[*METHODS])
     parser.add_argument("--granularity", help=f"of weights, but for {PER_TENSOR}")
     parser.add_argument(
-        "--first-last-bits", type=int, help="least bits of first and last layer, likewise"
+        "--first-last-bits", type=int, help="least bits of first and last layer, likewise; 0: any"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the float training")
     parser.add_argument("--threads", type=positive, default=1, help="threads of torch")

@@ -22,11 +22,6 @@ from tests.export.models import ScaledLinear, calibrated, outputs, recipe_of
 
 FLOAT_ROUNDING = 2e-6  # of sums in another order, in outputs up to about 1
 
-needs_narrow_kernel = pytest.mark.skipif(
-    tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 32),
-    reason="known of ONNX Runtime 1.32; 1.23 takes blocks alone, and no bias",
-)
-
 
 def kernels(path: Path) -> Counter[str]:
     """Operators of the graph after ONNX Runtime's own optimization."""
@@ -57,7 +52,6 @@ NARROW = [
 ]
 
 
-@needs_narrow_kernel
 @pytest.mark.parametrize("shape", [(5, 48), (3, 5, 48)])
 def test_narrow_weights_are_multiplied_as_they_are(shape: tuple[int, ...], tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
