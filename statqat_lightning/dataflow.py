@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
 from statqat_lightning.layer_kinds import has_weights
+from statqat_lightning.module_names import modules_by_name, plain_name
 from statqat_lightning.quantized_layer import base_class, kind_of
 
 OUTPUT_KIND = "output"
@@ -30,6 +32,17 @@ KEEPING = (
     *("split", "clone", "to", "ZeroPad2d", "ChannelShuffle", "movedim", "relu", "ReLU"),
 )
 """What leaves values on the grid that they lie on."""
+_PRODUCTS = (
+    *("linear", "bilinear", "matmul", "mm", "bmm", "mv", "dot", "addmm", "addbmm", "addmv"),
+    *("baddbmm", "einsum", "tensordot", "inner", "mul", "multiply"),
+    *(f"conv{n}d" for n in (1, 2, 3)),
+    *(f"conv_transpose{n}d" for n in (1, 2, 3)),
+    *("embedding", "embedding_bag", "multi_head_attention_forward"),
+    *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"),
+)
+"""Functions that multiply values with weights, or look them up."""
+_LOOKUPS = ("embedding", "embedding_bag")
+_NO_COMPUTATION = ("deepcopy", "reduce_ex", "setstate", "repr", "hash", "format")
 
 
 @dataclass(eq=False)
@@ -71,6 +84,21 @@ class Operation:
     outputs: list[Value]
 
 
+class WeightRead(NamedTuple):
+    """A product with a parameter that is not computed by the layer that holds the parameter.
+
+    Attributes:
+        parameter: Name of the parameter, `{module}.{parameter}`.
+        reader: Name of the module whose forward computes the product; None outside of all forwards,
+            as in `training_step`.
+        kind: Name of the function.
+    """
+
+    parameter: str
+    reader: str | None
+    kind: str
+
+
 @dataclass
 class Dataflow:
     """All operations of one run.
@@ -78,13 +106,15 @@ class Dataflow:
     Attributes:
         operations: In the order in which they ran.
         calls: How often each module ran, by name.
+        reads: Products with parameters that their own layers do not compute, each once.
     """
 
     operations: list[Operation] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
+    reads: list[WeightRead] = field(default_factory=list)
 
 
-def record(model: nn.Module, run: Callable[[], Any]) -> Dataflow:
+def record(model: nn.Module, run: Callable[[], Any], operations: bool = True) -> Dataflow:
     """Watch a run of a model.
 
     Layers of torch, and those that can be quantized, are one operation each; of all other modules
@@ -94,11 +124,35 @@ def record(model: nn.Module, run: Callable[[], Any]) -> Dataflow:
         model: The model; it is run as it is, in train or eval mode.
         run: Runs it once: a forward, or a step of a training. Functions that it calls itself, and
             whoever it returns tensors to, are operations of kind `output`.
+        operations: Whether operations are wanted, too, or only calls and reads: their tensors are
+            kept until the run is over.
     """
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, operations)
     with torch.no_grad():
         recorder.watch(run)
     return recorder.flow
+
+
+class Recording:
+    """A recording of calls and reads that begins and ends at other moments than a call of `record`.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._recorder = _Recorder(model, operations=False)
+        self._stack = ExitStack()
+        self._stack.enter_context(self._recorder.watching())
+
+    @property
+    def flow(self) -> Dataflow:
+        """What has run so far."""
+        return self._recorder.flow
+
+    def stop(self) -> None:
+        """End it."""
+        self._stack.close()
 
 
 def is_atom(module: nn.Module) -> bool:
@@ -115,19 +169,32 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, operations: bool) -> None:
         super().__init__()
         self.flow = Dataflow()
         self._model = model
+        self._wants_operations = operations
         self._parameters = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        # What is made of parameters alone, such as a transpose or a sum of two, by its own id.
+        self._made_of: dict[int, frozenset[str]] = {
+            id(parameter): frozenset([plain_name(name)])
+            for name, parameter in model.named_parameters()
+        }
         self._values: dict[int, Value] = {}
         self._alive: list[Tensor] = []  # or another tensor would get the same id
         self._stack: list[str] = []
-        self._inside_atom = 0
+        self._atoms: list[str] = []
 
     def watch(self, run: Callable[[], Any]) -> None:
+        with self.watching():
+            result = run()
+        if self._wants_operations:
+            self._note(OUTPUT_KIND, None, "", result, ())
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
         handles: list[RemovableHandle] = []
-        for name, module in self._model.named_modules():
+        for name, module in modules_by_name(self._model).items():
             atom = is_atom(module)
             handles += [
                 module.register_forward_pre_hook(
@@ -144,33 +211,57 @@ class _Recorder(TorchFunctionMode):
             ]
         try:
             with self:
-                result = run()
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-        self._note(OUTPUT_KIND, None, "", result, ())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not self._inside_atom and any(True for _ in _floating(result)):
+        self._look_for_reads(_kind_of_function(func), (args, kwargs), result)
+        if self._wants_operations and not self._atoms and any(True for _ in _floating(result)):
             kind = _kind_of_function(func) if self._stack else OUTPUT_KIND
             if kwargs.get("alpha", 1) != 1:
                 kind = f"scaled {kind}"  # not the sum of its terms
             self._note(kind, None, self._stack[-1] if self._stack else "", (args, kwargs), result)
         return result
 
+    def _look_for_reads(self, kind: str, given: Any, made: Any) -> None:
+        if kind in _NO_COMPUTATION:
+            return
+        tensors = [*_floating(given)]
+        weights = [self._made_of[id(t)] for t in tensors if id(t) in self._made_of]
+        if not weights:
+            return
+        parameters = frozenset[str]().union(*weights)
+        alone = len(weights) == len(tensors)
+        if kind in _PRODUCTS and (kind in _LOOKUPS or not alone):
+            reader = self._stack[-1] if self._stack else None
+            for parameter in sorted(parameters):
+                read = WeightRead(parameter, reader, kind)
+                own = any(f"{parameter}.".startswith(f"{a}." if a else "") for a in self._atoms)
+                if not own and read not in self.flow.reads:
+                    self.flow.reads.append(read)
+        elif alone:
+            for tensor in _floating(made):
+                self._made_of.setdefault(id(tensor), parameters)
+                self._alive.append(tensor)
+
     def _enter(self, name: str, atom: bool, args: Any, kwargs: Any) -> None:
         self.flow.calls[name] += 1
         self._stack.append(name)
-        if not self._inside_atom and (first := next(_floating((args, kwargs)), None)) is not None:
+        first = next(_floating((args, kwargs)), None) if self._wants_operations else None
+        if first is not None and not self._atoms:
             self._value(first).taken_by.append(name)
-        self._inside_atom += atom
+        if atom:
+            self._atoms.append(name)
 
     def _leave(self, name: str, atom: nn.Module | None, given: Any, result: Any) -> None:
-        self._inside_atom -= atom is not None
+        if atom is not None:
+            self._atoms.pop()
         self._stack.pop()
-        if self._inside_atom:
+        if self._atoms or not self._wants_operations:
             return
         if atom is not None:
             self._note(_own_class(atom).__name__, atom, name, given, result)

@@ -204,6 +204,8 @@ class WeightFakeQuantizer(FakeQuantizer):
     """Fake quantization of a weight; its scale comes from the weight itself.
 
     Attributes:
+        read_by: Names of the modules that read the weight without calling its layer, see
+            `weight_views`.
         together: During a training step, the weights that are quantized with this one.
     """
 
@@ -216,6 +218,7 @@ class WeightFakeQuantizer(FakeQuantizer):
         except ValueError as error:
             raise ValueError(f"{layer}/{role}: {error}") from error
         self.together: WeightsTogether | None = None
+        self.read_by: tuple[str, ...] = ()
         self.to(weight.device if weight.device.type != "meta" else torch.device("cpu"))
 
     @property
@@ -242,6 +245,13 @@ class WeightFakeQuantizer(FakeQuantizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"together": None}  # a copy's weight is another one
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"read_by": list(self.read_by)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.read_by = tuple(state.get("read_by", ()))
 
     @torch.no_grad()
     def energies(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -351,6 +361,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
             fmt = unsigned(fmt) or fmt
         return at_least_bits(fmt, self.narrowest)
 
+    @torch.no_grad()
     def _fit(self, fmt: Format) -> None:
         self.fmt = fmt
         statistics = statistics_of([self.observer])

@@ -8,12 +8,15 @@ keys, `isinstance`, optimizers and checkpoints stay those of the float model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from statqat_lightning.dataflow import record
 from statqat_lightning.fake_quantizer import (
     OUTPUT,
     ActivationFakeQuantizer,
@@ -21,8 +24,10 @@ from statqat_lightning.fake_quantizer import (
     WeightFakeQuantizer,
 )
 from statqat_lightning.fast_paths import set_fast_paths
-from statqat_lightning.insertion_report import InsertionReport, LayerReport
-from statqat_lightning.layer_kinds import KINDS
+from statqat_lightning.formats import get_format, unsigned
+from statqat_lightning.insertion_report import InsertionReport, LayerReport, float_row
+from statqat_lightning.layer_kinds import KINDS, RECURRENT
+from statqat_lightning.module_names import aliases_by_name, modules_by_name, plain_name
 from statqat_lightning.observers import ObserverConfig
 from statqat_lightning.quantized_layer import (
     LayerQuantizers,
@@ -36,13 +41,12 @@ from statqat_lightning.quantized_layer import (
     weight_of,
     why_unsupported,
 )
-from statqat_lightning.quantized_model import (
-    plain_name,
-    quantized_layers,
-)
-from statqat_lightning.recipe import QuantRecipe, QuantRule
+from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.recipe import DEFAULT, QuantRecipe, QuantRule
 from statqat_lightning.scale_refresh import refresh_weights
 from statqat_lightning.tensor_spec import TensorSpec
+from statqat_lightning.weight_reads import WeightReads, set_readers, weight_reads
+from statqat_lightning.weight_views import show_weights
 
 _NORMALISATION = (
     nn.modules.batchnorm._NormBase,
@@ -59,13 +63,14 @@ _CONVERTERS = ("torch.ao.", "torchao.", "bitsandbytes.", "transformer_engine.")
 
 def prepare(
     model: nn.Module,
-    weights: str | TensorSpec | None = "int8",
-    activations: str | TensorSpec | None = "int8",
+    weights: str | TensorSpec | None = DEFAULT,
+    activations: str | TensorSpec | None = DEFAULT,
     *,
     recipe: QuantRecipe | str | Path | None = None,
     exclude: Sequence[str] = (),
-    first_last_bits: int | None = 8,
+    first_last_bits: int | str | None = DEFAULT,
     observer: ObserverConfig | None = None,
+    run: Callable[[], Any] | None = None,
 ) -> InsertionReport:
     """Give the layers of a model their fake quantizers, in place.
 
@@ -85,6 +90,9 @@ def prepare(
         first_last_bits: Least width of the first and the last layer.
         observer: How inputs are observed. None leaves quantizers that are kept as they are, and
             gives new ones the defaults.
+        run: Runs the model once, on any input: `lambda: model(example)`. It shows which weights are
+            read without calling their layers; those are quantized where they are read, see
+            `weight_views`. `StatQATCallback` looks at the first training batch for that.
 
     Returns:
         What was done to every layer with parameters, and what was left in float and why.
@@ -96,20 +104,21 @@ def prepare(
     """
     recipe = QuantRecipe.choose(recipe, weights, activations, exclude, first_last_bits)
     _refuse_converted(model)
-    modules = {plain_name(name): module for name, module in model.named_modules()}
+    modules = modules_by_name(model)
     unsupported = _unsupported(modules)
     candidates = {name: module for name, module in modules.items() if not unsupported[name]}
     layers = {
         name: module
         for name, module in modules.items()
-        if name in candidates or any(True for _ in module.parameters(recurse=False))
+        if name in candidates
+        or (any(True for _ in module.parameters(recurse=False)) and not _makes_a_weight(name))
     }
     others = {name: module for name, module in modules.items() if name not in candidates}
     if all(kind_of(module).by_request for module in candidates.values()) and not any(
         rule.only_outputs or any(rule.names(name) for name in candidates) for rule in recipe.rules
     ):
         there = ", ".join(
-            f"{name or '(the model itself)'} ({type(m).__name__})" for name, m in layers.items()
+            f"{name or '(the model itself)'} ({type_name(m)})" for name, m in layers.items()
         )
         raise ValueError(
             f"{type(model).__name__}: no layer can be quantized. Supported are "
@@ -117,8 +126,23 @@ def prepare(
             "if a rule names them or their type. "
             f"Layers with parameters here: {there or 'none'}."
         )
-    assigned = recipe.assign(candidates, others)
-    chosen = {name: rule for name, rule in assigned.items() if rule and rule.quantizes}
+    aliases = aliases_by_name(model)
+    assigned = recipe.assign(candidates, others, aliases)
+    reads: WeightReads | None = None
+    if run is not None:
+        rules = {name: rule for name, rule in assigned.items() if rule and rule.quantizes}
+        reads = weight_reads(record(model, run, operations=False), model, recipe, rules)
+        if reads.recipe is not recipe:
+            followed = reads.recipe.assign(candidates, others, aliases)
+            assigned |= {name: followed.get(name) for name in rules}
+    for name, rule in assigned.items():
+        if rule and rule.weights is None and rule.quantizes and has_own_forward(modules[name]):
+            unsupported[name] = _OWN_FORWARD
+    chosen = {
+        name: rule
+        for name, rule in assigned.items()
+        if rule and rule.quantizes and unsupported[name] != _OWN_FORWARD
+    }
     if not chosen:
         raise ValueError(
             f"{type(model).__name__}: the recipe leaves all layers in float: "
@@ -153,6 +177,10 @@ def prepare(
     for name, quantizers in made.items():
         attach(modules[name], quantizers)
     set_fast_paths(model)
+    if reads is not None:
+        set_readers(model, reads.readers)
+        report = report.updated(reads.rows)
+    show_weights(model)
     if observer is not None:
         for quantizers in kept.values():
             for quantizer in quantizers.activations():
@@ -166,11 +194,12 @@ def assigned_rules(model: nn.Module, recipe: QuantRecipe) -> dict[str, QuantRule
     Raises:
         ValueError: If a pattern matches nothing.
     """
-    modules = {plain_name(name): module for name, module in model.named_modules()}
+    modules = modules_by_name(model)
     unsupported = _unsupported(modules)
     assigned = recipe.assign(
         {name: module for name, module in modules.items() if not unsupported[name]},
         {name: module for name, module in modules.items() if unsupported[name]},
+        aliases_by_name(model),
     )
     return {name: rule for name, rule in assigned.items() if rule and rule.quantizes}
 
@@ -180,6 +209,7 @@ def remove(model: nn.Module) -> None:
     for _, module, _ in quantized_layers(model):
         detach(module)
     set_fast_paths(model)
+    show_weights(model)
 
 
 def _follows(module: nn.Module, rule: QuantRule) -> bool:
@@ -187,13 +217,28 @@ def _follows(module: nn.Module, rule: QuantRule) -> bool:
     if not is_quantized(module):
         return False
     kind, quantizers = kind_of(module), attached(module)
+    weights, inputs, outputs = rule.weights, rule.inputs, rule.outputs
+    if has_own_forward(module):
+        inputs = outputs = None
     return (
         {name: q.spec for name, q in quantizers.weights.items()}
-        == ({} if rule.weights is None else dict.fromkeys(kind.weights(module), rule.weights))
+        == ({} if weights is None else dict.fromkeys(kind.weights(module), weights))
         and {name: q.spec for name, q in quantizers.inputs.items()}
-        == ({} if rule.inputs is None else dict.fromkeys(kind.inputs, rule.inputs))
-        and (quantizers.output and quantizers.output.spec) == rule.outputs
+        == ({} if inputs is None else dict.fromkeys(kind.inputs, inputs))
+        and (quantizers.output and quantizers.output.spec) == outputs
     )
+
+
+_OWN_FORWARD = "its forward was replaced on the instance"
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a function was put on the instance in place of its class's forward.
+
+    Quantizers of inputs and outputs have no place there; the function reads the weights as
+    attributes of the layer, so it can be shown quantized ones, see `weight_views`.
+    """
+    return "forward" in vars(module)
 
 
 def _quantizers(
@@ -209,8 +254,12 @@ def _quantizers(
     if isinstance(rule.weights, TensorSpec):
         for role, axis in kind.weights(module).items():
             weights[role] = WeightFakeQuantizer(name, rule.weights, tensors[role], axis, role)
+            if has_own_forward(module):
+                weights[role].read_by = (name,)
         if device.type != "meta":
             refresh_weights([(q, tensors[role]) for role, q in weights.items()])
+    if has_own_forward(module):
+        return LayerQuantizers(weights)
     if isinstance(rule.inputs, TensorSpec):
         if not kind.inputs:
             raise ValueError(
@@ -246,6 +295,9 @@ def _unsupported(modules: Mapping[str, nn.Module]) -> dict[str, str | None]:
         for name, module in modules.items()
         if isinstance(module, nn.MultiheadAttention) and why_unsupported(module)
     }
+    for name, module in modules.items():
+        if has_own_forward(module) and isinstance(module, (nn.MultiheadAttention, *RECURRENT)):
+            bypassed[name] = _OWN_FORWARD
     return {name: bypassed.get(name) or why_unsupported(m) for name, m in modules.items()}
 
 
@@ -288,27 +340,57 @@ def _why_float(module: nn.Module, rule: QuantRule | None, unsupported: str | Non
     return "no rule matches"
 
 
+def type_name(module: nn.Module) -> str:
+    """The class of a layer before insertion; with its home where torch has another of that name."""
+    base = base_class(module)
+    own = getattr(nn, base.__name__, base)
+    return base.__name__ if own is base else f"{base.__module__}.{base.__name__}"
+
+
 def _float_row(
     name: str, module: nn.Module, rule: QuantRule | None, unsupported: str | None
 ) -> LayerReport:
-    return LayerReport(
-        name,
-        base_class(module).__name__,
-        _count(module),
-        reason=_why_float(module, rule, unsupported)
-        + ("; not initialised yet" if _is_lazy(module) else ""),
-    )
+    reason = _why_float(module, rule, unsupported)
+    if _is_lazy(module):
+        reason += "; not initialised yet"
+    return float_row(name, type_name(module), _count(module), reason)
 
 
 def _quantized_row(name: str, module: nn.Module, quantizers: LayerQuantizers) -> LayerReport:
     return LayerReport(
         name,
-        base_class(module).__name__,
+        type_name(module),
         _count(module),
         _describe_all(quantizers.weights.values()),
         _describe_all(quantizers.inputs.values()),
         _describe_all([quantizers.output] if quantizers.output else []),
+        remark=f"{_OWN_FORWARD}: inputs stay in float" if has_own_forward(module) else "",
     )
+
+
+def rows_in_use(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What became of quantized layers after training, for `InsertionReport.updated`.
+
+    Formats as they are by now, float for tensors whose quantizers are switched off or have no
+    scale.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for name, _, quantizers in quantized_layers(model):
+        used = [q for q in quantizers.present() if q.enabled and q.ready]
+        if not used and quantizers.present():
+            reason = "never ran" if not quantizers.ran else "switched off"
+            rows[name] = {"weight": None, "input": None, "output": None, "reason": reason}
+            continue
+        inputs = [q for q in quantizers.inputs.values() if not q.optional]
+        rows[name] = {
+            "weight": _describe_all(q for q in quantizers.weights.values() if q in used),
+            "output": _describe_all([quantizers.output] if quantizers.output in used else []),
+        }
+        if inputs:
+            rows[name]["input"] = _describe_all(q for q in inputs if q in used)
+            if not all(q in used for q in inputs):
+                rows[name]["remark"] = "its input has no statistics: it stays in float"
+    return rows
 
 
 def _describe_all(quantizers: Iterable[FakeQuantizer]) -> str | None:
@@ -319,6 +401,9 @@ def _describe_all(quantizers: Iterable[FakeQuantizer]) -> str | None:
 def describe(quantizer: FakeQuantizer) -> str:
     """Format, granularity and quantizer of one tensor in a few words."""
     fmt = quantizer.fmt.name
+    if quantizer.narrowest:  # for a phase of a schedule; the specification says what it comes to
+        own = get_format(quantizer.spec.format)
+        fmt = own.name if quantizer.fmt.is_signed else (unsigned(own) or own).name
     if (
         isinstance(quantizer, ActivationFakeQuantizer)
         and not quantizer.ready
@@ -329,10 +414,18 @@ def describe(quantizer: FakeQuantizer) -> str:
 
 
 def _count(module: nn.Module) -> int:
-    """Number of parameters, without those that have no shape so far, and without scales."""
+    """Number of parameters, without those that have no shape so far, and without scales.
+
+    What a parametrization makes a weight of belongs to the layer.
+    """
     learned = learned_scales(module)
-    return sum(
-        math.prod(p.shape)
-        for name, p in module.named_parameters(recurse=False)
-        if not nn.parameter.is_lazy(p) and name not in learned
-    )
+    own = [p for name, p in module.named_parameters(recurse=False) if name not in learned]
+    parametrizations = module._modules.get("parametrizations")
+    if parametrizations is not None and is_parametrized(module):
+        own += parametrizations.parameters()
+    return sum(math.prod(p.shape) for p in own if not nn.parameter.is_lazy(p))
+
+
+def _makes_a_weight(name: str) -> bool:
+    """Whether a module is part of a parametrization."""
+    return "parametrizations" in name.split(".")

@@ -1,9 +1,19 @@
-"""What insertion did to each layer of a model, and what it left in float and why."""
+"""What was done to each layer of a model, and what was left in float and why."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+_WIDTH = 80
+_USUAL = {"weight": " per_channel analytic", "input": " per_tensor iterative"}
+"""Granularity and quantizer that go without saying in the short table."""
+_INTENDED = ("normalisation stays in float", "left in float by rule", "no rule")
+"""How reasons begin that the recipe, or the kind of layer, gives on purpose."""
+ROUNDED_BEFORE = "rounded before"
+"""In place of an input's format where whatever made the input has rounded it already."""
 
 
 class LayerReport(NamedTuple):
@@ -11,12 +21,13 @@ class LayerReport(NamedTuple):
 
     Attributes:
         name: Its name in the model.
-        type: Its class.
-        parameters: How many parameters it holds itself.
+        type: Its class; with its module path where torch has another class of that name.
+        parameters: How many parameters it holds itself, those of its parametrizations included.
         weight: Format, granularity and quantizer of its weight; None for float.
-        input: The same of its inputs.
+        input: The same of its inputs; `rounded before` where they arrive on a grid.
         output: The same of its output.
         reason: Why it was left in float; empty if it was not.
+        remark: What else there is to know about it.
     """
 
     name: str
@@ -26,11 +37,17 @@ class LayerReport(NamedTuple):
     input: str | None = None
     output: str | None = None
     reason: str = ""
+    remark: str = ""
+
+
+def float_row(name: str, type: str, parameters: int, reason: str) -> LayerReport:
+    """The row of a layer that is left in float."""
+    return LayerReport(name, type, parameters, reason=reason)
 
 
 @dataclass(frozen=True)
 class InsertionReport:
-    """What was done to each layer with parameters; prints as a table.
+    """What was done to each layer with parameters; prints as a short table.
 
     Attributes:
         rows: The layers, in the order of the model.
@@ -42,36 +59,136 @@ class InsertionReport:
 
     @property
     def num_quantized(self) -> int:
-        """Number of layers with quantizers."""
-        return sum(not row.reason for row in self.rows)
+        """Number of layers with parameters whose weights or inputs are quantized."""
+        return sum(bool(row.weight or row.input) for row in self._layers)
+
+    @property
+    def share_quantized(self) -> float:
+        """Share of the parameters whose weight is quantized, 0 to 1."""
+        total = sum(row.parameters for row in self.rows)
+        return sum(row.parameters for row in self.rows if row.weight) / max(total, 1)
+
+    @property
+    def _layers(self) -> list[LayerReport]:
+        return [row for row in self.rows if row.parameters or row.reason]
+
+    def left_unintended(self) -> dict[str, int]:
+        """Parameters in layers that are in float although no rule says so, by type and reason."""
+        found: dict[str, int] = {}
+        for row in self.rows:
+            if row.reason and not row.reason.startswith(_INTENDED):
+                what = f"{row.type}: {row.reason}"
+                found[what] = found.get(what, 0) + row.parameters
+        return dict(sorted(found.items(), key=lambda entry: -entry[1]))
+
+    def updated(self, changes: Mapping[str, Mapping[str, Any]]) -> InsertionReport:
+        """The report with other fields in some rows, by the names of the layers."""
+        rows = (row._replace(**changes.get(row.name, {})) for row in self.rows)
+        return replace(self, rows=tuple(rows))
+
+    def with_notes(self, notes: Iterable[str]) -> InsertionReport:
+        """The report with more notes, each once."""
+        return replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: the rows and the notes."""
+        return {"rows": [row._asdict() for row in self.rows], "notes": [*self.notes]}
+
+    def table(self) -> str:
+        """All layers, a line each, with formats in full."""
+        header = ("layer", "type", "parameters", "weight", "input", "output", "remark")
+        cells = [
+            (
+                row.name or "(model)",
+                row.type,
+                f"{row.parameters:,}",
+                f"float: {row.reason}" if row.reason else row.weight or "float",
+                "" if row.reason else row.input or "float",
+                "" if row.reason else row.output or "float",
+                row.remark,
+            )
+            for row in self.rows
+        ]
+        return "\n".join(_aligned([header, *cells], numbers={2}))
+
+    def summary(self) -> str:
+        """How many layers and parameters are quantized, in one line."""
+        layers = self._layers
+        inside = sum(row.parameters for row in self.rows if row.weight)
+        total = sum(row.parameters for row in self.rows)
+        return (
+            f"{self.num_quantized} of {len(layers)} layers quantized, {_count(inside)} of "
+            f"{_count(total)} parameters ({100 * self.share_quantized:.1f} %)"
+        )
 
     def __str__(self) -> str:
-        header = ["layer", "type", "parameters", "weight", "input"]
-        outputs = any(row.output for row in self.rows)
-        header += ["output"] * outputs
-        cells = []
-        for row in self.rows:
-            tensors = [row.weight, row.input, *[row.output] * outputs]
-            found = [tensor or "float" for tensor in tensors]
-            if row.reason:
-                found = [f"float: {row.reason}", *[""] * (len(tensors) - 1)]
-            cells.append([row.name or "(model)", row.type, f"{row.parameters:,}", *found])
-        # A reason may reach into the columns after it.
-        widths = [
-            max(len(line[i]) for line in [header, *(c for c in cells if i != 3 or c[4])])
-            for i in range(len(header))
-        ]
-        lines = [
-            "  ".join(
-                text.rjust(width) if i == 2 else text.ljust(width)
-                for i, (text, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in [header, *cells]
-        ]
-        total = sum(row.parameters for row in self.rows)
-        inside = sum(row.parameters for row in self.rows if not row.reason)
-        lines.append(
-            f"{self.num_quantized} of {len(self.rows)} layers with parameters are quantized; "
-            f"they hold {inside:,} of {total:,} parameters ({100 * inside / max(total, 1):.1f} %)."
-        )
-        return "\n".join([*lines, *self.notes])
+        quantized = _folded([row for row in self.rows if not row.reason])
+        left = _folded([row for row in self.rows if row.reason])
+        lines = [self.summary()]
+        if quantized:
+            outputs = any(row.output for row, _ in quantized)
+            cells = [("layers", "type", "parameters", "weight", "input", "output")[: 5 + outputs]]
+            for row, group in quantized:
+                tensors = [_short(row.weight, "weight"), _short(row.input, "input")]
+                tensors += [_short(row.output, "input")] * outputs
+                cells.append((*_group(row, group), *tensors))
+            lines += [line[:_WIDTH] for line in _aligned(cells, numbers={2})]
+        if left:
+            lines.append("in float:")
+            for row, group in left:
+                names, kind, parameters = _group(row, group)
+                text = f"{names} {kind} ({parameters}): {row.reason}"
+                lines += textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+        remarks = _folded([row for row in self.rows if row.remark], by=("type", "remark"))
+        for row, group in remarks:
+            names, kind, _ = _group(row, group)
+            text = f"{names} {kind}: {row.remark}"
+            lines += textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
+        for note in self.notes:
+            lines += textwrap.wrap(note, _WIDTH, subsequent_indent="  ")
+        return "\n".join(lines)
+
+
+_Group = tuple[LayerReport, list[LayerReport]]
+
+
+def _folded(
+    rows: Sequence[LayerReport],
+    by: Sequence[str] = ("type", "weight", "input", "output", "reason"),
+) -> list[_Group]:
+    """Rows that say the same, together with the first of them, in the order of those."""
+    groups: dict[tuple[Any, ...], list[LayerReport]] = {}
+    for row in rows:
+        groups.setdefault(tuple(getattr(row, name) for name in by), []).append(row)
+    return [(group[0], group) for group in groups.values()]
+
+
+def _group(row: LayerReport, group: list[LayerReport]) -> tuple[str, str, str]:
+    """How many layers there are, or which; their class; how many parameters they have."""
+    names = str(len(group)) if len(group) > 1 else _cut(row.name or "(model)", 20)
+    return names, _cut(row.type, 22), _count(sum(r.parameters for r in group))
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:,.2f} M"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"...{text[3 - most :]}"
+
+
+def _short(tensor: str | None, role: str) -> str:
+    if tensor is None:
+        return "float"
+    return tensor.removesuffix(_USUAL[role]).replace(" or ", "|")
+
+
+def _aligned(cells: Sequence[Sequence[str]], numbers: set[int]) -> list[str]:
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return [
+        "  ".join(
+            text.rjust(width) if i in numbers else text.ljust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]

@@ -47,10 +47,14 @@ class Placement:
     Attributes:
         recipe: A rule for each layer and each place, by full names.
         left: Tensors that stay in float although the runtime needs them rounded, and why.
+        rounded_before: Names of layers whose inputs are rounded where they are made.
+        num_layers: Number of layers that the runtime has integer kernels for.
     """
 
     recipe: QuantRecipe
     left: tuple[str, ...] = ()
+    rounded_before: tuple[str, ...] = ()
+    num_layers: int = 0
 
 
 def check_target(target: str | None) -> str | None:
@@ -154,7 +158,13 @@ class _Places:
         for value, spec in self.rounded.items():
             self._put(value, spec)
         rules = [self._rule(name) for name in dict.fromkeys([*self.rules, *self.changed])]
-        return Placement(QuantRecipe(rules), tuple(self.left))
+        before = [
+            name
+            for name, specs in self.changed.items()
+            if "inputs" in specs and specs["inputs"] is None
+        ]
+        layers = [o for o in self.flow.operations if self._spec_of(o) is not None]
+        return Placement(QuantRecipe(rules), tuple(self.left), tuple(before), len(layers))
 
     def _rule(self, name: str) -> QuantRule:
         given = self.rules.get(name)

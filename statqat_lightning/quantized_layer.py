@@ -5,6 +5,7 @@ Everything else of the layer stays as it was: parameters, buffers, names and `is
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,6 +34,10 @@ class LayerQuantizers:
         inputs: By name of the input, see `LayerKind`.
         output: That of the output, or None.
         weight, input: Those of these names, or None: most layers have no others.
+        shown: Quantized weights that the layer's attributes hold while a module runs that reads
+            them without calling the layer, see `weight_views`.
+        ran: Whether the layer has run, or a module that reads its weights, since it has these
+            quantizers.
     """
 
     def __init__(
@@ -46,6 +51,19 @@ class LayerQuantizers:
         self.output = output
         self.weight = self.weights.get(WEIGHT)
         self.input = self.inputs.get(INPUT)
+        self.shown: dict[str, Tensor] = {}
+        self.ran = False
+
+    def weight_for(self, module: nn.Module, role: str = WEIGHT) -> Tensor:
+        """A weight of the layer as its forward is to use it, for `module`, the layer itself."""
+        if (shown := self.shown.get(role)) is not None:
+            return shown
+        own: Tensor = getattr(module, role)
+        quantizer = self.weights.get(role)
+        return own if quantizer is None else quantizer(own)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"shown": {}}  # they belong to a graph, and to a moment
 
     def of_input(self, role: str) -> ActivationFakeQuantizer | None:
         """That of an input, or None."""
@@ -147,6 +165,8 @@ def why_unsupported(module: nn.Module) -> str | None:
     kind, base = kind_of(module), base_class(module)
     if not has_weights(kind):
         return "type not supported"
+    if any(parameter.is_complex() for parameter in module.parameters(recurse=False)):
+        return "its weights are complex"
     own_forward = base.forward is not kind.cls.forward
     if own_forward and isinstance(module, (nn.MultiheadAttention, *RECURRENT)):
         return f"its own forward takes the place of that of {kind.cls.__name__}"
@@ -174,10 +194,27 @@ def quantized_class(base: type[nn.Module]) -> type[nn.Module]:
                 "_statqat_base": base,
                 "forward": _quantizing_forward(base),
                 "_apply": _apply_of(base),
+                **_showing_properties(base),
                 "__reduce_ex__": _reduce_of(base),
             },
         )
     return _CLASSES[base]
+
+
+def _showing_properties(base: type[nn.Module]) -> dict[str, property]:
+    """The properties of a class, which parametrized weights are, with what is shown in their place.
+
+    An attribute of the instance could not hide a property.
+    """
+
+    def showing(name: str, own: property) -> property:
+        def read(self: Any) -> Any:
+            shown = self.__dict__["_statqat"].shown.get(name)
+            return own.__get__(self) if shown is None else shown
+
+        return property(read, own.fset, own.fdel, own.__doc__)
+
+    return {name: showing(name, p) for name, p in vars(base).items() if isinstance(p, property)}
 
 
 def _quantizing_forward(base: type[nn.Module]) -> Callable[..., Any]:
@@ -195,12 +232,13 @@ def _quantizing_forward(base: type[nn.Module]) -> Callable[..., Any]:
 def _explicit_forward(functional: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[..., Any]:
     def forward(self: Any, input: Tensor) -> Tensor:  # named as in torch
         quantizers: LayerQuantizers = self._statqat
-        weight, output, inputs = quantizers.weight, quantizers.output, Inputs(quantizers.inputs)
+        quantizers.ran = True
+        output, inputs = quantizers.output, Inputs(quantizers.inputs)
         quantize = inputs.of(INPUT)
         x = input if quantize is None else quantize(input)
-        own = self.weight if weight is None else weight(self.weight)
+        weight = quantizers.weight_for(self)
         with inputs.not_kept():
-            result = functional(self, x, own)
+            result = functional(self, x, weight)
         return result if output is None else output(result)
 
     return forward
@@ -212,14 +250,16 @@ def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., 
     An instance attribute hides the parameter meanwhile.
     """
     missing = object()
+    names = names_of_inputs(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         quantizers: LayerQuantizers = self._statqat
+        quantizers.ran = True
         attributes = self.__dict__
         previous = {name: attributes.get(name, missing) for name in quantizers.weights}
-        values = {name: q(getattr(self, name)) for name, q in quantizers.weights.items()}
+        values = {name: quantizers.weight_for(self, name) for name in quantizers.weights}
         inputs = Inputs(quantizers.inputs)
-        args, kwargs = with_each_input(kind, inputs.of, args, kwargs)
+        args, kwargs = with_each_input(names, inputs.of, args, kwargs)
         try:
             attributes.update(values)
             with inputs.not_kept():
@@ -239,32 +279,30 @@ def _attention_forward(
     self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     quantizers: LayerQuantizers = self._statqat
-
-    def weight(name: str) -> Tensor:
-        quantizer = quantizers.weights.get(name)
-        own: Tensor = getattr(self, name)
-        return own if quantizer is None else quantizer(own)
-
+    quantizers.ran = True
     inputs = Inputs(quantizers.inputs)
     each = each_input(inputs.of, query, key, value)
     with inputs.not_kept():
-        result = attend(self, *each, weight, *args, **kwargs)
+        result = attend(
+            self, *each, lambda name: quantizers.weight_for(self, name), *args, **kwargs
+        )
     return with_output(quantizers.output, result)
 
 
 def _recurrent_forward(base: type[nn.Module]) -> Callable[..., Any]:
     """The class's own forward, which reads its weights from a list of its own."""
-    kind = kind_of_class(base)
+    names = names_of_inputs(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         quantizers: LayerQuantizers = self._statqat
+        quantizers.ran = True
         attributes = self.__dict__
         previous = attributes["_flat_weights"]
         inputs = Inputs(quantizers.inputs)
-        args, kwargs = with_each_input(kind, inputs.of, args, kwargs)
+        args, kwargs = with_each_input(names, inputs.of, args, kwargs)
         try:
             attributes["_flat_weights"] = [
-                quantizers.weights[name](getattr(self, name)) if name in quantizers.weights else own
+                quantizers.weight_for(self, name) if name in quantizers.weights else own
                 for name, own in zip(self._flat_weights_names, previous, strict=True)
             ]
             with inputs.not_kept():
@@ -283,30 +321,44 @@ def _inside(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     return function(x)
 
 
+InputNames = tuple[tuple[str, str], ...]
+"""For each input of a layer its role and the name of its parameter in `forward`, by position."""
+
+
+def names_of_inputs(base: type[nn.Module]) -> InputNames:
+    """What the inputs of a class of layers are called in the signature of its own forward."""
+    kind = kind_of_class(base)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [
+        name
+        for name, parameter in inspect.signature(base.forward).parameters.items()
+        if parameter.kind in positional
+    ][1:]  # without `self`
+    parameters += kind.inputs[len(parameters) :]  # `*args` have no names
+    return tuple(zip(kind.inputs, parameters, strict=False))
+
+
 def with_each_input(
-    kind: LayerKind,
+    names: InputNames,
     quantizers: Callable[[str], Callable[[Tensor], Tensor] | None],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a layer's forward with its inputs quantized.
 
-    An input given by keyword is known by its name in torch, or else by being the first.
-
     Args:
-        kind: The kind of the layer.
-        quantizers: What quantizes the input of a name, or None.
+        names: What the inputs are called, see `names_of_inputs`.
+        quantizers: What quantizes the input of a role, or None.
         args: Arguments by position.
         kwargs: Arguments by keyword.
     """
     arguments, keywords = list(args), dict(kwargs)
-    for place, role in enumerate(kind.inputs):
+    for place, (role, name) in enumerate(names):
         if (quantizer := quantizers(role)) is None:
             continue
         if place < len(arguments):
             arguments[place] = _inside(quantizer, arguments[place])
-        elif keywords:
-            name = role if role in keywords else next(iter(keywords))
+        elif name in keywords:
             keywords[name] = _inside(quantizer, keywords[name])
     return tuple(arguments), keywords
 

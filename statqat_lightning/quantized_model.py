@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.fake_quantizer import ActivationFakeQuantizer
+from statqat_lightning.module_names import plain_name
 from statqat_lightning.observers import Reduce
 from statqat_lightning.quantized_layer import (
     LayerQuantizers,
@@ -20,9 +21,8 @@ from statqat_lightning.quantized_layer import (
     weight_of,
 )
 from statqat_lightning.scale_refresh import refresh_activations, refresh_weights
+from statqat_lightning.weight_views import show_weights
 from statqat_lightning.weights_together import WeightsTogether
-
-_WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class QuantizedLayer(NamedTuple):
@@ -110,6 +110,24 @@ def set_enabled(model: nn.Module, weights: bool | None = None, inputs: bool | No
             activation.enabled = activation.enabled if inputs is None else inputs
 
 
+def switch_off_idle_layers(model: nn.Module) -> list[str]:
+    """Switch the quantizers off of layers that have not run, where others have.
+
+    Nothing was trained or measured with them.
+
+    Returns:
+        Names of the layers.
+    """
+    layers = quantized_layers(model)
+    idle = [layer for layer in layers if not layer.quantizers.ran]
+    if len(idle) == len(layers):
+        return []
+    for layer in idle:
+        for quantizer in layer.quantizers.present():
+            quantizer.enabled = False
+    return [layer.name for layer in idle]
+
+
 def set_recompute(model: nn.Module, recompute: bool) -> None:
     """Choose between time and memory: quantize inputs again in the backward pass, or keep them.
 
@@ -193,7 +211,9 @@ def refresh(
 def quantizer_state(model: nn.Module) -> dict[str, Any]:
     """State of all quantizers of a model by name: plain data and CPU tensors."""
     return {
-        q.name: q.state_dict() for _, _, layer in quantized_layers(model) for q in layer.present()
+        q.name: q.state_dict() | {"ran": layer.ran}
+        for _, _, layer in quantized_layers(model)
+        for q in layer.present()
     }
 
 
@@ -212,8 +232,11 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         )
     for name, quantizer in quantizers.items():
         quantizer.check_state(state[name])
-    for name, quantizer in quantizers.items():
-        quantizer.load_state_dict(state[name])
+    for _, _, layer in quantized_layers(model):
+        for quantizer in layer.present():
+            quantizer.load_state_dict(state[quantizer.name])
+            layer.ran = bool(state[quantizer.name].get("ran", True))
+    show_weights(model)
 
 
 def learned_scale_keys(model: nn.Module) -> frozenset[str]:
@@ -223,8 +246,3 @@ def learned_scale_keys(model: nn.Module) -> frozenset[str]:
         for name, module in model.named_modules()
         for key in learned_scales(module)
     )
-
-
-def plain_name(name: str) -> str:
-    """The name without the parts that compile and sharding wrappers put in."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)

@@ -19,6 +19,9 @@ from statqat_lightning.tensor_spec import TensorSpec as TensorSpec
 
 ROLES = ("weights", "inputs", "outputs")
 
+DEFAULT = "default"
+"""Stands for an argument that nobody gave: what it means depends on what comes beside it."""
+
 
 def activation_spec(spec: str | TensorSpec | None, role: str) -> TensorSpec | None:
     """A specification for inputs or outputs.
@@ -177,21 +180,31 @@ class QuantRecipe:
     @classmethod
     def default(
         cls,
-        weights: str | TensorSpec | None = "int8",
-        activations: str | TensorSpec | None = "int8",
+        weights: str | TensorSpec | None = DEFAULT,
+        activations: str | TensorSpec | None = DEFAULT,
         exclude: Sequence[str] = (),
-        first_last_bits: int | None = 8,
+        first_last_bits: int | str | None = DEFAULT,
     ) -> QuantRecipe:
         """One specification for all layers; the first and the last get at least `first_last_bits`.
 
         Args:
-            weights: Format or specification of every weight; None leaves weights in float.
+            weights: Format or specification of every weight, int8 by default; None leaves weights
+                in float.
             activations: Format or specification of every input, likewise.
             exclude: Patterns of layers that stay in float.
-            first_last_bits: Least width of the first and last layer; None treats them like the
-                others.
+            first_last_bits: Least width of the first and last layer, 8 by default; None treats them
+                like the others.
         """
         _check_exclude(exclude)
+        weights = "int8" if weights == DEFAULT else weights
+        activations = "int8" if activations == DEFAULT else activations
+        if isinstance(first_last_bits, str):
+            if first_last_bits != DEFAULT:
+                raise ValueError(
+                    f"first_last_bits: got {first_last_bits!r}; expected a number of bits, None or "
+                    f"{DEFAULT!r}."
+                )
+            first_last_bits = 8
         if weights is None and activations is None:
             raise ValueError("got weights=None and activations=None; expected at least one format.")
         weight, inputs = weight_spec(weights), activation_spec(activations, "activations")
@@ -211,10 +224,10 @@ class QuantRecipe:
     def choose(
         cls,
         recipe: QuantRecipe | str | Path | None = None,
-        weights: str | TensorSpec | None = "int8",
-        activations: str | TensorSpec | None = "int8",
+        weights: str | TensorSpec | None = DEFAULT,
+        activations: str | TensorSpec | None = DEFAULT,
         exclude: Sequence[str] = (),
-        first_last_bits: int | None = 8,
+        first_last_bits: int | str | None = DEFAULT,
     ) -> QuantRecipe:
         """The recipe that a caller gave, or the default one from the arguments beside it.
 
@@ -226,7 +239,8 @@ class QuantRecipe:
             first_last_bits: Likewise.
 
         Raises:
-            ValueError: If a recipe comes beside arguments that it would silently replace.
+            ValueError: If a recipe comes beside arguments that it would silently replace, be they
+                those that would be the default.
         """
         _check_exclude(exclude)
         if recipe is None:
@@ -234,10 +248,10 @@ class QuantRecipe:
         if not isinstance(recipe, (QuantRecipe, str, Path)):
             raise TypeError(f"recipe: got {recipe!r}; expected a QuantRecipe or the path of one.")
         given = {
-            "weights": (weights, "int8"),
-            "activations": (activations, "int8"),
+            "weights": (weights, DEFAULT),
+            "activations": (activations, DEFAULT),
             "exclude": (list(exclude), []),
-            "first_last_bits": (first_last_bits, 8),
+            "first_last_bits": (first_last_bits, DEFAULT),
         }
         if void := [f"{name}={v!r}" for name, (v, default) in given.items() if v != default]:
             raise ValueError(
@@ -247,7 +261,10 @@ class QuantRecipe:
         return recipe if isinstance(recipe, QuantRecipe) else cls.from_yaml(recipe)
 
     def assign(
-        self, layers: Mapping[str, nn.Module], others: Mapping[str, nn.Module] | None = None
+        self,
+        layers: Mapping[str, nn.Module],
+        others: Mapping[str, nn.Module] | None = None,
+        aliases: Mapping[str, Sequence[str]] | None = None,
     ) -> dict[str, QuantRule | None]:
         """The rule of each layer, None where no rule matches.
 
@@ -256,35 +273,45 @@ class QuantRecipe:
                 registers them.
             others: All other modules, for rules that quantize no weights; they are in the result
                 only if one matches.
+            aliases: Further names of modules that have several, by the first; a rule that matches
+                one of them matches the module.
 
         Raises:
-            ValueError: If a rule matches no layer at all; the message names near misses and the
-                layers there are.
+            ValueError: If a rule matches no layer at all, or none that an earlier rule has not
+                taken; the message names near misses and the layers there are.
         """
         ordered = [name for name, module in layers.items() if not _by_request(module)]
         positions = {name: position for position, name in enumerate(ordered)}
-        matched: dict[QuantRule, bool] = dict.fromkeys(self.rules, False)
+        matched: dict[QuantRule, list[QuantRule]] = {rule: [] for rule in self.rules}
         assigned: dict[str, QuantRule | None] = dict.fromkeys(layers)
         for name, module in [*layers.items(), *(others or {}).items()]:
+            names = [name, *(aliases or {}).get(name, ())]
             for rule in self.rules:
                 if name in layers:
-                    means_it = not _by_request(module) or rule.names(name)
+                    means_it = not _by_request(module) or any(map(rule.names, names))
                 else:
-                    means_it = rule.suits_any_module(name)
+                    means_it = any(map(rule.suits_any_module, names))
                 position = positions.get(name, -1)
-                if means_it and rule.matches(name, module, position, len(ordered)):
-                    matched[rule] = True
+                if means_it and any(
+                    rule.matches(own, module, position, len(ordered)) for own in names
+                ):
                     if assigned.get(name) is None:
                         assigned[name] = rule
-        unused = [rule.pattern for rule, used in matched.items() if not used]
+                    taken_by = assigned[name]
+                    assert taken_by is not None
+                    matched[rule].append(taken_by)
+        unused = [rule.pattern for rule, takers in matched.items() if not takers]
         if unused:
             types = {f"type:{_own_types(module)[0].__name__}" for module in layers.values()}
-            near = difflib.get_close_matches(unused[0], [*layers, *types], n=3)
+            others_names = [own for found in (aliases or {}).values() for own in found]
+            near = difflib.get_close_matches(unused[0], [*layers, *others_names, *types], n=3)
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(
                 f"Patterns {unused} matched no layer.{hint} Fix or drop them. "
                 f"Layers: {', '.join(layers)}."
             )
+        for rule, takers in matched.items():
+            _refuse_shadowed(rule, takers)
         return assigned
 
     def to_dict(self) -> dict[str, Any]:
@@ -324,6 +351,25 @@ class QuantRecipe:
             return cls.from_dict(yaml.safe_load(text))
         except (ValueError, TypeError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _refuse_shadowed(rule: QuantRule, taken_by: Sequence[QuantRule]) -> None:
+    """Refuse a rule all of whose layers an earlier rule has taken, to give them something else.
+
+    A catch-all is for what is left, and that may be nothing; so may be the layer at a position.
+    """
+    means_the_rest = rule.pattern == "*" or rule.pattern.startswith("position:")
+    if means_the_rest or any(all(_same(rule, t, role) for role in ROLES) for t in taken_by):
+        return
+    earlier = ", ".join(dict.fromkeys(repr(t.pattern) for t in taken_by))
+    raise ValueError(
+        f"Pattern {rule.pattern!r} matches only layers that an earlier rule has taken: {earlier}. "
+        "The first match wins; put the rule for fewer layers first, or drop it."
+    )
+
+
+def _same(rule: QuantRule, other: QuantRule, role: str) -> bool:
+    return bool(getattr(rule, role) == getattr(other, role))
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

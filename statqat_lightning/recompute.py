@@ -27,12 +27,14 @@ class _Source:
         name: The quantizer's.
         x: The input as it was given.
         version: Its version then: writing to it in place moves that on.
+        quantized_version: The same of the quantized input.
         quantize: The quantizer, with the scale of then.
     """
 
     name: str
     x: Tensor
     version: int
+    quantized_version: int
     quantize: Callable[[Tensor], Tensor]
 
     def again(self) -> Tensor:
@@ -78,7 +80,7 @@ class Inputs:
             again = quantizer.as_it_is_now()
             x_hat = quantizer(x)
             if x_hat is not x and x_hat.numel():
-                source = _Source(quantizer.name, x.detach(), x._version, again)
+                source = _Source(quantizer.name, x.detach(), x._version, x_hat._version, again)
                 self._sources[x_hat.untyped_storage().data_ptr()] = source
             return x_hat
 
@@ -95,6 +97,8 @@ class Inputs:
         source = self._sources.get(saved.untyped_storage().data_ptr())
         if source is None or saved.dtype != source.x.dtype:
             return saved
+        if saved._version != source.quantized_version:
+            return saved  # the forward has written to it, so it is no longer what quantizing makes
         return _View(source, saved.size(), saved.stride(), int(saved.storage_offset()))
 
 

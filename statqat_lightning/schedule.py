@@ -120,6 +120,19 @@ class QuantSchedule:
         """Whether scales and statistics stay as they are."""
         return self.freeze_at is not None and reached(self.freeze_at, progress)
 
+    def moments(self) -> dict[str, When]:
+        """The moments at which something changes, by what they are called."""
+        found: dict[str, When] = {
+            "weights_at": self.weights_at,
+            "activations_at": self.activations_at,
+        }
+        found |= {f"widths[{i}]": when for i, (when, _) in enumerate(self.widths)}
+        if self.batch_norm == "freeze":
+            found["batch_norm_at"] = self.batch_norm_at
+        if self.freeze_at is not None:
+            found["freeze_at"] = self.freeze_at
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `from_dict` reads it."""
         entries = {field.name: getattr(self, field.name) for field in fields(self)}

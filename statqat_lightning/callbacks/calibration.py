@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
 from statqat_lightning.callbacks.lightning_names import is_a
+from statqat_lightning.callbacks.trial_copy import running, trial_copy
 from statqat_lightning.dataflow import Dataflow, record
 from statqat_lightning.insertion import remove
+from statqat_lightning.isolated_copy import CannotCopy, ReachesOriginal
 from statqat_lightning.observers import Reduce
 from statqat_lightning.quantized_model import (
     load_quantizer_state,
@@ -55,12 +57,16 @@ def calibrate(
     _run_isolated(trainer, pl_module, lambda: _calibrate(trainer, pl_module, num_batches, reduce))
 
 
-def record_batch(trainer: Trainer, pl_module: LightningModule) -> Dataflow:
+def record_batch(
+    trainer: Trainer, pl_module: LightningModule, reduce: Reduce | None, operations: bool
+) -> Dataflow:
     """What a training batch shows of the dataflow, in a float copy of the module.
 
     Args:
         trainer: The Trainer, at the start of training.
         pl_module: The module; it stays as it is.
+        reduce: Reduction over ranks.
+        operations: Whether operations are wanted, too, see `record`.
 
     Raises:
         CannotCalibrate: With the reason, if no batch can be run.
@@ -68,16 +74,19 @@ def record_batch(trainer: Trainer, pl_module: LightningModule) -> Dataflow:
     found: list[Dataflow] = []
 
     def run() -> Exception | None:
-        twin = _twin(pl_module)
-        remove(twin)
-        steps = _steps(trainer, twin, 1, "StatQAT placement", observing=False)
-        try:
-            found.append(record(twin, lambda: next(steps)))
-        except StopIteration:
-            return CannotCalibrate("there is no batch")
-        except Exception as error:
-            return error
-        return None
+        trial = trial_copy(trainer, pl_module)
+        remove(trial)
+        steps = _steps(trainer, pl_module, trial, 1, "StatQAT placement", observing=False)
+
+        def recorded() -> Iterator[None]:
+            try:
+                found.append(record(trial, lambda: next(steps), operations))
+            except StopIteration:
+                return
+            yield
+
+        status, failure = _next_step(trainer, recorded(), reduce)
+        return CannotCalibrate("there is no batch") if status == _AT_END else failure
 
     _run_isolated(trainer, pl_module, run)
     return found[0]
@@ -109,12 +118,15 @@ def _run_isolated(
 ) -> None:
     if not is_a(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
         raise CannotCalibrate(f"{type(trainer.strategy).__name__} shards the module")
-    if not pl_module.automatic_optimization:
-        raise CannotCalibrate("with manual optimization, training_step updates the weights")
     with isolate_rng():
-        failure = run()  # past an exception, `isolate_rng` restores nothing
+        try:
+            failure = run()  # past an exception, `isolate_rng` restores nothing
+        except CannotCopy as error:
+            failure = error
     if isinstance(failure, CannotCalibrate):
         raise failure
+    if isinstance(failure, (CannotCopy, ReachesOriginal)):
+        raise CannotCalibrate(str(failure)) from failure
     if failure is not None:
         raise CannotCalibrate(
             f"a batch could not be run outside training ({type(failure).__name__}: {failure})"
@@ -127,17 +139,17 @@ _GO_ON, _AT_END, _FAILED = range(3)
 def _calibrate(
     trainer: Trainer, pl_module: LightningModule, num_batches: int, reduce: Reduce | None
 ) -> Exception | None:
-    twin = _twin(pl_module)
-    set_enabled(twin, weights=False, inputs=False)
-    steps = _steps(trainer, twin, num_batches, "StatQAT calibration", observing=True)
+    trial = trial_copy(trainer, pl_module)
+    set_enabled(trial, weights=False, inputs=False)
+    steps = _steps(trainer, pl_module, trial, num_batches, "StatQAT calibration", observing=True)
 
     def choose_scales() -> None:
-        refresh(twin, weights=False, reduce=reduce, search=True)
-        set_enabled(twin, weights=True, inputs=True)
+        refresh(trial, weights=False, reduce=reduce, search=True)
+        set_enabled(trial, weights=True, inputs=True)
 
     if failure := _run_all(trainer, steps, reduce, choose_scales):
         return failure
-    load_quantizer_state(pl_module, quantizer_state(twin))
+    load_quantizer_state(pl_module, quantizer_state(trial))
     return None
 
 
@@ -182,10 +194,10 @@ def _next_step(
 def _reestimate(
     trainer: Trainer, pl_module: LightningModule, num_batches: int, reduce: Reduce | None
 ) -> Exception | None:
-    twin = _twin(pl_module)
+    trial = trial_copy(trainer, pl_module)
     ours, theirs = (
         [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
-        for module in (pl_module, twin)
+        for module in (pl_module, trial)
     )
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.track_running_stats]
     if not pairs:
@@ -193,7 +205,7 @@ def _reestimate(
     for _, norm in pairs:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over the batches
-    steps = _steps(trainer, twin, num_batches, "BatchNorm statistics", observing=False)
+    steps = _steps(trainer, pl_module, trial, num_batches, "BatchNorm statistics", observing=False)
     if failure := _run_all(trainer, steps, reduce, lambda: None):
         return failure
     for norm, measured in pairs:
@@ -205,25 +217,13 @@ def _reestimate(
     return None
 
 
-def _twin(pl_module: LightningModule) -> LightningModule:
-    """A copy of the module without a Trainer, in which logging does nothing."""
-    twin = copy.deepcopy(pl_module)
-    if getattr(twin, "_compiler_ctx", None) is not None:
-        # Lightning hangs compiled steps on the instance, and those of a copy run the original.
-        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-            twin.__dict__.pop(name, None)
-        twin._compiler_ctx = None
-    silent: Callable[..., None] = _ignore
-    twin.log = twin.log_dict = silent  # type: ignore[method-assign]
-    return twin
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Take any arguments, do nothing."""
-
-
 def _steps(
-    trainer: Trainer, twin: LightningModule, num_batches: int, title: str, observing: bool
+    trainer: Trainer,
+    pl_module: LightningModule,
+    trial: LightningModule,
+    num_batches: int,
+    title: str,
+    observing: bool,
 ) -> Iterator[None]:
     """Run one training batch after the other through a copy of the module, without gradients."""
     num_batches = int(min(num_batches, trainer.num_training_batches))
@@ -235,16 +235,16 @@ def _steps(
         disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
     )
     for index, batch in enumerate(progress):
-        with torch.no_grad():
-            batch = _transferred(trainer, twin, batch)
-            set_observing(twin, observing)
+        with torch.no_grad(), running(pl_module):
+            batch = _transferred(trainer, trial, batch)
+            set_observing(trial, observing)
             with trainer.precision_plugin.train_step_context():
-                twin.training_step(*_step_arguments(twin, batch, index))
-            set_observing(twin, False)
+                trial.training_step(*_step_arguments(trial, batch, index))
+            set_observing(trial, False)
         yield
 
 
-def _transferred(trainer: Trainer, twin: LightningModule, batch: Any) -> Any:
+def _transferred(trainer: Trainer, trial: LightningModule, batch: Any) -> Any:
     """The batch in the run's precision and on its device, past the hooks that training calls."""
     selector = trainer._data_connector._datahook_selector
     assert selector is not None
@@ -256,14 +256,14 @@ def _transferred(trainer: Trainer, twin: LightningModule, batch: Any) -> Any:
     ):
         owner = selector.get_instance(hook)
         if is_a(owner, "LightningModule"):
-            owner = twin
+            owner = trial
         batch = getattr(owner, hook)(batch, *arguments)
     return batch
 
 
-def _step_arguments(twin: LightningModule, batch: Any, index: int) -> list[Any]:
+def _step_arguments(trial: LightningModule, batch: Any, index: int) -> list[Any]:
     """`training_step` may take `batch`, or `batch` and `batch_idx`; Lightning's own rule."""
-    takes_index = is_param_in_hook_signature(twin.training_step, "batch_idx", min_args=2)
+    takes_index = is_param_in_hook_signature(trial.training_step, "batch_idx", min_args=2)
     return [batch, index] if takes_index else [batch]
 
 

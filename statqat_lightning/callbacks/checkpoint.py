@@ -26,7 +26,8 @@ class QuantizerEntry:
         weights: Whether weights are quantized in the phase of the training.
         inputs: Whether inputs are.
         averaged: Whether the checkpoint holds averaged weights, of which the scales know nothing.
-        placed_for: The target that the recipe was placed for, and the recipe before that.
+        placed_for: The target that the recipe was placed for, if any, and the recipe before that.
+        bits: Fewest bits that a format has in the phase of the training; 0 for its own width.
     """
 
     recipe: Mapping[str, Any]
@@ -34,6 +35,7 @@ class QuantizerEntry:
     inputs: bool
     averaged: bool
     placed_for: tuple[str | None, Mapping[str, Any]] | None = None
+    bits: int = 0
 
     def __call__(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Write it, unless the quantizers were taken out or the checkpoint has it already."""
@@ -44,6 +46,7 @@ class QuantizerEntry:
             "recipe": dict(self.recipe),
             "quantizers": quantizer_state(module),
             "quantized": [self.weights, self.inputs],
+            "bits": self.bits,
             "averaged": self.averaged,
         }
         if self.placed_for is not None:

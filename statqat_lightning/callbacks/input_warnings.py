@@ -5,7 +5,14 @@ from __future__ import annotations
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from statqat_lightning.formats import get_format
+from statqat_lightning.insertion_report import InsertionReport
 from statqat_lightning.quantized_model import activation_quantizers, idle_activations
+from statqat_lightning.recipe import QuantRecipe
+from statqat_lightning.tensor_spec import TensorSpec
+
+_LITTLE = 0.5
+"""Share of the parameters below which a warning says what is in the way."""
 
 
 class StatQATWarning(UserWarning):
@@ -72,6 +79,34 @@ class InputWarnings:
         if idle and len(idle) < len(activation_quantizers(model)):
             self.once(
                 ", ".join(idle), "idle", "did not run in calibration; unquantized until they do."
+            )
+
+    def of_little(self, report: InsertionReport, recipe: QuantRecipe) -> None:
+        """Warn if little of a model is quantized, or nothing as the recipe's last rule says."""
+        left = report.left_unintended()
+        share = report.share_quantized
+        if left and share < _LITTLE and any(rule.weights for rule in recipe.rules):
+            total = sum(row.parameters for row in report.rows)
+            most = [f"{what} ({100 * n / total:.1f} %)" for what, n in [*left.items()][:3] if n]
+            if most:
+                self.once(
+                    "model",
+                    "little",
+                    f"only {100 * share:.1f} % of the parameters are in quantized weights. In "
+                    f"float: {'; '.join(most)}.",
+                )
+        rest = recipe.rules[-1]
+        if rest.pattern != "*" or not isinstance(rest.weights, TensorSpec):
+            return
+        wanted = get_format(rest.weights.format).name
+        formats = {row.weight.split(" ")[0].rstrip(",") for row in report.rows if row.weight}
+        if formats and wanted not in formats:
+            self.once(
+                "model",
+                "width",
+                f"no weight has {wanted}, which the recipe gives to all layers that no other rule "
+                f"names: there are none. The weights have {', '.join(sorted(formats))}; "
+                "first_last_bits keeps the first and the last layer at 8 bits.",
             )
 
     def once(self, name: str, kind: str, message: str) -> None:

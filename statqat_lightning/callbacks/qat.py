@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,27 @@ from statqat_lightning.callbacks.averaging import Averaging
 from statqat_lightning.callbacks.calibration import (
     CannotCalibrate,
     calibrate,
-    record_batch,
     reestimate_batch_norm,
 )
 from statqat_lightning.callbacks.checkpoint import QuantizerEntry, read_entry
+from statqat_lightning.callbacks.first_batch import (
+    FirstBatch,
+    LiveRecording,
+    can_be_watched,
+    look_at_first_batch,
+    seen_in,
+)
 from statqat_lightning.callbacks.hooks import WrappedHook, WrappedHooks
 from statqat_lightning.callbacks.input_warnings import InputWarnings
 from statqat_lightning.callbacks.input_warnings import StatQATWarning as StatQATWarning
 from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.callbacks.refusals import refuse_trainer
-from statqat_lightning.insertion import prepare, remove
+from statqat_lightning.insertion import prepare, remove, rows_in_use
 from statqat_lightning.insertion_report import InsertionReport
-from statqat_lightning.integer_kernels import IntegerKernel, integer_kernels
+from statqat_lightning.integer_kernels import IntegerKernel
 from statqat_lightning.observers import ObserverConfig, Reduce
-from statqat_lightning.placement import check_target, place_in, settle
+from statqat_lightning.placement import check_target, settle
 from statqat_lightning.quantized_model import (
     activation_quantizers,
     idle_activations,
@@ -42,9 +47,11 @@ from statqat_lightning.quantized_model import (
     set_enabled,
     set_observing,
     set_recompute,
+    switch_off_idle_layers,
 )
-from statqat_lightning.recipe import ROLES, QuantRecipe, TensorSpec
+from statqat_lightning.recipe import DEFAULT, ROLES, QuantRecipe, TensorSpec
 from statqat_lightning.schedule import QuantSchedule, When
+from statqat_lightning.weight_reads import set_readers
 
 _BATCHES_BETWEEN_CHECKS = 50  # for NaN in inputs: each check waits for the device
 
@@ -65,12 +72,12 @@ class StatQATCallback(Callback):
         >>> callback = StatQATCallback(weights="int4", activations="int4")
 
     Args:
-        weights: Format name or `TensorSpec` of all weights; None leaves them in float. Default
-            `int8`: with per-channel scales it costs no accuracy worth mentioning.
+        weights: Format name or `TensorSpec` of all weights; None leaves them in float. The default
+            is `int8`: with per-channel scales it costs no accuracy worth mentioning.
         activations: Format name or `TensorSpec` of the inputs of all layers; None leaves them in
-            float. Default `int8`. A plain integer name stands for that width, *unsigned where the
-            data is non-negative*, which wins a bit after a ReLU; plain `fp4` gets a zero point
-            there (`TensorSpec("fp4")` does not).
+            float. The default is `int8`. A plain integer name stands for that width, *unsigned
+            where the data is non-negative*, which wins a bit after a ReLU; plain `fp4` gets a zero
+            point there (`TensorSpec("fp4")` does not).
         recipe: A `QuantRecipe`, or the path of one in YAML, in place of `weights`, `activations`,
             `exclude` and `first_last_bits`.
         exclude: Patterns of layers that stay in float.
@@ -117,13 +124,13 @@ class StatQATCallback(Callback):
 
     def __init__(
         self,
-        weights: str | TensorSpec | None = "int8",
-        activations: str | TensorSpec | None = "int8",
+        weights: str | TensorSpec | None = DEFAULT,
+        activations: str | TensorSpec | None = DEFAULT,
         recipe: QuantRecipe | str | Path | None = None,
         exclude: Sequence[str] = (),
-        first_last_bits: int | None = 8,
+        first_last_bits: int | str | None = DEFAULT,
         calibration_batches: int = 8,
-        freeze_at: When | None = 0.9,
+        freeze_at: When | None = DEFAULT,
         schedule: QuantSchedule | dict[str, Any] | None = None,
         refresh_every: int = 1,
         momentum: float = 0.1,
@@ -144,7 +151,7 @@ class StatQATCallback(Callback):
             raise ValueError(
                 f"StatQATCallback: got refresh_every={refresh_every!r}; expected at least 1."
             )
-        if schedule is not None and freeze_at != 0.9:
+        if schedule is not None and freeze_at != DEFAULT:
             raise ValueError(
                 f"StatQATCallback: got freeze_at={freeze_at!r} beside a schedule; set freeze_at in "
                 "the schedule."
@@ -163,7 +170,9 @@ class StatQATCallback(Callback):
         self.placed: QuantRecipe | None = None
         self._kernels: tuple[IntegerKernel, ...] = ()
         self.calibration_batches = calibration_batches
-        self.schedule = schedule or QuantSchedule(freeze_at=freeze_at)
+        self.schedule = schedule or QuantSchedule(
+            freeze_at=0.9 if freeze_at == DEFAULT else freeze_at
+        )
         self.phases = Phases(self.schedule)
         self.averaging = Averaging()
         self.refresh_every = refresh_every
@@ -176,7 +185,13 @@ class StatQATCallback(Callback):
         self._fast_path: bool | None = None
         self._weights_are_new = True
         self._last_step = -1
+        self._last_boundary: int | None = None
         self._fitting = False
+        self._announced = False
+        self._rows: Mapping[str, Mapping[str, Any]] = {}  # what a batch has shown, for the report
+        self._watch_next = False
+        self._recording: LiveRecording | None = None
+        self._estimated_at = -1
         self._warnings = InputWarnings()
 
     # Insertion and checkpoints, in every stage
@@ -211,7 +226,8 @@ class StatQATCallback(Callback):
         before = [layer.quantizers for layer in quantized_layers(pl_module)]
         if not before:
             self.placed = None  # it was another module's
-        self.report = self._prepare(pl_module)
+        self.report, self._rows = None, {}
+        self._prepare(pl_module)
         if self.averaging.replaces_weights_of_checkpoints and learned_scale_keys(pl_module):
             remove(pl_module)
             raise ValueError(
@@ -224,13 +240,25 @@ class StatQATCallback(Callback):
         # chosen theirs, but a checkpoint may still replace the weights.
         after = [layer.quantizers for layer in quantized_layers(pl_module)]
         self._weights_are_new = before != after
-        if self.verbose and before != after:
-            rank_zero_info(f"StatQAT inserted fake quantizers:\n{self.report}")
+        self._announced = before == after
 
-    def _prepare(self, pl_module: LightningModule) -> InsertionReport:
+    def _prepare(self, pl_module: LightningModule) -> None:
+        """Bring the module in line with the recipe in force; `report` keeps reasons and notes."""
         report = prepare(pl_module, recipe=self.effective_recipe, observer=self.observer_config)
         set_recompute(pl_module, self.recompute_inputs)
-        return report
+        if self.report is not None:
+            # A placed recipe names what is quantized, and has forgotten why all else is not.
+            known = {row.name: row.reason for row in self.report.rows if row.reason}
+            left = [row.name for row in report.rows if row.reason and row.name in known]
+            report = report.updated({name: {"reason": known[name]} for name in left})
+            report = report.with_notes(self.report.notes)
+        self.report = report.updated(self._rows)
+
+    def _announce(self) -> None:
+        """Print the report, once for each insertion."""
+        if self.verbose and not self._announced:
+            rank_zero_info(f"StatQAT: {self.report}")
+        self._announced = True
 
     @property
     def _entry(self) -> QuantizerEntry:
@@ -240,6 +268,7 @@ class StatQATCallback(Callback):
             self.phases.now.inputs,
             averaged=self.averaging.replaces_weights_of_checkpoints,
             placed_for=(self.target, self.recipe.to_dict()) if self.placed else None,
+            bits=self.phases.now.bits,
         )
 
     def _write_entry(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -252,10 +281,10 @@ class StatQATCallback(Callback):
             return
         if "placed_for" in entry:
             self.placed = QuantRecipe.from_dict(entry["recipe"])
-            self.report = self._prepare(pl_module)
+            self._prepare(pl_module)
         load_quantizer_state(pl_module, entry["quantizers"])
         weights, inputs = entry.get("quantized", (True, True))
-        self.phases.now = self.phases.now._replace(weights=weights, inputs=inputs)
+        self.phases.resume(weights, inputs, entry.get("bits", 0))
         set_enabled(pl_module, weights and self.enabled, inputs and self.enabled)
         # The scales are those of the weights in training, which a later fit goes on with; whatever
         # else is done with the checkpoint is done with their average.
@@ -282,6 +311,9 @@ class StatQATCallback(Callback):
         self._let_go(pl_module)  # Lightning calls no teardown then
 
     def _let_go(self, pl_module: LightningModule) -> None:
+        if self._recording is not None:
+            self._recording.stop()
+            self._recording = None
         set_observing(pl_module, False)
         self.phases.release()
         self._hooks.unwrap()
@@ -307,6 +339,8 @@ class StatQATCallback(Callback):
 
     def _start_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module)
+        if trainer.state.fn != "fit":
+            self._announce()
         idle = idle_activations(pl_module)
         if idle and trainer.state.fn != "fit":
             self._warnings.once(
@@ -340,68 +374,100 @@ class StatQATCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module)  # sharding strategies load checkpoints after `on_fit_start`
-        self._last_step = trainer.global_step
-        self._place(trainer, pl_module)
+        self._last_step, self._last_boundary = trainer.global_step, None
+        self._look_ahead(trainer, pl_module)
         self.phases.start(trainer, pl_module, self.enabled)
         self._warnings.start()
-        quantizers = activation_quantizers(pl_module)
+        self._add_notes(self.phases.warnings_ahead(trainer))
         # A resumed run or a second fit has its statistics; layers that did not run until then are
         # quantized once they have.
-        if not quantizers or any(q.ready for q in quantizers):
-            return
-        notes: tuple[str, ...] = ()
+        quantizers = activation_quantizers(pl_module)
+        if quantizers and not any(q.ready for q in quantizers):
+            self._calibrate(trainer, pl_module)
+        self._announce()
+        assert self.report is not None
+        self._warnings.of_little(self.report, self.recipe)
+
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         try:
             calibrate(trainer, pl_module, self.calibration_batches, _reduction(trainer))
         except CannotCalibrate as reason:
-            notes = (
+            note = (
                 f"StatQAT: no calibration ahead of training: {reason}. Inputs stay in float for "
-                "the first batch; from then on they are quantized by what was seen so far.",
+                "the first batch; from then on they are quantized by what was seen so far."
             )
-            rank_zero_info(notes[0])
-        before = self.report.notes if self.report is not None else ()
-        report = self._prepare(pl_module)
-        self.report = dataclasses.replace(report, notes=(*before, *notes))
+            rank_zero_info(note)
+            self._add_notes([note])
+            return
+        self._prepare(pl_module)  # by now the signs of formats are known
         self._warnings.of_idle_layers(pl_module)
         self._warnings.of_negatives(pl_module)
 
-    def _place(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look where the target needs quantizers, and put them there unless a checkpoint has."""
-        if self.target is None:
-            return
+    def _add_notes(self, notes: Sequence[str]) -> None:
+        assert self.report is not None
+        self.report = self.report.with_notes(notes)
+
+    def _look_ahead(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See in one batch where the target needs quantizers, and which weights are read how."""
+        self._watch_next = False
         try:
-            flow = record_batch(trainer, pl_module)
+            seen = look_at_first_batch(
+                *(trainer, pl_module, self.recipe, self.target, self.placed, _reduction(trainer))
+            )
         except CannotCalibrate as reason:
-            raise ValueError(
-                f"StatQATCallback: got target={self.target!r}, but no training batch can show "
-                f"where it needs quantizers: {reason}. Place them ahead: "
-                "recipe=place(model, recipe, lambda: model(example), target).recipe."
-            ) from reason
-        self._kernels = trainer.strategy.broadcast(integer_kernels(flow))
-        if self.placed is not None:
+            if self.target is not None:
+                raise ValueError(
+                    f"StatQATCallback: got target={self.target!r}, but no training batch can show "
+                    f"where it needs quantizers: {reason}. Place them ahead: "
+                    "recipe=place(model, recipe, lambda: model(example), target).recipe."
+                ) from reason
+            self._watch_next = can_be_watched(trainer)
             return
-        placement = place_in(flow, pl_module, self.recipe, self.target)
-        self.placed = placement.recipe
-        notes = tuple(f"{self.target}: {note}" for note in placement.left)
-        self.report = dataclasses.replace(self._prepare(pl_module), notes=notes)
-        set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
-        if self.verbose:
-            rank_zero_info(f"StatQAT placed fake quantizers for {self.target}:\n{self.report}")
+        self._follow(pl_module, seen)
+
+    def _follow(self, pl_module: LightningModule, seen: FirstBatch) -> None:
+        """Bring quantizers and report in line with what a batch has shown."""
+        self._kernels = seen.kernels
+        if seen.recipe != self.effective_recipe:
+            self.placed = seen.recipe
+            self._prepare(pl_module)
+            set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
+        set_readers(pl_module, seen.readers)
+        assert self.report is not None
+        self._rows = seen.rows
+        self.report = self.report.updated(seen.rows).with_notes(seen.notes)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._last_boundary is None or batch_idx == 0:
+            self._last_boundary = batch_idx
         self.averaging.follow_training(trainer, pl_module, batch_idx)
         self.phases.enter(trainer, pl_module, self.enabled, batch_idx)
         set_observing(pl_module, True)
+        if self._watch_next:
+            self._watch_next, self._recording = False, LiveRecording(pl_module)
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        if self._recording is not None:
+            self._recording.stop()  # optimizers multiply with weights, too
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         set_observing(pl_module, False)
+        if self._recording is not None:
+            flow, self._recording = self._recording.stop(), None
+            self._follow(pl_module, seen_in(flow, trainer, pl_module, self.recipe))
         if trainer.fit_loop._should_accumulate():
             return  # scales change between optimizer steps only; accumulators add up meanwhile
+        assert self._last_boundary is not None
+        due = (batch_idx + 1) // self.refresh_every > self._last_boundary // self.refresh_every
+        self._last_boundary = batch_idx + 1
         # The end of an epoch refreshes in any case: a checkpoint holds no half-filled accumulators.
-        if (batch_idx + 1) % self.refresh_every and not trainer.is_last_batch:
+        if not due and not trainer.is_last_batch:
             return
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
@@ -410,7 +476,7 @@ class StatQATCallback(Callback):
         self._warnings.remember(overflow)
         if (batch_idx + 1) % _BATCHES_BETWEEN_CHECKS == 0:
             self._warnings.of_overflow(pl_module)
-        if self.schedule.batch_norm == "reestimate" and is_last_batch(trainer):
+        if is_last_batch(trainer):
             self._reestimate_batch_norm(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -418,6 +484,10 @@ class StatQATCallback(Callback):
         self._warnings.of_negatives(pl_module)
 
     def _reestimate_batch_norm(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Once, after the last step, if the schedule says so."""
+        if self.schedule.batch_norm != "reestimate" or self._estimated_at == trainer.global_step:
+            return
+        self._estimated_at = trainer.global_step
         num_batches = self.schedule.batch_norm_batches
         try:
             reestimate_batch_norm(trainer, pl_module, num_batches, _reduction(trainer))
@@ -432,6 +502,11 @@ class StatQATCallback(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Where the fit ends early (EarlyStopping, `max_time`), what was due at its end is due now.
+        if missed := self.phases.finish(trainer, pl_module, self.enabled):
+            self._add_notes([missed])
+            self._warnings.once("schedule", "missed", missed)
+        self._reestimate_batch_norm(trainer, pl_module)
         self.phases.release()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -447,7 +522,10 @@ class StatQATCallback(Callback):
         """
         self.averaging.finish(pl_module)
         if self.enabled:
+            switch_off_idle_layers(pl_module)
             settle(pl_module, self._kernels)
+        if self.report is not None:
+            self.report = self.report.updated(rows_in_use(pl_module))
 
 
 def _share_batch_norm(trainer: Trainer, pl_module: LightningModule) -> None:

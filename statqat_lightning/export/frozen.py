@@ -13,21 +13,29 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from statqat_lightning.attention import attend, each_input
-from statqat_lightning.fake_quantizer import OUTPUT, WEIGHT, FakeQuantizer
+from statqat_lightning.fake_quantizer import (
+    OUTPUT,
+    WEIGHT,
+    FakeQuantizer,
+    WeightFakeQuantizer,
+)
 from statqat_lightning.formats import Format
 from statqat_lightning.functional import QParams, dequantize, quantize
 from statqat_lightning.granularity import Granularity
 from statqat_lightning.layer_kinds import RECURRENT, LayerKind, kind_of_class
 from statqat_lightning.quantized_layer import (
+    InputNames,
     LayerQuantizers,
     detach,
     kind_of,
+    names_of_inputs,
     weight_of,
     with_each_input,
     with_output,
 )
 from statqat_lightning.quantized_model import quantized_layers
 from statqat_lightning.recipe import TensorSpec
+from statqat_lightning.weight_views import show_weights
 
 
 def codes_name(role: str) -> str:
@@ -57,16 +65,19 @@ class FrozenTensor:
         spec: The specification it was trained with.
         fmt: Its number format.
         granularity: Which elements share a scale.
+        read_by: Names of modules that read a weight without calling its layer.
     """
 
     spec: TensorSpec
     fmt: Format
     granularity: Granularity
+    read_by: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, quantizer: FakeQuantizer) -> FrozenTensor:
         """The fixed part of a quantizer."""
-        return cls(quantizer.spec, quantizer.fmt, quantizer.granularity)
+        read_by = quantizer.read_by if isinstance(quantizer, WeightFakeQuantizer) else ()
+        return cls(quantizer.spec, quantizer.fmt, quantizer.granularity, read_by)
 
 
 class FrozenLayer(nn.Module):
@@ -86,6 +97,7 @@ class FrozenLayer(nn.Module):
     """
 
     kind: LayerKind
+    input_names: InputNames
     frozen_weights: dict[str, FrozenTensor]
     frozen_activations: dict[str, FrozenTensor]
     weight_dtype: torch.dtype
@@ -122,7 +134,7 @@ class FrozenLayer(nn.Module):
         if self.kind.cls is nn.MultiheadAttention:
             result = self._attend(*args, **kwargs)
         else:
-            args, kwargs = with_each_input(self.kind, self._rounding, args, kwargs)
+            args, kwargs = with_each_input(self.input_names, self._rounding, args, kwargs)
             if self.kind.cls in RECURRENT:
                 names: Any = self._flat_weights_names
                 self.__dict__["_flat_weights"] = [getattr(self, name) for name in names]
@@ -175,11 +187,17 @@ def frozen_layers(model: nn.Module) -> list[Frozen]:
 def left_in_float(model: nn.Module) -> dict[str, str]:
     """Names of tensors with a quantizer that freezing leaves in float, and the reason."""
     return {
-        quantizer.name: "switched off" if quantizer.ready else "no statistics"
+        quantizer.name: _why_left(quantizer, quantizers)
         for _, _, quantizers in quantized_layers(model)
         for quantizer in quantizers.present()
         if not ((quantizer.enabled and quantizer.ready) or quantizer.optional)
     }
+
+
+def _why_left(quantizer: FakeQuantizer, quantizers: LayerQuantizers) -> str:
+    if not quantizers.ran and not quantizer.enabled:
+        return "never ran"
+    return "switched off" if quantizer.ready else "no statistics"
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -221,6 +239,7 @@ def freeze_quietly(model: nn.Module) -> nn.Module:
     frozen = copy.deepcopy(model).eval()
     for name, module, quantizers in quantized_layers(frozen):
         _freeze_layer(name, module, quantizers)
+    show_weights(frozen)
     for encoder in frozen.modules():
         encoder.__dict__.pop("_statqat_nested", None)
     if not frozen_layers(frozen):
@@ -343,6 +362,7 @@ def _frozen_class(base: type[nn.Module], weights: tuple[str, ...]) -> type[nn.Mo
                 "__module__": __name__,
                 "__doc__": f"Frozen `{base.__name__}`.",
                 "kind": kind_of_class(base),
+                "input_names": names_of_inputs(base),
                 **{role: property(_reader(role)) for role in weights},
             },
         )

@@ -24,7 +24,7 @@ from statqat_lightning.export.native import KEY, read_header, read_scale
 from statqat_lightning.export.packing import packed_size, unpack
 from statqat_lightning.export.wording import some
 from statqat_lightning.fake_quantizer import OUTPUT, FakeQuantizer
-from statqat_lightning.formats import get_format
+from statqat_lightning.formats import at_least_bits, get_format
 from statqat_lightning.functional import QParams, dequantize
 from statqat_lightning.granularity import get_granularity
 from statqat_lightning.insertion import prepare, remove
@@ -39,6 +39,7 @@ from statqat_lightning.quantized_model import (
     set_enabled,
 )
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec, full_name
+from statqat_lightning.weight_views import show_weights
 
 
 def load_quantized(model: nn.Module, path: str | Path) -> nn.Module:
@@ -122,6 +123,7 @@ def _load_native(model: nn.Module, path: Path) -> nn.Module:
     _load_tensors(holder, _below(state | weights, prefix), str(path), optional=elsewhere)
     for layer in quantized_layers(holder):
         layers[layer.name].restore(layer, tensors)
+    show_weights(holder)
     return _finished(model)
 
 
@@ -246,6 +248,7 @@ class _Entry:
                 continue
             part = self.weights[role]
             _restore(weight, part["format"], self._tensor(tensors, scale_name(role)))
+            weight.read_by = tuple(part.get("read_by", ()))
             own = weight_of(layer.module, role)
             if not torch.equal(weight(own), self.dequantized(role, tensors).to(own)):
                 raise ValueError(
@@ -376,9 +379,12 @@ def _check_quantizers(model: nn.Module, state: Mapping[str, Any], where: str) ->
     own = quantizer_state(model)
     for name in sorted(own.keys() & state.keys()):
         shapes = [tuple(s["scale"].shape) for s in (state[name], own[name])]
-        # Inputs decide on their sign in training, and have one range without it.
+        # Inputs decide on their sign in training, and have one range without it. In an earlier
+        # phase of a schedule, formats are wider than the recipe says.
+        least = at_least_bits(get_format(own[name]["format"]), int(state[name].get("narrowest", 0)))
         formats = [
-            s["format"].removeprefix("u").removesuffix("_full") for s in (state[name], own[name])
+            fmt.removeprefix("u").removesuffix("_full")
+            for fmt in (state[name]["format"], least.name)
         ]
         if shapes[0] != shapes[1] or formats[0] != formats[1]:
             raise ValueError(

@@ -6,9 +6,9 @@ layer `{layer}.weight_codes` (uint8, packed by `packing.pack`), `{layer}.weight_
 with the roles of its other tensors, see `FrozenLayer`; all others as they are. The metadata entry
 `statqat_lightning` is JSON: `file_version`, `library_version`, `recipe` (or null), `module` (the
 submodule that the ONNX file beside it holds), `layers` (by name and role: format, granularity, kept
-axis, specification, and for weights shape and precision), `aliases` (names of tensors that share
-the memory of another) and `snr_db` (of quantized tensors at the end of the training, where it is
-known).
+axis, specification, and for weights shape, precision and the modules that read them, if any,
+without calling their layer), `aliases` (names of tensors that share the memory of another) and
+`snr_db` (of quantized tensors at the end of the training, where it is known).
 """
 
 from __future__ import annotations
@@ -185,6 +185,7 @@ def _describe_tensor(tensor: FrozenTensor) -> dict[str, Any]:
         "granularity": str(tensor.granularity),
         "axis": kept,
         "spec": tensor.spec.to_dict(),
+        **({"read_by": [*tensor.read_by]} if tensor.read_by else {}),
     }
 
 

@@ -340,16 +340,17 @@ def test_report_lists_every_layer_and_is_printed_once(messages: Messages) -> Non
     callback = StatQATCallback("int4", "int4")
     train(callback, module=module)
     make_trainer(callback).validate(module, held_out(), verbose=False)
-    (report,) = messages.about("inserted")
+    (report,) = messages.about("layers quantized")
     lines = [line.split() for line in report.splitlines()]
-    assert ["net.0", "Conv2d", "80", "int8", "per_channel", "analytic", "int8"] in [
-        line[:7] for line in lines
-    ]
-    assert ["net.3", "Conv2d", "584", "int4", "per_channel", "analytic", "int4"] in [
-        line[:7] for line in lines
-    ]
-    assert any("net.1" in line and "normalisation" in line for line in lines)
+    assert ["net.0", "Conv2d", "80", "int8", "uint8"] in lines
+    assert ["net.3", "Conv2d", "584", "int4", "uint4"] in lines
+    assert "2 BatchNorm2d (32): normalisation stays in float" in report
     assert "3 of 5 layers" in report
+    assert callback.report is not None
+    rows = [line.split() for line in callback.report.table().splitlines()]
+    assert ["net.3", "Conv2d", "584", "int4", "per_channel", "analytic", "uint4"] in [
+        row[:7] for row in rows
+    ]
     assert "1,394 of 1,426 parameters (97.8 %)" in report
 
 
