@@ -42,7 +42,7 @@ from statqat_lightning.quantized_layer import (
     why_unsupported,
 )
 from statqat_lightning.quantized_model import quantized_layers
-from statqat_lightning.recipe import DEFAULT, QuantRecipe, QuantRule
+from statqat_lightning.recipe import DEFAULT, QuantRecipe, QuantRule, full_name
 from statqat_lightning.scale_refresh import refresh_weights
 from statqat_lightning.tensor_spec import TensorSpec
 from statqat_lightning.weight_reads import WeightReads, set_readers, weight_reads
@@ -202,6 +202,29 @@ def assigned_rules(model: nn.Module, recipe: QuantRecipe) -> dict[str, QuantRule
         aliases_by_name(model),
     )
     return {name: rule for name, rule in assigned.items() if rule and rule.quantizes}
+
+
+def is_prepared_by(model: nn.Module, recipe: QuantRecipe) -> bool:
+    """Whether the quantizers of a model are those that a recipe asks for."""
+    modules = modules_by_name(model)
+    try:
+        rules = assigned_rules(model, recipe)
+    except ValueError:
+        return False
+    own = {layer.name for layer in quantized_layers(model) if layer.quantizers.present()}
+    return own == {*rules} and all(_follows(modules[name], rule) for name, rule in rules.items())
+
+
+def recipe_of(model: nn.Module) -> QuantRecipe:
+    """A recipe that gives a model the quantizers that it has, layer by layer."""
+    rules = []
+    for name, _, quantizers in quantized_layers(model):
+        weight = next((q.spec for q in quantizers.weights.values()), None)
+        inputs = next((q.spec for q in quantizers.inputs.values()), None)
+        output = quantizers.output.spec if quantizers.output else None
+        if quantizers.present():
+            rules.append(QuantRule(full_name(name), weight, inputs, output))
+    return QuantRecipe(rules)
 
 
 def remove(model: nn.Module) -> None:

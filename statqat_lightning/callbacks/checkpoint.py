@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from statqat_lightning.insertion import is_prepared_by, recipe_of
 from statqat_lightning.quantized_model import quantized_layers, quantizer_state
 from statqat_lightning.recipe import QuantRecipe, difference
 
@@ -41,15 +42,18 @@ class QuantizerEntry:
         """Write it, unless the quantizers were taken out or the checkpoint has it already."""
         if CHECKPOINT_KEY in checkpoint or not quantized_layers(module):
             return
+        # The module may have got other quantizers since this entry was made, by `prepare` for one.
+        is_current = is_prepared_by(module, QuantRecipe.from_dict(self.recipe))
+        current = dict(self.recipe) if is_current else recipe_of(module).to_dict()
         checkpoint[CHECKPOINT_KEY] = {
             "version": STATE_VERSION,
-            "recipe": dict(self.recipe),
+            "recipe": current,
             "quantizers": quantizer_state(module),
             "quantized": [self.weights, self.inputs],
             "bits": self.bits,
             "averaged": self.averaged,
         }
-        if self.placed_for is not None:
+        if self.placed_for is not None and is_current:
             target, recipe = self.placed_for
             checkpoint[CHECKPOINT_KEY]["placed_for"] = {"target": target, "recipe": dict(recipe)}
 
