@@ -33,6 +33,7 @@ from statqat_lightning.layer_kinds import has_weights
 from statqat_lightning.quantized_layer import kind_of
 from statqat_lightning.recipe import ROLES, QuantRecipe, QuantRule, TensorSpec, full_name
 from statqat_lightning.ties import FUNCTIONS, avoid_ties
+from statqat_lightning.weight_reads import weight_reads
 
 TARGETS = ("onnxruntime",)
 """Runtimes that quantizers can be placed for."""
@@ -85,7 +86,9 @@ def place(model: nn.Module, recipe: QuantRecipe, run: Callable[[], Any], target:
         ValueError: If there is no such target, a layer gets a format that it cannot run, or the run
             is not one of the model.
     """
-    return place_in(record(model, run), model, recipe, target)
+    flow = record(model, run)
+    reads = weight_reads(flow, model, recipe, assigned_rules(model, recipe))
+    return place_in(flow, model, reads.recipe, target)
 
 
 def place_in(flow: Dataflow, model: nn.Module, recipe: QuantRecipe, target: str) -> Placement:

@@ -326,14 +326,21 @@ def test_report_of_every_layer_with_parameters() -> None:
         "conv1d": "left in float by rule 'conv1d'",
     }
     assert report.num_quantized == 3
-    text = str(report)
-    assert "3 of 6 layers with parameters are quantized; they hold 133 of 166 parameters" in text
-    assert "80.1 %" in text
-    lines = text.splitlines()
-    assert len(lines) == 8
-    assert lines[0].split() == ["layer", "type", "parameters", "weight", "input"]
-    assert lines[1].startswith("(model)  Net")
-    assert len({line.index("int4") for line in lines if line.startswith("conv3d")}) == 1
+    lines = str(report).splitlines()
+    assert lines[0] == "3 of 6 layers quantized, 133 of 166 parameters (80.1 %)"
+    assert lines[1].split() == ["layers", "type", "parameters", "weight", "input"]
+    assert lines[2].split() == [*["conv2d", "Conv2d", "40", "int2", "per_tensor", "minmax", "int4|uint4"]]
+    assert lines[5:] == [
+        "in float:",
+        "  (model) Net (1): type not supported",
+        "  norm BatchNorm2d (8): normalisation stays in float",
+        "  conv1d Conv1d (24): left in float by rule 'conv1d'",
+    ]
+    table = report.table().splitlines()
+    assert len(table) == 7
+    assert table[0].split()[:5] == ["layer", "type", "parameters", "weight", "input"]
+    assert table[1].startswith("(model)  Net")
+    assert report.to_dict()["rows"][1]["weight"] == "int2 per_tensor minmax"
 
 
 def test_report_of_a_prepared_model_tells_what_is_there() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -79,6 +81,17 @@ class InputWarnings:
         if idle and len(idle) < len(activation_quantizers(model)):
             self.once(
                 ", ".join(idle), "idle", "did not run in calibration; unquantized until they do."
+            )
+
+    def of_layers_that_never_ran(self, model: nn.Module, idle: Sequence[str]) -> None:
+        """Warn of layers that are switched off at the end of a fit.
+
+        Those with quantized inputs were named when calibration was over.
+        """
+        inputs = {quantizer.layer for quantizer in activation_quantizers(model)}
+        if named := [name for name in idle if name not in inputs]:
+            self.once(
+                ", ".join(named), "never", "never ran in training: in float in report and files."
             )
 
     def of_little(self, report: InsertionReport, recipe: QuantRecipe) -> None:

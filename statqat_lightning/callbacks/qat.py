@@ -522,7 +522,8 @@ class StatQATCallback(Callback):
         """
         self.averaging.finish(pl_module)
         if self.enabled:
-            switch_off_idle_layers(pl_module)
+            idle = switch_off_idle_layers(pl_module)
+            self._warnings.of_layers_that_never_ran(pl_module, idle)
             settle(pl_module, self._kernels)
         if self.report is not None:
             self.report = self.report.updated(rows_in_use(pl_module))

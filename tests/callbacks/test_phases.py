@@ -84,7 +84,8 @@ def test_widths_fall_and_no_statistics_start_anew(messages: Messages) -> None:
 
 
 def test_scales_follow_a_new_width_at_once() -> None:
-    module, _ = train(scheduled(widths=[("9 epochs", 8)]))
+    with pytest.warns(StatQATWarning, match="before its last phase began"):
+        module, _ = train(scheduled(widths=[("9 epochs", 8)]))
     x = torch.randn(4, 1, 8, 8).relu()
     module.eval()
     outputs = []
@@ -183,7 +184,8 @@ def test_batch_norm_is_estimated_again_after_the_last_step(messages: Messages) -
 class NoNorm(DigitsModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+        hidden = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
+        self.net = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(16, 10))
 
 
 def test_nothing_to_estimate_is_said() -> None:

@@ -116,6 +116,15 @@ def test_a_resumed_run_reads_the_same_weights_and_equals_the_whole_run() -> None
     assert quantizer_of(fresh, "net.2.qkv/weight").read_by == ("net.2",)
 
 
+def test_weights_alone_that_never_run_are_a_warning() -> None:
+    callback = statqat("int4", None)
+    with pytest.warns(StatQATWarning, match="never: never ran in training"):
+        module, _ = train(callback, module=ReadsWeights, limit_val_batches=0)
+    assert weight_rows(callback)["never"] is None
+    assert weight_rows(callback)["net.2.qkv"] is not None
+    assert not quantizer_of(module, "never/weight").enabled
+
+
 class ReadsInStep(DigitsModule):
     """The step itself multiplies with a weight: no file will hold that product."""
 
