@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.kinds import KINDS, REPORT_ENDING
 from statqat_lightning.export.loading import load_checkpoint
 from statqat_lightning.export.verify import ExportDifferenceError, ExportReport
+from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.quantized_model import activation_quantizers, quantized_layers
 from statqat_lightning.recipe import QuantRecipe
 
@@ -278,7 +278,7 @@ class ExportCallback(Callback):
             return pl_module
         # This run has written the file itself, so it may hold any object.
         checkpoint = torch.load(best, map_location="cpu", weights_only=False)
-        return load_checkpoint(copy.deepcopy(pl_module).cpu(), checkpoint, best)
+        return load_checkpoint(isolated_copy(pl_module).cpu(), checkpoint, best)
 
     def _warn(self) -> None:
         report = self.report

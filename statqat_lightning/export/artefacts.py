@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from statqat_lightning.export.verify import (
 from statqat_lightning.export.writers import writers
 from statqat_lightning.insertion import remove
 from statqat_lightning.integer_kernels import integer_kernels
+from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.placement import Settled, check_target, settle
 from statqat_lightning.quantized_model import quantized_layers
 from statqat_lightning.recipe import QuantRecipe
@@ -123,7 +123,7 @@ def export_model(
     for kind in KINDS:
         if chosen[kind.field]:
             kind.require()
-    reference = copy.deepcopy(model).cpu().eval()
+    reference = isolated_copy(model).cpu().eval()
     notes = [f"Left in float: {name} ({why})." for name, why in left_in_float(reference).items()]
     try:
         part = reference.get_submodule(module)
@@ -213,7 +213,7 @@ def export_model(
 
 def _settle(reference: nn.Module, module: str, call: ForwardCall) -> Settled:
     """See `settle`; nothing is left to do for a model that was trained for the target."""
-    plain = copy.deepcopy(reference)
+    plain = isolated_copy(reference)
     remove(plain)
     part = plain.get_submodule(module)
     kernels = integer_kernels(record(part, lambda: call.run(part)))

@@ -9,7 +9,6 @@ section 3.2, fold before they quantize, which rounds other weights than these.)
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from statqat_lightning.export.frozen import (
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.fake_quantizer import OUTPUT, WEIGHT
 from statqat_lightning.granularity import PerBlock, PerChannel, PerGroup, PerTensor
+from statqat_lightning.isolated_copy import isolated_copy
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -67,7 +67,7 @@ def fold_batch_norm(frozen: nn.Module, call: ForwardCall) -> Folded:
         frozen: A frozen model.
         call: Input of a forward.
     """
-    model = copy.deepcopy(frozen)
+    model = isolated_copy(frozen)
     flow = record(model, lambda: call.run(model))
     layers, left = {}, {}
     for operation in flow.operations:

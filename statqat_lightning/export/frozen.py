@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from statqat_lightning.fake_quantizer import OUTPUT, WEIGHT, FakeQuantizer
 from statqat_lightning.formats import Format
 from statqat_lightning.functional import QParams, dequantize, quantize
 from statqat_lightning.granularity import Granularity
+from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.layer_kinds import RECURRENT, LayerKind, kind_of_class
 from statqat_lightning.quantized_layer import (
     LayerQuantizers,
@@ -218,7 +218,7 @@ def freeze_quietly(model: nn.Module) -> nn.Module:
             "prepare(model) first."
         )
     refuse_weights_from_hooks(model)
-    frozen = copy.deepcopy(model).eval()
+    frozen = isolated_copy(model).eval()
     for name, module, quantizers in quantized_layers(frozen):
         _freeze_layer(name, module, quantizers)
     for encoder in frozen.modules():

@@ -13,7 +13,6 @@ QuantizeLinear divides by the scale and rounds half to even, as fake quantizatio
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import math
@@ -50,6 +49,7 @@ from statqat_lightning.formats import (
     ShiftedFloatFormat,
     get_format,
 )
+from statqat_lightning.isolated_copy import isolated_copy
 
 FLOAT8_ONNX = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
 OPSET = 21
@@ -98,7 +98,7 @@ def save_onnx(model: nn.Module, path: str | Path, example: Any) -> None:
         OSError: If the file cannot be written.
     """
     require_packages()
-    frozen = copy.deepcopy(model) if frozen_layers(model) else freeze(model)
+    frozen = isolated_copy(model) if frozen_layers(model) else freeze(model)
     frozen = frozen.cpu().float()
     _refuse_what_has_no_operators(frozen)
     # A dimension of size 1 would be taken for a constant.

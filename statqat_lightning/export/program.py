@@ -6,7 +6,6 @@ has torch and nothing else. Codes are stored in a byte each, and decoded in each
 
 from __future__ import annotations
 
-import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from statqat_lightning.export.files import replacing
 from statqat_lightning.export.frozen import freeze, frozen_layers
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.tracing import ExportError, forget_sources, operators_of, trace
+from statqat_lightning.isolated_copy import isolated_copy
 
 _NAMESPACES = ("aten.", "prim.", "prims.", "_operator.", "<built-in function", "torch._ops.higher")
 
@@ -39,7 +39,7 @@ def save_program(model: nn.Module, path: str | Path, example: Any) -> None:
             have.
         OSError: If the file cannot be written.
     """
-    frozen = copy.deepcopy(model) if frozen_layers(model) else freeze(model)
+    frozen = isolated_copy(model) if frozen_layers(model) else freeze(model)
     program = trace(frozen.cpu().eval(), ForwardCall.of(example).copy())
     foreign = sorted(o for o in operators_of(program) if not o.startswith(_NAMESPACES))
     if foreign:

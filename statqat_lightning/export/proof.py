@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from statqat_lightning.export.verify import (
 )
 from statqat_lightning.export.wording import some
 from statqat_lightning.export.writers import Writer
+from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.quantized_model import set_enabled
 
 _LATENCY_BATCH = 32
@@ -37,7 +37,7 @@ _LATENCY_BATCH = 32
 
 def _in_double(frozen: nn.Module, examples: list[Example]) -> list[Example]:
     """What the frozen model makes of the examples where sums are as good as exact."""
-    double = copy.deepcopy(frozen).double()
+    double = isolated_copy(frozen).double()
 
     def outputs(call: ForwardCall) -> list[Tensor]:
         wide = call.map(lambda t: t.double() if t.is_floating_point() else t)
@@ -94,7 +94,7 @@ class Proof:
             )
         if writer.kind.folded and examples:
             folded = fold_batch_norm(
-                copy.deepcopy(frozen).float(), examples[0].call.to_float32().with_batch(2)
+                isolated_copy(frozen).float(), examples[0].call.to_float32().with_batch(2)
             )
             frozen = folded.model
             remarks += [f"{name!r} is not folded: {why}." for name, why in folded.left.items()]
@@ -157,9 +157,9 @@ class Proof:
 
     def _without_inputs(self) -> tuple[nn.Module, list[Example]]:
         """The model whose inputs are in float, and what it makes of the examples."""
-        part = copy.deepcopy(self.part)
+        part = isolated_copy(self.part)
         set_enabled(part, inputs=False)
-        frozen = copy.deepcopy(self.frozen)
+        frozen = isolated_copy(self.frozen)
         for _, layer in frozen_layers(frozen):
             for role in layer.frozen_activations:
                 del layer._buffers[scale_name(role)]
@@ -172,7 +172,7 @@ class Proof:
         self, writer: Writer, runtime: Runtime, frozen: nn.Module, examples: list[Example]
     ) -> str | None:
         """The first layer that differs, on the first example on which one does."""
-        frozen = copy.deepcopy(frozen)
+        frozen = isolated_copy(frozen)
         for example in examples:
             call = example.call
             if runtime.batch is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import importlib.util
 import tempfile
@@ -22,6 +21,7 @@ from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, outputs_of
 from statqat_lightning.export.loading import load_quantized
 from statqat_lightning.export.tracing import ExportError, trace
 from statqat_lightning.insertion import remove
+from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.quantized_model import quantized_layers
 
 Run = Callable[[ForwardCall], list[Tensor]]
@@ -73,7 +73,7 @@ def load_native(path: Path, model: nn.Module, module: str = "") -> Runtime:
         model: The model with quantizers that was saved.
         module: Name of the submodule to run; empty for the model itself.
     """
-    blank = copy.deepcopy(model)
+    blank = isolated_copy(model)
     remove(blank)
     forget_weights(blank)
     load_quantized(blank, path)
@@ -311,7 +311,7 @@ def _products(name: str, consumers: dict[str, list[Any]]) -> Iterator[Any]:
 
 def float_model(model: nn.Module, module: str = "") -> nn.Module:
     """A part of a copy of a model, without its quantizers."""
-    plain = copy.deepcopy(model)
+    plain = isolated_copy(model)
     remove(plain)
     return plain.get_submodule(module).cpu().eval()
 
@@ -333,7 +333,7 @@ def float_program(part: nn.Module, call: ForwardCall) -> Run | None:
 
 def float_onnx(part: nn.Module, call: ForwardCall) -> Run | None:
     """A float model in ONNX Runtime; None if it cannot be written."""
-    part = copy.deepcopy(part).float()
+    part = isolated_copy(part).float()
     call = call.to_float32()
     traced = TensorsOnly(part, call).eval()
     try:
