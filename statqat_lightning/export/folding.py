@@ -9,6 +9,7 @@ section 3.2, fold before they quantize, which rounds other weights than these.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class CannotFold(Exception):
 
 
 @torch.no_grad()
-def fold_batch_norm(frozen: nn.Module, call: ForwardCall) -> Folded:
+def fold_batch_norm(frozen: nn.Module, *calls: ForwardCall) -> Folded:
     """A copy of a frozen model in which layers do what the BatchNorm behind them did.
 
     A BatchNorm is folded if it is all that reads the output of a frozen layer, as one run shows.
@@ -65,10 +66,11 @@ def fold_batch_norm(frozen: nn.Module, call: ForwardCall) -> Folded:
 
     Args:
         frozen: A frozen model.
-        call: Input of a forward.
+        *calls: Inputs of a forward, of which the first that runs is taken: a forward may fix the
+            size of its batch.
     """
     model = isolated_copy(frozen)
-    flow = record(model, lambda: call.run(model))
+    flow = _flow(model, calls)
     layers, left = {}, {}
     for operation in flow.operations:
         norm = operation.module
@@ -83,9 +85,19 @@ def fold_batch_norm(frozen: nn.Module, call: ForwardCall) -> Folded:
         except CannotFold as reason:
             left[operation.name] = str(reason)
         else:
-            _replace(model, operation.name, norm)
+            _replace(model, norm)
             layers[before.name] = operation.name
     return Folded(model, layers, left)
+
+
+def _flow(model: nn.Module, calls: Sequence[ForwardCall]) -> Dataflow:
+    for number, call in enumerate(calls, 1):
+        try:
+            return record(model, lambda call=call: call.run(model))  # type: ignore[misc]
+        except Exception:
+            if number == len(calls):
+                raise
+    raise ValueError("fold_batch_norm: got no call; expected at least one.")
 
 
 def _check_places(flow: Dataflow, layer: Operation, norm: Operation) -> None:
@@ -165,12 +177,15 @@ def _scale_weight(layer: FrozenLayer, factor: Tensor, axis: int) -> None:
     }
 
 
-def _replace(model: nn.Module, name: str, norm: nn.Module) -> None:
+def _replace(model: nn.Module, norm: nn.Module) -> None:
     """Put a module that only rounds the output, if that, in the place of a BatchNorm."""
     identity: Any = nn.Identity().eval()
     if isinstance(norm, FrozenLayer):
         identity = as_frozen(identity, {}, norm.frozen_activations, norm.weight_dtype)
         for role in norm.frozen_activations:
             identity.register_buffer(scale_name(role), norm.get_buffer(scale_name(role)))
-    parent, _, own = name.rpartition(".")
-    model.get_submodule(parent)._modules[own] = identity
+    # Under every name that it has: the forward may call it by any of them.
+    for parent in [*model.modules()]:
+        for own, child in parent._modules.items():
+            if child is norm:
+                parent._modules[own] = identity

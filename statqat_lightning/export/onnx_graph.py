@@ -6,6 +6,7 @@ None changes what a graph computes, apart from the order of sums.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -337,8 +338,13 @@ def pack_tables(graph: Any) -> None:
             store(codes, stored.numpy(), onnx_ir.DataType.UINT4)
 
 
-def tidy(graph: Any) -> None:
-    """Call the batch dimension `batch`, and drop the exporter's traces of Python code."""
+def tidy(graph: Any, opened: Sequence[Mapping[int, str]]) -> None:
+    """Call open dimensions by their names, and drop the exporter's traces of Python code.
+
+    Args:
+        graph: The graph, changed in place.
+        opened: Names of the open dimensions of each input.
+    """
     import onnx_ir
 
     values = [*graph.graph.inputs, *graph.graph.outputs]
@@ -346,12 +352,16 @@ def tidy(graph: Any) -> None:
         node.metadata_props.clear()
         node.doc_string = None
         values += node.outputs
-    first = [v.shape[0] for v in graph.graph.inputs if v.shape is not None and len(v.shape)]
-    batch = {d.value for d in first if isinstance(d, onnx_ir.SymbolicDim) and not _is_fixed(d)}
+    titles: dict[Any, str] = {}
+    for value, names in zip(graph.graph.inputs, opened, strict=True):
+        for dimension, name in names.items():
+            size = value.shape[dimension] if value.shape is not None else None
+            if isinstance(size, onnx_ir.SymbolicDim) and not _is_fixed(size):
+                titles.setdefault(size.value, name)
     for value in values:
         value.metadata_props.clear()
         if value.shape is not None:
-            value.shape = onnx_ir.Shape(_size(d, batch) for d in value.shape)
+            value.shape = onnx_ir.Shape(_size(d, titles) for d in value.shape)
 
 
 def _is_fixed(size: Any) -> bool:
@@ -359,11 +369,11 @@ def _is_fixed(size: Any) -> bool:
     return str(size.value).isdecimal()
 
 
-def _size(size: Any, batch: set[Any]) -> Any:
+def _size(size: Any, titles: Mapping[Any, str]) -> Any:
     import onnx_ir
 
     if not isinstance(size, onnx_ir.SymbolicDim):
         return size
     if _is_fixed(size):
         return int(str(size.value))
-    return "batch" if {size.value} == batch else size
+    return titles.get(size.value, size)
