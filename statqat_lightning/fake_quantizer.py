@@ -205,6 +205,8 @@ class WeightFakeQuantizer(FakeQuantizer):
 
     Attributes:
         together: During a training step, the weights that are quantized with this one.
+        trained: What tells the weight at the end of the training from another one, None if that is
+            not known; see `export.stale`.
     """
 
     def __init__(
@@ -216,6 +218,7 @@ class WeightFakeQuantizer(FakeQuantizer):
         except ValueError as error:
             raise ValueError(f"{layer}/{role}: {error}") from error
         self.together: WeightsTogether | None = None
+        self.trained: tuple[float, float] | None = None
         self.to(weight.device if weight.device.type != "meta" else torch.device("cpu"))
 
     @property

@@ -31,6 +31,7 @@ from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.interface import labels_in, without_labels
 from statqat_lightning.export.kinds import KINDS, REPORT_ENDING
 from statqat_lightning.export.loading import load_checkpoint
+from statqat_lightning.export.stale import remember_weights
 from statqat_lightning.export.verify import ExportReport
 from statqat_lightning.export.wording import first_lines, in_short, some
 from statqat_lightning.isolated_copy import isolated_copy
@@ -271,6 +272,7 @@ class ExportCallback(Callback):
         if reason := self._why_not(trainer, pl_module):
             rank_zero_info(f"ExportCallback: nothing written: {reason}")
             return
+        remember_weights(pl_module)
         try:
             self._export(trainer, pl_module)
         except Exception as error:

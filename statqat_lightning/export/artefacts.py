@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -84,9 +85,9 @@ def export_model(
     goes wrong with a file ends that file alone: the reason is a note, all others are written, and
     so is the report.
 
-    Weights that were changed since their scales were chosen (a merged adapter, `weight.data`) get
-    new scales in the files, and a note says so; where scales are learned, or settled for a target,
-    the note says that they no longer fit.
+    Weights that were changed after their training (a merged adapter, `weight.data`) get new scales
+    in the files, and a note says so. Where scales are learned or settled for a target, or nobody
+    knows what the training left, they stay, and a warning says that they no longer fit.
 
     Args:
         model: A model with quantizers.
@@ -230,6 +231,10 @@ def export_model(
     return report
 
 
+class StaleScalesWarning(UserWarning):
+    """Weights are exported with scales that no longer fit them."""
+
+
 def _is_no_difference(error: Exception) -> bool:
     return not isinstance(error, ExportDifferenceError)
 
@@ -274,30 +279,29 @@ class _Export:
     def renew_scales(self, reference: nn.Module, target: str | None) -> None:
         """Give weights new scales where those in force no longer fit, or say that they do not."""
         stale = stale_scales(reference)
-        if target is not None:
-            fixed, free = stale, []
-        else:
-            fixed = [entry for entry in stale if entry.quantizer.quantizer.learned]
-            free = [entry for entry in stale if not entry.quantizer.quantizer.learned]
+        settled = target is not None
+        free = [s for s in stale if s.changed and not (settled or s.quantizer.quantizer.learned)]
         refit(free)
         if free:
             self.notes.append(
                 Note.of_names(
-                    "Weights have changed since their scales were chosen, so the files have new "
-                    "scales, unlike the model: ",
+                    "Weights were changed after the training, so files have new scales, unlike the "
+                    "model itself: ",
                     map(str, free),
-                    ". In brackets what the old ones cost.",
+                    ". In brackets what the old ones would cost.",
                 )
             )
+        fixed = [entry for entry in stale if entry not in free]
         if fixed:
-            why = "settled for a target" if target is not None else "learned"
-            self.notes.append(
-                Note.of_names(
-                    f"Scales are {why}, but weights have changed since and no longer fit them: ",
-                    map(str, fixed),
-                    ". In brackets what that costs. Train some steps more, or quantize anew.",
-                )
+            note = Note.of_names(
+                "Scales no longer fit their weights, which were changed since they were chosen: ",
+                map(str, fixed),
+                ". In brackets what that costs. Scales that are learned, settled for a target, or "
+                "of a training that is not known stay as they are: refresh(model, inputs=False) "
+                "chooses them anew.",
             )
+            self.notes.append(note)
+            warnings.warn(f"export: {note.short}", StaleScalesWarning, stacklevel=4)
 
     def call_that_runs(self, model: nn.Module, part: nn.Module, example: Any) -> ForwardCall | None:
         """The example, cut to a few hundred rows if the forward allows that; None if it fails."""

@@ -22,6 +22,7 @@ from statqat_lightning.export.frozen import (
 )
 from statqat_lightning.export.native import KEY, read_header, read_scale
 from statqat_lightning.export.packing import packed_size, unpack
+from statqat_lightning.export.stale import remember_weights
 from statqat_lightning.export.wording import some
 from statqat_lightning.fake_quantizer import OUTPUT, FakeQuantizer
 from statqat_lightning.formats import get_format
@@ -333,6 +334,7 @@ def _finished(model: nn.Module) -> nn.Module:
     for name, _, quantizers in quantized_layers(model):
         for quantizer in quantizers.present():
             quantizer.layer = name
+    remember_weights(model)
     return model.eval()
 
 
