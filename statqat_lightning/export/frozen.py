@@ -242,6 +242,7 @@ def _freeze_layer(name: str, module: Any, quantizers: LayerQuantizers) -> None:
     dtype = next((weight_of(module, role).dtype for role in names), torch.float32)
     codes = {}
     for role, q in weights.items():
+        _refuse_not_finite(q.name, weight_of(module, role))
         try:
             codes[role] = q.fmt.encode(quantize(weight_of(module, role), q.qparams, q.fmt))
         except ValueError as error:
@@ -265,6 +266,16 @@ def _freeze_layer(name: str, module: Any, quantizers: LayerQuantizers) -> None:
     for role, activation in activations.items():
         module.register_buffer(scale_name(role), activation.qparams.scale.detach().clone())
     module._forget_flat_weights()
+
+
+def _refuse_not_finite(name: str, weight: Tensor) -> None:
+    for what, found in (("NaN", weight.isnan()), ("infinite values", weight.isinf())):
+        if bool(found.any()):
+            raise ValueError(
+                f"freeze: {name}: the weight holds {what} ({int(found.sum())} of {weight.numel()} "
+                "values), which have no codes: the training has diverged. Export an earlier "
+                "checkpoint."
+            )
 
 
 def as_frozen(

@@ -63,8 +63,8 @@ def _of_flips(comparison: Comparison, moved: Moved) -> str:
     else:
         why = "no rounded value could be compared"
     return (
-        f"differs by {comparison.max_steps:.3g} steps, but each layer by itself agrees to the "
-        f"rounding of sums; {why}."
+        f"differs by {comparison.max_steps:.3g} steps, but each layer by itself agrees, within "
+        f"what two codes of its input make; {why}."
     )
 
 
