@@ -122,9 +122,16 @@ DIGITS = 8
 """Of the contents of an `.onnx` file's weights, in the name of the file that has them."""
 
 
+def data_name(path: Path, digits: str = "") -> str:
+    """Name of the file with weights of an `.onnx` file: checkers refuse names with a dot ahead."""
+    return f"{path.name.lstrip('.')}{'.' if digits else ''}{digits}.data"
+
+
 def data_beside(path: Path) -> list[Path]:
     """The files with weights of an `.onnx` file: `{name}.data` or `{name}.{digits}.data`."""
-    named = re.compile(re.escape(path.name) + rf"(\.[0-9a-f]{{{DIGITS}}})?\.data")
+    named = re.compile(
+        re.escape(data_name(path).removesuffix(".data")) + rf"(\.[0-9a-f]{{{DIGITS}}})?\.data"
+    )
     if path.suffix != ".onnx" or not path.parent.is_dir():
         return []
     return [file for file in path.parent.iterdir() if named.fullmatch(file.name)]

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from statqat_lightning.export.files import data_name
 from statqat_lightning.export.folding import fold_batch_norm
 from statqat_lightning.export.frozen import freeze, frozen_layers
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, output_names
@@ -137,7 +138,7 @@ def _write(graph: Any, path: Path) -> None:
         onnx.checker.check_model(proto)
         path.write_bytes(proto.SerializeToString())
         return
-    onnx_ir.save(graph, path, external_data=f"{path.name}.data", size_threshold_bytes=256)
+    onnx_ir.save(graph, path, external_data=data_name(path), size_threshold_bytes=256)
     onnx.checker.check_model(path)
 
 

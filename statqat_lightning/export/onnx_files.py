@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from statqat_lightning.export.files import DIGITS, data_beside, replacing
+from statqat_lightning.export.files import DIGITS, data_beside, data_name, replacing
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def replacing_onnx(path: Path) -> Iterator[Path]:
             try:
                 yield temporary
                 for data in data_beside(temporary):
-                    moved = path.with_name(f"{path.name}.{_digits_of(data)}.data")
+                    moved = path.with_name(data_name(path, _digits_of(data)))
                     _call_data(temporary, moved.name)
                     data.replace(moved)
             finally:
