@@ -9,7 +9,6 @@ section 3.2, fold before they quantize, which rounds other weights than these.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from statqat_lightning.export.frozen import (
     codes_name,
     scale_name,
 )
-from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.inputs import ForwardCall, first_that_runs
 from statqat_lightning.fake_quantizer import OUTPUT, WEIGHT
 from statqat_lightning.granularity import PerBlock, PerChannel, PerGroup, PerTensor
 from statqat_lightning.isolated_copy import isolated_copy
@@ -70,7 +69,8 @@ def fold_batch_norm(frozen: nn.Module, *calls: ForwardCall) -> Folded:
             size of its batch.
     """
     model = isolated_copy(frozen)
-    flow = _flow(model, calls)
+    call = first_that_runs(model, *calls)
+    flow = record(model, lambda: call.run(model))
     layers, left = {}, {}
     for operation in flow.operations:
         norm = operation.module
@@ -88,16 +88,6 @@ def fold_batch_norm(frozen: nn.Module, *calls: ForwardCall) -> Folded:
             _replace(model, norm)
             layers[before.name] = operation.name
     return Folded(model, layers, left)
-
-
-def _flow(model: nn.Module, calls: Sequence[ForwardCall]) -> Dataflow:
-    for number, call in enumerate(calls, 1):
-        try:
-            return record(model, lambda call=call: call.run(model))  # type: ignore[misc]
-        except Exception:
-            if number == len(calls):
-                raise
-    raise ValueError("fold_batch_norm: got no call; expected at least one.")
 
 
 def _check_places(flow: Dataflow, layer: Operation, norm: Operation) -> None:

@@ -27,7 +27,7 @@ from torch import nn
 from statqat_lightning.export.files import data_name
 from statqat_lightning.export.folding import fold_batch_norm
 from statqat_lightning.export.frozen import freeze, frozen_layers
-from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, output_names
+from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, first_that_runs, output_names
 from statqat_lightning.export.interface import dimensions_of, open_dimensions
 from statqat_lightning.export.native import KEY, library_version
 from statqat_lightning.export.onnx_files import replacing_onnx
@@ -113,7 +113,8 @@ def save_onnx(model: nn.Module, path: str | Path, example: Any, *, dynamic: Any 
     frozen = frozen.cpu().float()
     _refuse_what_has_no_operators(frozen)
     # A dimension of size 1 would be taken for a constant.
-    call = ForwardCall.of(example).copy().to_float32().with_batch(least=2)
+    call = ForwardCall.of(example).copy().to_float32()
+    call = first_that_runs(frozen, call.with_batch(least=2), call)
     names = call.names(frozen)
     opened = open_dimensions(call, names, dimensions_of(dynamic, call, frozen))
     outputs = call.run(frozen)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram, ShapesCollection
 
-from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.inputs import ForwardCall, first_that_runs
 from statqat_lightning.export.interface import Dynamic, open_dimensions
 from statqat_lightning.export.wording import in_short
 
@@ -39,7 +39,10 @@ def trace(model: nn.Module, call: ForwardCall, dynamic: Dynamic | None = None) -
         with warnings.catch_warnings(), torch.no_grad():
             # What tracing warns of concerns its own insides.
             warnings.simplefilter("ignore")
-            call = _that_runs(model, call)
+            # Few rows, because they are computed, but not one: that would be taken for a constant.
+            # What is computed once and kept, such as the ends of a grid, cannot be traced: so the
+            # model is run here.
+            call = first_that_runs(model, call.with_batch(3, least=3), call)
             shapes = ShapesCollection()  # type: ignore[no-untyped-call]
             dimensions = open_dimensions(call, call.names(model), dynamic or {})
             for tensor, titles in zip(call.tensors(), dimensions, strict=True):
@@ -58,21 +61,6 @@ def trace(model: nn.Module, call: ForwardCall, dynamic: Dynamic | None = None) -
             "This forward cannot be traced as it is. If only a part of the model is needed, name "
             "it (module=...); the native file does not need tracing."
         ) from error
-
-
-def _that_runs(model: nn.Module, call: ForwardCall) -> ForwardCall:
-    """Few rows of a call, because they are computed; all of them where the forward fixes its batch.
-
-    What is computed once and kept, such as the ends of a grid, cannot be traced: so they are run.
-    """
-    # A dimension of size 1 would be taken for a constant.
-    few = call.with_batch(3, least=3)
-    try:
-        few.run(model)
-    except Exception:
-        call.run(model)
-        return call
-    return few
 
 
 def where_it_stopped(error: BaseException) -> str:
