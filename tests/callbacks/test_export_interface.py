@@ -248,11 +248,13 @@ class TakesDicts(DigitsModule):
 @pytest.mark.parametrize("kind", ["dict batches", "other names", "dict of loaders", "combined"])
 def test_accuracy_is_found_in_batches_and_loaders_of_any_structure(kind: str) -> None:
     batches: Any = DataLoader(OfDicts(), batch_size=32)
+    combined = CombinedLoader({"a": held_out(), "b": held_out()}, "max_size")
+    iter(combined)  # or it has no length, which `train` asks for
     validation: Any = {
         "dict batches": batches,
         "other names": DataLoader(OfDicts(image="scan", label="target"), batch_size=32),
         "dict of loaders": {"a": held_out(), "b": held_out()},
-        "combined": CombinedLoader({"a": held_out(), "b": held_out()}, "max_size"),
+        "combined": combined,
     }[kind]
     export = ExportCallback("m", onnx=False, measure_latency=False, test_examples=None)
     module, _ = train(
