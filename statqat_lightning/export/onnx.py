@@ -34,6 +34,7 @@ from statqat_lightning.export.onnx_files import replacing_onnx
 from statqat_lightning.export.onnx_graph import (
     keep_biases,
     keep_from_saturating,
+    keep_weights,
     lay_out_linears,
     pack_tables,
     split_clips,
@@ -198,6 +199,7 @@ def _translate(
     lay_out_linears(graph)
     keep_from_saturating(graph)
     pack_tables(graph)
+    keep_weights(graph)
     tidy(graph, opened)
     graph.producer_name = "statqat_lightning"
     graph.producer_version = library_version()

@@ -252,6 +252,39 @@ def keep_biases(graph: Any) -> None:
             follower.replace_input_with(0, barrier.outputs[0])
 
 
+def keep_weights(graph: Any) -> None:
+    """Keep ONNX Runtime from rounding weights of tables, blocks and floats to int8.
+
+    It has no integers for them, computes them when it loads, and then takes them for float weights
+    that somebody forgot: where inputs and output of a layer are rounded, it makes int8 of them
+    (`WeightBiasQuantization`; 20 to 45 dB). It does so for Conv, ConvTranspose and Gemm with
+    rounding behind, or a Relu, Clip or BatchNormalization and then rounding. Max with the least of
+    all numbers changes nothing, and stands in the way.
+    """
+    import onnx_ir
+
+    for node in list(graph.graph):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+            continue
+        x, weight = (value.producer() for value in node.inputs[:2])
+        is_rounded = x is not None and x.op_type == "DequantizeLinear"
+        has_codes = weight is not None and weight.op_type == "DequantizeLinear"
+        output = node.outputs[0]
+        if not is_rounded or has_codes or output.is_graph_output():
+            continue
+        name = f"{node.name or output.name}_least"
+        least = np.float32(np.finfo(np.float32).min)
+        bound = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(least, name=name))
+        bound.dtype, bound.shape = onnx_ir.DataType.FLOAT, onnx_ir.Shape(())
+        graph.graph.register_initializer(bound)
+        uses = list(output.uses())
+        barrier = onnx_ir.node("Max", [output, bound])
+        barrier.outputs[0].dtype, barrier.outputs[0].shape = output.dtype, output.shape
+        graph.graph.insert_after(node, barrier)
+        for user, place in uses:
+            user.replace_input_with(place, barrier.outputs[0])
+
+
 class _BiasError(NamedTuple):
     """How far a bias is, at most, from multiples of input scale times weight scale."""
 
