@@ -207,6 +207,8 @@ class WeightFakeQuantizer(FakeQuantizer):
         read_by: Names of the modules that read the weight without calling its layer, see
             `weight_views`.
         together: During a training step, the weights that are quantized with this one.
+        trained: What tells the weight at the end of the training from another one, None if that is
+            not known; see `export.stale`.
     """
 
     def __init__(
@@ -219,6 +221,7 @@ class WeightFakeQuantizer(FakeQuantizer):
             raise ValueError(f"{layer}/{role}: {error}") from error
         self.together: WeightsTogether | None = None
         self.read_by: tuple[str, ...] = ()
+        self.trained: tuple[float, float] | None = None
         self.to(weight.device if weight.device.type != "meta" else torch.device("cpu"))
 
     @property

@@ -75,11 +75,16 @@ class _Detaching(TorchFunctionMode):
 
 def _copy_in_parts(module: _Module) -> _Module:
     """A copy that shares the parts of attributes that cannot be copied."""
-    shared: dict[int, Any] = {}
+    # While parts are tried, the modules themselves count as copied: a hook or a Trainer would lead
+    # back to the module, and to all that is wrong with it.
+    own: dict[int, Any] = {id(part): part for part in module.modules()}
+    found = dict(own)
     for part in module.modules():
-        for name, value in vars(part).items():
+        state = part.__getstate__()  # type: ignore[no-untyped-call]  # a module drops its Trainer
+        for name, value in (state if isinstance(state, dict) else vars(part)).items():
             if name not in _STRUCTURE:
-                _share_what_cannot_be_copied(value, shared, set())
+                _share_what_cannot_be_copied(value, found, set())
+    shared = {key: value for key, value in found.items() if key not in own}
     try:
         return copy.deepcopy(module, dict(shared))
     except Exception as error:

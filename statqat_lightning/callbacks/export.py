@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,15 +15,26 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from statqat_lightning.callbacks.evaluation_data import evaluation_batches
+from statqat_lightning.callbacks.export_progress import export_progress
 from statqat_lightning.callbacks.lightning_names import is_a, overrides
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.export.artefacts import export_model
 from statqat_lightning.export.files import ENDINGS, check_writable, with_ending
+from statqat_lightning.export.foresight import (
+    complex_parameters,
+    refuse_uncopyable,
+    tied_in_two_formats,
+)
 from statqat_lightning.export.frozen import refuse_weights_from_hooks
 from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.interface import labels_in, without_labels
 from statqat_lightning.export.kinds import KINDS, REPORT_ENDING
 from statqat_lightning.export.loading import load_checkpoint
-from statqat_lightning.export.verify import ExportDifferenceError, ExportReport
+from statqat_lightning.export.stale import remember_weights
+from statqat_lightning.export.verify import ExportReport
+from statqat_lightning.export.wording import first_lines, in_short, some
+from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.quantized_model import activation_quantizers, quantized_layers
 from statqat_lightning.recipe import QuantRecipe
 
@@ -42,14 +52,20 @@ class ExportCallback(Callback):
     It works at the end of the fit, on a copy, on rank zero; the module stays as it was trained.
     Each file is read back, run by what will run it, and compared with the fake-quantized model
     before it takes its name: largest difference, SNR, agreement of predictions, accuracy on the
-    test set (or else the validation set) if its batches are `(inputs, class labels)`, size, and
-    speed against the float model. This goes to the console, to the loggers (`export/{kind}/...`)
-    and into a file `.export.json` beside the others. Before training, it checks that the files can
-    be written, and that there will be something to write.
+    validation set if inputs and class labels can be told in its batches, size, and speed against
+    the float model. This goes to the console, to the loggers (`export/{kind}/...`) and in full into
+    a file `.export.json` beside the others. A bar shows how far it is where it takes more than five
+    seconds.
 
-    The native file holds the whole LightningModule. All others hold what ran in the first training
-    step: the LightningModule if `training_step` calls `self(...)`, or else the outermost submodule
-    that ran and has the most quantized layers, for example `self.net` in `self.net(x)`.
+    Nothing that goes wrong with one file costs another one, or the report. What can be known ahead
+    is said before training: a place that cannot be written, a module that cannot be copied, weights
+    that no file can hold.
+
+    The native file holds the whole LightningModule. All others hold what ran in the first step of
+    validation, the sanity check included, or without any in the first training step: the
+    LightningModule if the step calls `self(...)`, or else the outermost submodule that ran and has
+    the most quantized layers, for example `self.net` in `self.net(x)`. Labels that the forward can
+    do without are left out.
 
     With `fast_dev_run`, the files go to a folder `fast_dev_run` beside the others, so that a trial
     never replaces a trained model. Without any training step, inputs have no statistics, and
@@ -65,7 +81,8 @@ class ExportCallback(Callback):
         best: Export the best checkpoint of the Trainer's `ModelCheckpoint` instead of the last
             weights.
         example_input: Input of one forward call: a tensor, a tuple of positional or a mapping of
-            keyword arguments. None takes `example_input_array`, or else the first training batch.
+            keyword arguments. None takes `example_input_array`, or else what the first step of
+            validation or training gave.
         module: Name of the submodule that goes into all files but the native one; None for what
             ran, see above.
         onnx: Whether to write the `.onnx` file. It needs the extra `statqat-lightning[onnx]`.
@@ -75,20 +92,28 @@ class ExportCallback(Callback):
             torchao tensors. It needs the extra `statqat-lightning[torchao]`.
         compressed: Whether to write the folder `.compressed` for language-model runtimes: integer
             weights of Linear layers in the layout of compressed-tensors.
-        strict: Whether a file that differs from the trained model is refused with an error (when
-            all others have been written); False keeps it and warns. See `export_model`.
-        test_examples: Most examples of the test or validation set to predict, by each file; None
+        strict: Whether a file that differs from the trained model is refused, and whatever went
+            wrong raised when all others have been written; False keeps it, warns, and never ends a
+            training with an error. See `export_model`.
+        test_examples: Most examples of the validation or test set to predict, by each file; None
             for all, 0 for none.
         measure_latency: Whether to time the files against the float model, in half a second each.
+        data: Which set the examples are of, `"validation"` or `"test"`; that one calls
+            `setup("test")` of a data module.
+        dynamic: Which dimensions beside the batch `.onnx` and `.pt2` files leave open, see
+            `export_model`: `{"x": {2: "height", 3: "width"}}`, or a second example.
 
     Attributes:
         files: Whether to write each kind, by its argument.
         report: Paths, sizes and differences of the last export, None before.
 
     Raises:
-        ValueError: If no file is asked for, or the path names a folder or has another ending;
-            when training starts, if there is no such `module`, or a forward hook makes a weight.
-        OSError: When training starts, if a file cannot be written.
+        ValueError: If no file is asked for, the path names a folder or has another ending, or there
+            is no such `data`; when training starts, if there is no such `module`, a forward hook
+            makes a weight, the module cannot be copied, or, if `strict`, the native file cannot
+            hold it, because layers share a weight in two formats.
+        OSError: When training starts, if a file cannot be written; at the end, if it could not be
+            after all, and `strict`.
         ExportDifferenceError: At the end, if a file differs and `strict`; it names the first layer
             that does.
     """
@@ -108,6 +133,8 @@ class ExportCallback(Callback):
         strict: bool = True,
         test_examples: int | None = 1000,
         measure_latency: bool = True,
+        data: Literal["validation", "test"] = "validation",
+        dynamic: Any = None,
     ) -> None:
         self.files = {
             "onnx": onnx,
@@ -118,6 +145,8 @@ class ExportCallback(Callback):
         }
         if not any(self.files.values()):
             raise ValueError("ExportCallback: got onnx=False and native=False; expected a file.")
+        if data not in ("validation", "test"):
+            raise ValueError(f"ExportCallback: got data={data!r}; expected 'validation' or 'test'.")
         self.path = _checked(path)
         self.best = best
         self.example_input = example_input
@@ -125,14 +154,19 @@ class ExportCallback(Callback):
         self.strict = strict
         self.test_examples = test_examples
         self.measure_latency = measure_latency
+        self.data = data
+        self.dynamic = dynamic
         self.report: ExportReport | None = None
-        self._capture: _Capture | None = None
+        self._fitting = False
+        self._in_training: _Capture | None = None
+        self._in_evaluation: _Capture | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero:
+        self._fitting = stage == "fit" and trainer.is_global_zero
+        if not self._fitting:
             return
         self.report = None
-        self._capture = None
+        self._in_training = self._in_evaluation = None
         wanted = [kind for kind in KINDS if self.files[kind.field]]
         endings = [*(kind.ending for kind in wanted if not kind.files), REPORT_ENDING]
         check_writable(*(with_ending(self._target(trainer), ending) for ending in endings))
@@ -153,6 +187,26 @@ class ExportCallback(Callback):
             )
         else:
             refuse_weights_from_hooks(pl_module)
+            refuse_uncopyable(pl_module)
+            self._check_weights(pl_module)
+
+    def _check_weights(self, pl_module: LightningModule) -> None:
+        """Say what is known now of weights that files cannot hold at the end."""
+        if self.files["native"] and (tied := tied_in_two_formats(pl_module)):
+            text = (
+                f"ExportCallback: the native file cannot hold {tied}: layers that share a weight "
+                "need one format. Give them one, leave one of them in float, or write no native "
+                "file (native=False)."
+            )
+            if self.strict:
+                raise ValueError(text)
+            rank_zero_warn(text, category=ExportWarning)
+        if names := complex_parameters(pl_module):
+            rank_zero_warn(
+                f"ExportCallback: complex parameters stay in float: {some(names)}. .onnx files "
+                "hold none.",
+                category=ExportWarning,
+            )
 
     def _check_module(self, pl_module: LightningModule) -> None:
         names = [name for name, _ in pl_module.named_modules() if name]
@@ -169,20 +223,45 @@ class ExportCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._capture is None and trainer.is_global_zero and self.example_input is None:
-            self._capture = _Capture(pl_module, self.module)
+        if self._in_training is None and self._fitting and self.example_input is None:
+            self._in_training = _Capture(pl_module, self.module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._capture is not None:
-            self._capture.stop()
+        self._stop()
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._in_evaluation is None and self._fitting and self.example_input is None:
+            self._in_evaluation = _Capture(pl_module, self.module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._stop()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if self._capture is not None:
-            self._capture.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        for capture in (self._in_training, self._in_evaluation):
+            if capture is not None:
+                capture.stop()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -193,46 +272,65 @@ class ExportCallback(Callback):
         if reason := self._why_not(trainer, pl_module):
             rank_zero_info(f"ExportCallback: nothing written: {reason}")
             return
-        module, example = self._example(pl_module)
+        remember_weights(pl_module)
         try:
-            self.report = export_model(
+            self._export(trainer, pl_module)
+        except Exception as error:
+            if self.strict:
+                raise
+            rank_zero_warn(
+                f"ExportCallback: the export stopped with {in_short(error)}", category=ExportWarning
+            )
+        finally:
+            self._in_training = self._in_evaluation = None  # they hold a batch
+        if self.report is not None:
+            self._warn(self.report)
+
+    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module, example = self._example(pl_module)
+
+        def take(report: ExportReport) -> None:
+            self.report = report
+            self._publish(trainer, report)
+
+        with export_progress(trainer) as progress:
+            export_model(
                 self._trained(trainer, pl_module),
                 self._target(trainer),
                 example,
                 module=module,
                 recipe=_recipe(trainer),
-                **self.files,
+                onnx=self.files["onnx"],
+                native=self.files["native"],
+                program=self.files["program"],
+                torchao=self.files["torchao"],
+                compressed=self.files["compressed"],
                 strict=self.strict,
-                data=_evaluation_data(trainer, pl_module) if self.test_examples != 0 else None,
+                data=self._batches(trainer, pl_module),
                 most_data=self.test_examples,
                 measure_latency=self.measure_latency,
                 target=_target(trainer),
+                dynamic=self.dynamic,
+                progress=progress,
+                on_report=take,
             )
-        except ExportDifferenceError as error:
-            self.report = error.report
-            self._publish(trainer)
-            raise
-        finally:
-            self._capture = None  # it holds a batch
-        self._publish(trainer)
-        self._warn()
 
-    def _publish(self, trainer: Trainer) -> None:
-        report = self.report
-        if report is None:
-            return
+    def _batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any] | None:
+        if self.test_examples == 0:
+            return None
+        return evaluation_batches(trainer, pl_module, self.data)
+
+    def _publish(self, trainer: Trainer, report: ExportReport) -> None:
         rank_zero_info(f"StatQAT exported:\n{report}")
-        rows, metrics = report.rows(), report.metrics()
         for logger in trainer.loggers:
-            # Directly: `self.log` is not allowed at the end of a fit.
-            if metrics:
-                logger.log_metrics(metrics, step=trainer.global_step)
-            if rows and is_a(logger, "WandbLogger"):
-                columns = [*rows[0]]
-                table = [[row[column] for column in columns] for row in rows]
-                logger.log_table("export/files", columns=columns, data=table)  # type: ignore[attr-defined]
-            elif rows and is_a(logger, "TensorBoardLogger"):
-                logger.experiment.add_text("export/files", _markdown(rows), trainer.global_step)  # type: ignore[attr-defined]
+            try:
+                _log(logger, report, trainer.global_step)
+            except Exception as error:
+                rank_zero_warn(
+                    f"ExportCallback: {type(logger).__name__} did not take the report: "
+                    f"{in_short(error)}",
+                    category=ExportWarning,
+                )
 
     def _target(self, trainer: Trainer) -> Path:
         trial = "fast_dev_run" if _is_trial(trainer) else ""
@@ -254,7 +352,7 @@ class ExportCallback(Callback):
 
     def _example(self, pl_module: LightningModule) -> tuple[str, Any]:
         """Name of the submodule to export, and an input for it."""
-        captured = self._capture.best() if self._capture is not None else None
+        captured = self._captured()
         given = self.example_input
         if given is None and self.module is None:
             given = pl_module.example_input_array
@@ -263,7 +361,19 @@ class ExportCallback(Callback):
             own_forward = overrides(pl_module, "forward")
             fallback = "" if own_forward or captured is None else captured[0]
             return (self.module if self.module is not None else fallback), given
-        return captured if captured is not None else (self.module or "", None)
+        if captured is None:
+            return self.module or "", None
+        name, call = captured
+        return name, _of_inference(pl_module.get_submodule(name), call)
+
+    def _captured(self) -> tuple[str, ForwardCall] | None:
+        """What ran in evaluation, or else in training; in training if that is more of the model."""
+        found = [
+            capture
+            for capture in (self._in_evaluation, self._in_training)
+            if capture is not None and capture.best() is not None
+        ]
+        return max(found, key=_Capture.size).best() if found else None
 
     def _trained(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
         """The module as it is now, or a copy with the state of the best checkpoint."""
@@ -276,17 +386,25 @@ class ExportCallback(Callback):
                     category=ExportWarning,
                 )
             return pl_module
-        # This run has written the file itself, so it may hold any object.
-        checkpoint = torch.load(best, map_location="cpu", weights_only=False)
-        return load_checkpoint(copy.deepcopy(pl_module).cpu(), checkpoint, best)
+        try:
+            # This run has written the file itself, so it may hold any object.
+            checkpoint = torch.load(best, map_location="cpu", weights_only=False)
+            return load_checkpoint(isolated_copy(pl_module).cpu(), checkpoint, best)
+        except Exception as error:
+            rank_zero_warn(
+                f"ExportCallback: the best checkpoint cannot be exported, the last weights are: "
+                f"{in_short(error)}",
+                category=ExportWarning,
+            )
+            return pl_module
 
-    def _warn(self) -> None:
-        report = self.report
-        assert report is not None
+    def _warn(self, report: ExportReport) -> None:
         for kind in KINDS:
             if self.files[kind.field] and kind.field not in report.by_kind:
+                own = [note for note in report.notes if note.startswith(f"{kind.title}: not ")]
+                why = first_lines(" ".join(own or report.notes))
                 rank_zero_warn(
-                    f"ExportCallback: no {kind.ending} file. {' '.join(report.notes)}",
+                    f"ExportCallback: no {kind.ending} file. {why}",
                     category=ExportWarning,
                 )
         if report.native is not None and report.native.max_difference > 0:
@@ -304,7 +422,8 @@ class ExportCallback(Callback):
             if low or artefact.divergence is not None:
                 rank_zero_warn(
                     f"ExportCallback: {artefact.path} differs from the trained model by "
-                    f"{difference:.3g}, agreement {agreement}. {' '.join(artefact.remarks)}",
+                    f"{difference:.3g}, agreement {agreement}. "
+                    f"{first_lines(' '.join(map(str, artefact.remarks)))}",
                     category=ExportWarning,
                 )
 
@@ -330,33 +449,37 @@ def _markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _evaluation_data(trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
-    """Batches of the test set of the data module or the module, or else of the validation set.
-
-    Not where a hook changes batches on their way to the model: on this way there is no such hook.
-    """
-    datamodule: Any = getattr(trainer, "datamodule", None)
-    sources = [source for source in (datamodule, pl_module) if source is not None]
-    hooks = ("on_before_batch_transfer", "on_after_batch_transfer", "transfer_batch_to_device")
-    if any(_has_own(source, hook) for source in sources for hook in hooks):
-        return
-    given: Any = None
-    for source in sources:
-        if given is None and _has_own(source, "test_dataloader"):
-            if source is datamodule:
-                source.setup("test")
-            given = source.test_dataloader()
-    given = trainer.val_dataloaders if given is None else given
-    loaders = given if isinstance(given, (list, tuple)) else [given]
-    for loader in loaders:
-        yield from loader if loader is not None else ()
+def _log(logger: Any, report: ExportReport, step: int) -> None:
+    rows, metrics = report.rows(), report.metrics()
+    # Directly: `self.log` is not allowed at the end of a fit.
+    if metrics:
+        logger.log_metrics(metrics, step=step)
+    if rows and is_a(logger, "WandbLogger"):
+        columns = [*rows[0]]
+        table = [[row[column] for column in columns] for row in rows]
+        logger.log_table("export/files", columns=columns, data=table)
+    elif rows and is_a(logger, "TensorBoardLogger"):
+        logger.experiment.add_text("export/files", _markdown(rows), step)
 
 
-def _has_own(source: object, hook: str) -> bool:
-    """Whether a LightningModule or LightningDataModule overrides a hook."""
-    own = getattr(type(source), hook, None)
-    home = getattr(own, "__module__", "")
-    return own is not None and home.partition(".")[0] not in ("lightning", "pytorch_lightning")
+def _of_inference(part: nn.Module, call: ForwardCall) -> ForwardCall:
+    """A call of a step as inference makes it: without labels, where the forward can do without."""
+    names = labels_in(call, part)
+    if not names:
+        return call
+    shorter = without_labels(call, isolated_copy(part).cpu().eval())
+    if shorter is not None:
+        rank_zero_info(
+            f"ExportCallback: files take no {', '.join(names)}, which the forward can do without; "
+            "example_input= gives another input."
+        )
+        return shorter
+    rank_zero_warn(
+        f"ExportCallback: files take {', '.join(names)}: labels, it seems, which nobody knows when "
+        "the files are used. example_input= gives the input of inference.",
+        category=ExportWarning,
+    )
+    return call
 
 
 class _Capture:
@@ -396,12 +519,19 @@ class _Capture:
         name = max(self._calls, key=lambda name: self._sizes[name])
         return name, self._calls[name]
 
+    def size(self) -> int:
+        """Quantized layers in that one."""
+        best = self.best()
+        return self._sizes[best[0]] if best is not None else 0
+
     def _enter(
         self, name: str, pl_module: LightningModule, module: nn.Module, args: Any, kwargs: Any
     ) -> None:
         is_forward = module is not pl_module or _runs_own_forward(pl_module)
         if is_forward and not any(self._running) and self._sizes[name] and name not in self._calls:
-            self._calls[name] = ForwardCall(args, kwargs).copy()
+            # Validation runs in inference mode, whose tensors cannot be traced with.
+            with torch.inference_mode(False):
+                self._calls[name] = ForwardCall(args, kwargs).copy()
         self._running.append(is_forward)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

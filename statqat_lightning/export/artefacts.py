@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,32 @@ from torch import Tensor, nn
 
 from statqat_lightning.dataflow import record
 from statqat_lightning.export import runtimes
+from statqat_lightning.export.evaluation import Evaluation, accuracy_of
 from statqat_lightning.export.files import with_ending
 from statqat_lightning.export.frozen import freeze_quietly, left_in_float
 from statqat_lightning.export.inputs import ForwardCall, outputs_of
+from statqat_lightning.export.interface import (
+    Dynamic,
+    at_another_size,
+    dimensions_of,
+    second_example,
+)
 from statqat_lightning.export.kinds import KINDS, REPORT_ENDING
 from statqat_lightning.export.onnx import ONNXExportError
 from statqat_lightning.export.proof import Proof
+from statqat_lightning.export.stale import refit, stale_scales
 from statqat_lightning.export.tracing import ExportError
 from statqat_lightning.export.verify import (
     ArtefactReport,
-    Comparison,
     Example,
     ExportDifferenceError,
     ExportReport,
-    class_axis,
-    output_steps,
 )
-from statqat_lightning.export.writers import writers
+from statqat_lightning.export.wording import Note, in_full, in_short
+from statqat_lightning.export.writers import Writer, writers
 from statqat_lightning.insertion import remove
 from statqat_lightning.integer_kernels import integer_kernels
+from statqat_lightning.isolated_copy import guarding, isolated_copy
 from statqat_lightning.placement import Settled, check_target, settle
 from statqat_lightning.quantized_model import quantized_layers
 from statqat_lightning.recipe import QuantRecipe
@@ -42,6 +50,9 @@ NO_EXAMPLE = (
     "not written, because no input is known to trace the model with. Set example_input_array in "
     "the LightningModule, or give example_input."
 )
+
+Progress = Callable[[str, int, int], None]
+"""Told of each step: what comes now, how many steps are done, and of how many."""
 
 
 @torch.no_grad()
@@ -63,11 +74,20 @@ def export_model(
     most_data: int | None = 1000,
     measure_latency: bool = True,
     target: str | None = None,
+    dynamic: Any = None,
+    progress: Progress | None = None,
+    on_report: Callable[[ExportReport], None] | None = None,
 ) -> ExportReport:
     """Write the files of a quantized model, and compare each with the fake-quantized model.
 
     A file takes its name only after it was read back, run and found right; until then an older one
-    stays. The model is not touched. What was found goes into `{path}.export.json`, too.
+    stays. The model is not touched. What was found goes into `{path}.export.json`, too. Whatever
+    goes wrong with a file ends that file alone: the reason is a note, all others are written, and
+    so is the report.
+
+    Weights that were changed after their training (a merged adapter, `weight.data`) get new scales
+    in the files, and a note says so. Where scales are learned or settled for a target, or nobody
+    knows what the training left, they stay, and a warning says that they no longer fit.
 
     Args:
         model: A model with quantizers.
@@ -86,19 +106,28 @@ def export_model(
         torchao: Whether to write the `.torchao.pt` file, see `save_torchao`. It holds weights
             alone, and is compared with the model whose inputs are in float, like the next.
         compressed: Whether to write the folder `.compressed`, see `save_compressed`.
-        strict: Whether a file that differs by more than the bound is refused. Otherwise it is kept,
-            and one that its runtime cannot load or run is a note.
+        strict: Whether a file that differs by more than the bound is refused, and whatever went
+            wrong raised when all else is written. Otherwise it is kept, and one that its runtime
+            cannot load or run is a note. A forward or a format that a kind of file cannot hold is a
+            note in either case.
         bound: Largest difference in output steps, see `ArtefactReport.max_steps`. A larger one is
-            accepted if every layer by itself agrees: then values on the edge between two codes fell
-            to the other side, as sums in another order make them, and a remark says so. The native
-            file has to agree bit for bit.
-        data: Batches `(inputs, labels)` or of inputs alone, for predictions and accuracy.
+            accepted if every layer by itself agrees: values on the edge between two codes fall to
+            the other side where sums run in another order, and a remark says how many have. The
+            native file has to agree bit for bit.
+        data: Batches for predictions and accuracy: inputs and labels as a tuple or list or by name
+            in a mapping, or inputs alone. Where there is no accuracy, a note says why.
         most_data: Most examples of `data` to use; None for all.
         measure_latency: Whether to time the files against the float model.
         target: The runtime that the model is meant for, `"onnxruntime"`. The report then names the
             quantized layers for which it has no integer kernels, which is most of them unless the
             model was trained with this target, see `StatQATCallback`. Scales and biases are moved
             to where it computes the same codes, see `settle`, and files compared with that model.
+        dynamic: Which dimensions beside the batch `.onnx` and `.pt2` files leave open: names by
+            input and dimension, `{"x": {2: "height", 3: "width"}}`, or a second example, whose
+            sizes differ from those of the first where dimensions are open. The files are run at
+            other sizes, too. None fixes all but the batch.
+        progress: Called at each step, as `progress(what, done, total)`.
+        on_report: Called with the report as soon as it is there, before an error is raised.
 
     Returns:
         Paths, sizes and differences. A forward that cannot be exported is a note there, and the
@@ -107,10 +136,11 @@ def export_model(
     Raises:
         ExportDifferenceError: If a file differs, and `strict`; it names the first layer that does.
             All other files have been written then, and its `report` describes them.
-        ValueError: If the model cannot be frozen, or has no submodule of that name; if there is no
-            such target.
+        ValueError: If the model cannot be frozen and `strict`, or has no submodule of that name; if
+            there is no such target, input or dimension.
         ModuleNotFoundError: If the extra `onnx` or `torchao` is needed and not installed.
-        OSError: If a file cannot be written.
+        OSError: If a file cannot be written, and `strict`; if the report cannot.
+        CannotCopy: If the model cannot be copied.
     """
     chosen = {
         "native": native,
@@ -123,141 +153,297 @@ def export_model(
     for kind in KINDS:
         if chosen[kind.field]:
             kind.require()
-    reference = copy.deepcopy(model).cpu().eval()
-    notes = [f"Left in float: {name} ({why})." for name, why in left_in_float(reference).items()]
-    try:
-        part = reference.get_submodule(module)
-    except AttributeError as error:
+    if module and module not in dict(model.named_modules(remove_duplicate=False)):
         raise ValueError(
             f"export: {type(model).__name__} has no submodule {module!r}; expected one of "
             f"{', '.join(name for name, _ in model.named_children())} or one below."
-        ) from error
-    call = None if example is None else ForwardCall.of(example).copy().with_batch(_MOST_EXAMPLES)
-    settled = _settle(reference, module, call) if target and call else Settled([], [])
-    if settled.scales:
-        notes.append(
-            "Scales are moved, by a thousandth at most, to where no result lies next to the edge "
-            f"between two codes: {', '.join(settled.scales)}."
         )
-    if settled.biases:
-        notes.append(
-            f"Biases are rounded as {target} adds them, to multiples of input scale times weight "
-            f"scale: {', '.join(settled.biases)}."
-        )
-    frozen = freeze_quietly(reference)
-    examples = [Example(call, outputs_of(call.run(part)))] if call else []
+    export = _Export(path, module, strict, _Steps(progress, 2 + sum(chosen.values())))
+    export.steps.next("copy of the model")
+    reference = isolated_copy(model).cpu().eval()
+    part = reference.get_submodule(module)
+    if left := left_in_float(reference):
+        each = [f"{name} ({why})" for name, why in left.items()]
+        export.notes.append(Note.of_names("Left in float: ", each))
+    export.renew_scales(reference, target)
+    call = export.call_that_runs(model, part, example)
+    opened = dimensions_of(dynamic, call, part) if call is not None else {}
+    if call is not None and target:
+        export.settle(reference, call, target)
+    frozen = export.freeze(reference)
+    examples = [Example(call, outputs_of(call.run(part)))] if call is not None else []
     is_random = any(not _equal(e.outputs, outputs_of(e.call.run(part))) for e in examples)
     if is_random:
-        notes.append(
+        export.notes.append(
             "The model gives other outputs each time, in eval mode, too: nothing can be proved."
         )
-    if examples and data is not None and not is_random:
-        try:
-            examples += _labelled(part, examples[0], data, most_data)
-        except Exception as error:
-            # Their data loader is asked for a figure; the files do not hang on it.
-            notes.append(f"No accuracy: the data failed with {type(error).__name__}: {error}")
-    proof = Proof(
-        frozen.get_submodule(module),
-        part,
-        examples,
-        strict and not is_random,
-        bound,
-        runtimes.float_model(reference, module) if call and measure_latency else None,
-        target,
-    )
-    outside = [
-        layer.name
-        for layer in quantized_layers(reference)
-        if module and not f"{layer.name}.".startswith(f"{module}.")
-    ]
-    whole = f"holds {module!r}; these quantized layers are outside: {', '.join(outside)}."
+    export.steps.next("predictions")
+    if examples and opened and not is_random:
+        examples += export.at_other_sizes(part, examples[0], opened, dynamic)
+    if examples and data is not None and not is_random and frozen is not None:
+        examples += export.labelled(part, examples[0], data, most_data, opened)
     reports: dict[str, ArtefactReport] = {}
-    differing: list[ExportDifferenceError] = []
-    for writer in writers(frozen, reference, module, recipe):
-        kind = writer.kind
-        if not chosen[kind.field]:
-            continue
-        if kind.needs_call and call is None:
-            notes.append(f"{kind.title}: {NO_EXAMPLE}")
-            continue
-        if kind.needs_call and outside:
-            notes.append(f"{kind.title}: {whole}")
-        file = with_ending(path, kind.ending)
-        try:
-            with kind.replacing(file) as temporary:
-                writer.write(temporary, call)
-                found = proof.of(writer, temporary, file)
-            reports[kind.field] = found
-        except ExportDifferenceError as error:
-            differing.append(error)
-            notes.append(f"{kind.title}: not written. {error}")
-        except (ExportError, ONNXExportError) as error:
-            notes.append(f"{kind.title}: not written. {error}")
+    if frozen is not None:
+        proof = Proof(
+            frozen.get_submodule(module),
+            part,
+            examples,
+            strict and not is_random,
+            bound,
+            runtimes.float_model(reference, module) if examples and measure_latency else None,
+            target,
+            is_random,
+        )
+        outside = [
+            layer.name
+            for layer in quantized_layers(reference)
+            if module and not f"{layer.name}.".startswith(f"{module}.")
+        ]
+        for writer in writers(frozen, reference, module, recipe, opened):
+            if chosen[writer.kind.field]:
+                found = export.write(writer, proof, call, outside, example is not None)
+                reports |= {} if found is None else {writer.kind.field: found}
     report = ExportReport(
         **{kind.field: reports.get(kind.field) for kind in KINDS},
-        examples=(call.batch_size or 0) if call else 0,
+        examples=(call.batch_size or 0) if call is not None else 0,
         output_range=max(
             (float(t.float().abs().max()) for t in _outputs(examples[:1]) if t.numel()), default=0.0
         ),
         float_bytes=sum(4 * t.numel() for t in reference.state_dict().values()),
-        notes=tuple(notes),
-        accuracy=_accuracy(examples),
+        notes=tuple(export.notes),
+        accuracy=accuracy_of(examples),
+        details=export.details,
     )
-    report.to_json(with_ending(path, REPORT_ENDING))
-    if differing and strict:
-        differing[0].report = report
-        raise differing[0]
+    try:
+        report.to_json(with_ending(path, REPORT_ENDING))
+    except OSError as error:
+        export.errors.append(error)
+    export.steps.next("")
+    if on_report is not None:
+        on_report(report)
+    if strict and export.errors:
+        first, *others = sorted(export.errors, key=_is_no_difference)
+        if isinstance(first, ExportDifferenceError):
+            first.report = report
+        for other in others:
+            first.add_note(f"Also: {in_short(other)}")
+        raise first
     return report
+
+
+class StaleScalesWarning(UserWarning):
+    """Weights are exported with scales that no longer fit them."""
+
+
+def _is_no_difference(error: Exception) -> bool:
+    return not isinstance(error, ExportDifferenceError)
+
+
+@dataclass
+class _Steps:
+    """Counts steps aloud."""
+
+    progress: Progress | None
+    total: int
+    done: int = -1
+
+    def next(self, what: str) -> None:
+        """Say that the last step is done, and what the next one is."""
+        self.done += 1
+        if self.progress is not None:
+            self.progress(what, self.done, self.total)
+
+
+@dataclass
+class _Export:
+    """What one export finds out, file by file.
+
+    Attributes:
+        path: Where the files go.
+        module: Name of the submodule to export.
+        strict: Whether errors are raised in the end.
+        steps: Told of each step.
+        notes: For the report.
+        details: Full texts of errors, by kind of file or `model`.
+        errors: What is raised in the end, if `strict`.
+    """
+
+    path: str | Path
+    module: str
+    strict: bool
+    steps: _Steps
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, str] = field(default_factory=dict)
+    errors: list[Exception] = field(default_factory=list)
+
+    def renew_scales(self, reference: nn.Module, target: str | None) -> None:
+        """Give weights new scales where those in force no longer fit, or say that they do not."""
+        stale = stale_scales(reference)
+        settled = target is not None
+        free = [s for s in stale if s.changed and not (settled or s.quantizer.quantizer.learned)]
+        refit(free)
+        if free:
+            self.notes.append(
+                Note.of_names(
+                    "Weights were changed after the training, so files have new scales, unlike the "
+                    "model itself: ",
+                    map(str, free),
+                    ". In brackets what the old ones would cost.",
+                )
+            )
+        fixed = [entry for entry in stale if entry not in free]
+        if fixed:
+            note = Note.of_names(
+                "Scales no longer fit their weights, which were changed since they were chosen: ",
+                map(str, fixed),
+                ". In brackets what that costs. Scales that are learned, settled for a target, or "
+                "of a training that is not known stay as they are: refresh(model, inputs=False) "
+                "chooses them anew.",
+            )
+            self.notes.append(note)
+            warnings.warn(f"export: {note.short}", StaleScalesWarning, stacklevel=4)
+
+    def call_that_runs(self, model: nn.Module, part: nn.Module, example: Any) -> ForwardCall | None:
+        """The example, cut to a few hundred rows if the forward allows that; None if it fails."""
+        if example is None:
+            return None
+        whole = ForwardCall.of(example).copy()
+        with suppress(Exception):
+            few = whole.with_batch(_MOST_EXAMPLES)
+            few.run(part)
+            whole = few
+        try:
+            with guarding(model):
+                whole.run(part)
+        except Exception as error:
+            self.details["model"] = in_full(error)
+            self.notes.append(
+                f"A copy of the model in eval mode cannot run the example: {in_short(error)}. "
+                "Nothing is compared, and no file written that needs it; example_input= gives "
+                "another one."
+            )
+            return None
+        return whole
+
+    def settle(self, reference: nn.Module, call: ForwardCall, target: str) -> None:
+        """See `placement.settle`; nothing is left to do for a model trained for the target."""
+        try:
+            settled = _settle(reference, self.module, call)
+        except Exception as error:
+            self.details["target"] = in_full(error)
+            self.notes.append(f"Not settled for {target}: {in_short(error)}")
+            return
+        if settled.scales:
+            self.notes.append(
+                Note.of_names(
+                    "Scales are moved, by a thousandth at most, to where no result lies next to "
+                    "the edge between two codes: ",
+                    settled.scales,
+                )
+            )
+        if settled.biases:
+            self.notes.append(
+                Note.of_names(
+                    f"Biases are rounded as {target} adds them, to multiples of input scale times "
+                    "weight scale: ",
+                    settled.biases,
+                )
+            )
+
+    def freeze(self, reference: nn.Module) -> nn.Module | None:
+        """The frozen model; None if there is none, so that there are no files either."""
+        try:
+            return freeze_quietly(reference)
+        except Exception as error:
+            self.details["model"] = in_full(error)
+            self.notes.append(f"No file can be written: {in_short(error)}")
+            self.errors.append(error)
+            return None
+
+    def at_other_sizes(
+        self, part: nn.Module, first: Example, opened: Dynamic, dynamic: Any
+    ) -> list[Example]:
+        """The example at another size, so that open dimensions are tried out."""
+        names = first.call.names(part)
+        calls = [at_another_size(first.call, names, opened, factor) for factor in (2, 0.5)]
+        if (second := second_example(dynamic)) is not None:
+            calls = [second.copy().with_batch(_MOST_EXAMPLES), *calls]
+        for call in calls:
+            with suppress(Exception):
+                return [Example(call, outputs_of(call.run(part)))]
+        self.notes.append(
+            "The model does not run at twice or half the size of the example: dimensions beside "
+            "the batch are open, but tried at one size only."
+        )
+        return []
+
+    def labelled(
+        self,
+        part: nn.Module,
+        first: Example,
+        data: Iterable[Any],
+        most: int | None,
+        opened: Dynamic,
+    ) -> list[Example]:
+        """Examples from data, and a note where they give no accuracy."""
+        evaluation = Evaluation(part, first, opened, most)
+        examples = [*evaluation.examples(data)]
+        if evaluation.reason:
+            self.notes.append(f"No accuracy: {evaluation.reason}")
+        elif evaluation.skipped:
+            self.notes.append(
+                f"The accuracy leaves out {evaluation.skipped} batches of other sizes than the "
+                "example."
+            )
+        return examples
+
+    def write(
+        self,
+        writer: Writer,
+        proof: Proof,
+        call: ForwardCall | None,
+        outside: list[str],
+        is_given: bool,
+    ) -> ArtefactReport | None:
+        """Write and prove one file; None, with a note, whatever goes wrong."""
+        kind = writer.kind
+        file = with_ending(self.path, kind.ending)
+        self.steps.next(file.name)
+        if kind.needs_call and call is None:
+            why = "not written, because the example cannot be run." if is_given else NO_EXAMPLE
+            self.notes.append(f"{kind.title}: {why}")
+            return None
+        if kind.needs_call and outside:
+            self.notes.append(
+                Note.of_names(
+                    f"{kind.title}: holds {self.module!r}; these quantized layers are outside: ",
+                    outside,
+                )
+            )
+        try:
+            with kind.replacing(file) as temporary:
+                writer.write(temporary, call)
+                return proof.of(writer, temporary, file)
+        except (ExportError, ONNXExportError) as error:
+            text = str(error)
+            if isinstance(error, ExportDifferenceError):
+                self.errors.append(error)
+            self.details[kind.field] = in_full(error)
+        except Exception as error:
+            text = in_short(error)
+            self.errors.append(error)
+            self.details[kind.field] = in_full(error)
+        self.notes.append(f"{kind.title}: not written. {text}")
+        return None
 
 
 def _settle(reference: nn.Module, module: str, call: ForwardCall) -> Settled:
     """See `settle`; nothing is left to do for a model that was trained for the target."""
-    plain = copy.deepcopy(reference)
+    plain = isolated_copy(reference)
     remove(plain)
     part = plain.get_submodule(module)
     kernels = integer_kernels(record(part, lambda: call.run(part)))
     return settle(reference, [kernel.below(module) for kernel in kernels])
-
-
-def _labelled(
-    part: nn.Module, first: Example, data: Iterable[Any], most: int | None
-) -> Iterator[Example]:
-    """Examples from batches that fit the forward and its predictions."""
-    tensors = first.call.leaves()
-    outputs = first.outputs
-    if len(tensors) != 1 or not outputs or class_axis(outputs[0]) is None:
-        return
-    kind, left = tensors[0], math.inf if most is None else most
-    for batch in data:
-        inputs, labels = (
-            batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-        )
-        if left <= 0 or not isinstance(inputs, Tensor):
-            return
-        if (
-            inputs.shape[1:] != kind.shape[1:]
-            or inputs.is_floating_point() != kind.is_floating_point()
-        ):
-            return
-        call = first.call.map(lambda t, x=inputs: x.detach().cpu().to(kind.dtype))
-        call = call.with_batch(None if math.isinf(left) else int(left))
-        wanted = outputs_of(call.run(part))
-        if isinstance(labels, Tensor) and not labels.is_floating_point():
-            labels = labels[: call.batch_size].cpu()
-            predicted = wanted[0].argmax(class_axis(wanted[0]))
-            labels = labels if labels.shape == predicted.shape else None
-        else:
-            labels = None
-        left -= call.batch_size or 0
-        yield Example(call, wanted, labels)
-
-
-def _accuracy(examples: list[Example]) -> float | None:
-    comparison = Comparison(output_steps(examples))
-    for example in examples:
-        comparison.add(example, example.outputs)
-    return comparison.accuracy
 
 
 def _outputs(examples: list[Example]) -> list[Tensor]:

@@ -68,6 +68,7 @@ def save_compressed(
     for key, tensor in plain_model(frozen).state_dict(keep_vars=True).items():
         layer, _, name = key.rpartition(".")
         if name == "weight" and layer in chosen:
+            seen.add(id(tensor))  # a layer may go by several names
             tensors |= {f"{layer}.{k}" if layer else k: t for k, t in _packed(chosen[layer])}
         elif isinstance(tensor, Tensor) and id(tensor) not in seen:
             seen.add(id(tensor))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,16 +40,20 @@ class Divergence:
         difference: Largest absolute difference of its outputs.
         allowed: What rounding explains.
         role: What of the layer it is, if it is not what the layer computes.
+        mismatch: What is wrong with number or shapes, where that is what differs.
     """
 
     layer: str
     difference: float
     allowed: float
     role: str = ""
+    mismatch: str = ""
 
     def __str__(self) -> str:
         place = f"layer {self.layer!r}" if self.layer else "what comes after the last layer"
         place = f"the rounded {self.role} of {place}" if self.role else place
+        if self.mismatch:
+            return f"{place}: {self.mismatch}"
         return f"{place}: {self.difference:.3g}, where rounding explains {self.allowed:.3g}"
 
 
@@ -83,7 +88,8 @@ def first_divergence(
             return None
         theirs = given[number].to(output.dtype)
         if theirs.numel() != output.numel():
-            divergences.append(Divergence(name, float("inf"), 0.0))
+            mismatch = f"shape {tuple(theirs.shape)} in place of {tuple(output.shape)}"
+            divergences.append(Divergence(name, math.inf, 0.0, mismatch=mismatch))
             return None
         theirs = theirs.reshape(output.shape)
         if divergence := _divergence(name, output, theirs, _one_code(layer)):
@@ -103,13 +109,15 @@ def first_divergence(
             handle.remove()
     if divergences:
         return divergences[0]
-    for ours, theirs in zip(expected, outputs, strict=False):
-        reshaped = theirs.reshape(ours.shape) if theirs.numel() == ours.numel() else None
-        if reshaped is None:
-            return Divergence("", float("inf"), 0.0)
-        if divergence := _divergence("", ours, reshaped, None):
-            return divergence
-    return None
+    return _of_outputs(expected, outputs)
+
+
+def _of_outputs(expected: Sequence[Tensor], outputs: Sequence[Tensor]) -> Divergence | None:
+    """Whether outputs follow from all layers."""
+    if mismatch := mismatch_of(outputs, expected):
+        return Divergence("", math.inf, 0.0, mismatch=mismatch)
+    pairs = zip(expected, outputs, strict=True)
+    return next((d for ours, theirs in pairs if (d := _divergence("", ours, theirs, None))), None)
 
 
 @torch.no_grad()
@@ -157,12 +165,97 @@ def first_rounding(
     finally:
         for _, layer in layers:
             del layer.__dict__["rounded"]
-    if divergences:
-        return divergences[0]
-    for ours, theirs in zip(expected, outputs, strict=False):
-        if divergence := _divergence("", ours, theirs.reshape(ours.shape), None):
-            return divergence
-    return None
+    return divergences[0] if divergences else _of_outputs(expected, outputs)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Rounded values of an artefact that are others than the frozen model's.
+
+    Attributes:
+        values: How many.
+        of: Of how many that were compared.
+    """
+
+    values: int
+    of: int
+
+
+@torch.no_grad()
+def moved_codes(
+    frozen: nn.Module, call: ForwardCall, found: LayerOutputs, shown: Roundings
+) -> Moved:
+    """Count the values that lie on other codes than in the frozen model's own run.
+
+    Args:
+        frozen: The frozen model that was written.
+        call: Input of a forward.
+        found: Outputs of the artefact's layers; what is rounded follows from them where the
+            artefact does not show it.
+        shown: The artefact's rounded tensors, as far as it shows them.
+    """
+    ours = _roundings_of(frozen, call, {})
+    theirs = {**_roundings_of(frozen, call, found), **shown}
+    moved = compared = 0
+    for place, tensors in ours.items():
+        layer = frozen.get_submodule(place[0])
+        assert isinstance(layer, FrozenLayer)
+        for own, other in zip(tensors, theirs.get(place, ()), strict=False):
+            if own.numel() == other.numel():
+                far = 0.5 * _to_the_next_code(layer, place[1], own)
+                moved += int(((own - other.to(own.dtype).reshape(own.shape)).abs() > far).sum())
+                compared += own.numel()
+    return Moved(moved, compared)
+
+
+def _roundings_of(
+    frozen: nn.Module, call: ForwardCall, outputs: LayerOutputs
+) -> dict[tuple[str, str], list[Tensor]]:
+    """All that a frozen model rounds in a run in which layers give the outputs they are told to."""
+    roundings: dict[tuple[str, str], list[Tensor]] = {}
+    calls: Counter[str] = Counter()
+
+    def keep(name: str, layer: FrozenLayer, role: str, x: Tensor) -> Tensor:
+        rounded = type(layer).rounded(layer, role, x)
+        roundings.setdefault((name, role), []).append(rounded)
+        return rounded
+
+    def replace(name: str, output: Any) -> Any:
+        number, calls[name] = calls[name], calls[name] + 1
+        given = outputs.get(name, ())
+        fits = isinstance(output, Tensor) and number < len(given)
+        if not fits or given[number].numel() != output.numel():
+            return None
+        return given[number].to(output.dtype).reshape(output.shape)
+
+    layers = frozen_layers(frozen)
+    handles = [
+        layer.register_forward_hook(lambda module, args, output, name=name: replace(name, output))
+        for name, layer in layers
+    ]
+    for name, layer in layers:
+        layer.__dict__["rounded"] = partial(keep, name, layer)
+    try:
+        call.run(frozen)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for _, layer in layers:
+            del layer.__dict__["rounded"]
+    return roundings
+
+
+def mismatch_of(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> str:
+    """How outputs differ in number or shapes from those of the model; empty if they do not."""
+    if len(given) != len(wanted):
+        return f"it has {len(given)} outputs where the model has {len(wanted)}"
+    for number, (ours, theirs) in enumerate(zip(given, wanted, strict=True)):
+        if ours.shape != theirs.shape:
+            return (
+                f"its output {number} has shape {tuple(ours.shape)} where the model's has "
+                f"{tuple(theirs.shape)}"
+            )
+    return ""
 
 
 def rounded_places(frozen: nn.Module) -> list[tuple[str, str]]:

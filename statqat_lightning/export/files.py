@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -117,9 +118,28 @@ def with_ending(path: str | Path, ending: str) -> Path:
     return path.with_name((path.stem if path.suffix in ENDINGS else path.name) + ending)
 
 
+DIGITS = 8
+"""Of the contents of an `.onnx` file's weights, in the name of the file that has them."""
+
+
+def data_name(path: Path, digits: str = "") -> str:
+    """Name of the file with weights of an `.onnx` file: checkers refuse names with a dot ahead."""
+    return f"{path.name.lstrip('.')}{'.' if digits else ''}{digits}.data"
+
+
+def data_beside(path: Path) -> list[Path]:
+    """The files with weights of an `.onnx` file: `{name}.data` or `{name}.{digits}.data`."""
+    named = re.compile(
+        re.escape(data_name(path).removesuffix(".data")) + rf"(\.[0-9a-f]{{{DIGITS}}})?\.data"
+    )
+    if path.suffix != ".onnx" or not path.parent.is_dir():
+        return []
+    return [file for file in path.parent.iterdir() if named.fullmatch(file.name)]
+
+
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    files = path.rglob("*") if path.is_dir() else [path]
+    """Bytes of a file and those of its weights beside it, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path, *data_beside(path)]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 

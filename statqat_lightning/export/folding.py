@@ -9,7 +9,6 @@ section 3.2, fold before they quantize, which rounds other weights than these.)
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +24,10 @@ from statqat_lightning.export.frozen import (
     codes_name,
     scale_name,
 )
-from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.inputs import ForwardCall, first_that_runs
 from statqat_lightning.fake_quantizer import OUTPUT, WEIGHT
 from statqat_lightning.granularity import PerBlock, PerChannel, PerGroup, PerTensor
+from statqat_lightning.isolated_copy import isolated_copy
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -57,7 +57,7 @@ class CannotFold(Exception):
 
 
 @torch.no_grad()
-def fold_batch_norm(frozen: nn.Module, call: ForwardCall) -> Folded:
+def fold_batch_norm(frozen: nn.Module, *calls: ForwardCall) -> Folded:
     """A copy of a frozen model in which layers do what the BatchNorm behind them did.
 
     A BatchNorm is folded if it is all that reads the output of a frozen layer, as one run shows.
@@ -65,9 +65,11 @@ def fold_batch_norm(frozen: nn.Module, call: ForwardCall) -> Folded:
 
     Args:
         frozen: A frozen model.
-        call: Input of a forward.
+        *calls: Inputs of a forward, of which the first that runs is taken: a forward may fix the
+            size of its batch.
     """
-    model = copy.deepcopy(frozen)
+    model = isolated_copy(frozen)
+    call = first_that_runs(model, *calls)
     flow = record(model, lambda: call.run(model))
     layers, left = {}, {}
     for operation in flow.operations:
@@ -83,7 +85,7 @@ def fold_batch_norm(frozen: nn.Module, call: ForwardCall) -> Folded:
         except CannotFold as reason:
             left[operation.name] = str(reason)
         else:
-            _replace(model, operation.name, norm)
+            _replace(model, norm)
             layers[before.name] = operation.name
     return Folded(model, layers, left)
 
@@ -165,12 +167,15 @@ def _scale_weight(layer: FrozenLayer, factor: Tensor, axis: int) -> None:
     }
 
 
-def _replace(model: nn.Module, name: str, norm: nn.Module) -> None:
+def _replace(model: nn.Module, norm: nn.Module) -> None:
     """Put a module that only rounds the output, if that, in the place of a BatchNorm."""
     identity: Any = nn.Identity().eval()
     if isinstance(norm, FrozenLayer):
         identity = as_frozen(identity, {}, norm.frozen_activations, norm.weight_dtype)
         for role in norm.frozen_activations:
             identity.register_buffer(scale_name(role), norm.get_buffer(scale_name(role)))
-    parent, _, own = name.rpartition(".")
-    model.get_submodule(parent)._modules[own] = identity
+    # Under every name that it has: the forward may call it by any of them.
+    for parent in [*model.modules()]:
+        for own, child in parent._modules.items():
+            if child is norm:
+                parent._modules[own] = identity

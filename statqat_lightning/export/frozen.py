@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from statqat_lightning.fake_quantizer import (
 from statqat_lightning.formats import Format
 from statqat_lightning.functional import QParams, dequantize, quantize
 from statqat_lightning.granularity import Granularity
+from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.layer_kinds import RECURRENT, LayerKind, kind_of_class
 from statqat_lightning.quantized_layer import (
     InputNames,
@@ -236,7 +236,7 @@ def freeze_quietly(model: nn.Module) -> nn.Module:
             "prepare(model) first."
         )
     refuse_weights_from_hooks(model)
-    frozen = copy.deepcopy(model).eval()
+    frozen = isolated_copy(model).eval()
     for name, module, quantizers in quantized_layers(frozen):
         _freeze_layer(name, module, quantizers)
     show_weights(frozen)
@@ -261,6 +261,7 @@ def _freeze_layer(name: str, module: Any, quantizers: LayerQuantizers) -> None:
     dtype = next((weight_of(module, role).dtype for role in names), torch.float32)
     codes = {}
     for role, q in weights.items():
+        _refuse_not_finite(q.name, weight_of(module, role))
         try:
             codes[role] = q.fmt.encode(quantize(weight_of(module, role), q.qparams, q.fmt))
         except ValueError as error:
@@ -284,6 +285,16 @@ def _freeze_layer(name: str, module: Any, quantizers: LayerQuantizers) -> None:
     for role, activation in activations.items():
         module.register_buffer(scale_name(role), activation.qparams.scale.detach().clone())
     module._forget_flat_weights()
+
+
+def _refuse_not_finite(name: str, weight: Tensor) -> None:
+    for what, found in (("NaN", weight.isnan()), ("infinite values", weight.isinf())):
+        if bool(found.any()):
+            raise ValueError(
+                f"freeze: {name}: the weight holds {what} ({int(found.sum())} of {weight.numel()} "
+                "values), which have no codes: the training has diverged. Export an earlier "
+                "checkpoint."
+            )
 
 
 def as_frozen(

@@ -89,6 +89,26 @@ class ForwardCall:
         return ForwardCall(args, kwargs)
 
 
+def first_that_runs(model: nn.Module, *calls: ForwardCall) -> ForwardCall:
+    """The first of several calls that a model runs.
+
+    A forward may fix the size of its batch; or what looks like the batch, being the first dimension
+    of all tensors, is none: the channels of images in a list.
+
+    Raises:
+        Exception: Whatever the last one fails with, if all do.
+    """
+    *first, last = calls
+    for call in first:
+        try:
+            call.run(model)
+        except Exception:
+            continue
+        return call
+    last.run(model)
+    return last
+
+
 class TensorsOnly(nn.Module):
     """A model as a function of its tensor arguments alone, to a flat tuple of tensors.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from statqat_lightning.export.compressed_tensors import FILES as COMPRESSED_FILES
 from statqat_lightning.export.files import replacing, replacing_folder
 from statqat_lightning.export.onnx import require_packages
+from statqat_lightning.export.onnx_files import replacing_onnx
 from statqat_lightning.export.torchao import require_torchao
 
 REPORT_ENDING = ".export.json"
@@ -26,6 +27,7 @@ class Kind:
         title: Its name in notes.
         ending: Of its path.
         files: Names of the files in it, if it is a folder.
+        replace: Makes the temporary path of a file, see `replacing`.
         require: Checks that what it needs is installed.
         needs_call: Whether an input is needed to write it.
         exact: Whether it has to agree bit for bit.
@@ -40,6 +42,7 @@ class Kind:
     title: str
     ending: str
     files: tuple[str, ...] = ()
+    replace: Callable[[Path], AbstractContextManager[Path]] = replacing
     require: Callable[[], None] = lambda: None
     needs_call: bool = False
     exact: bool = False
@@ -50,7 +53,7 @@ class Kind:
 
     def replacing(self, path: Path) -> AbstractContextManager[Path]:
         """A temporary path that takes the place of `path` when all went well."""
-        return replacing_folder(path, self.files) if self.files else replacing(path)
+        return replacing_folder(path, self.files) if self.files else self.replace(path)
 
 
 KINDS = (
@@ -60,6 +63,7 @@ KINDS = (
         "onnx",
         "ONNX",
         ".onnx",
+        replace=replacing_onnx,
         require=require_packages,
         needs_call=True,
         in_float32=True,

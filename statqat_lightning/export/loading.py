@@ -22,6 +22,7 @@ from statqat_lightning.export.frozen import (
 )
 from statqat_lightning.export.native import KEY, read_header, read_scale
 from statqat_lightning.export.packing import packed_size, unpack
+from statqat_lightning.export.stale import remember_weights
 from statqat_lightning.export.wording import some
 from statqat_lightning.fake_quantizer import OUTPUT, FakeQuantizer
 from statqat_lightning.formats import at_least_bits, get_format
@@ -104,6 +105,13 @@ def _load_native(model: nn.Module, path: Path) -> nn.Module:
         for entry in layers.values()
         for role in entry.weights
     }
+    others = _other_names(header)
+    same: dict[str, str] = dict(header["aliases"])
+    for other, name in others.items():
+        layers[other] = _Entry(path, other, header["layers"][name])
+        keys = {layers[other].key(r): layers[name].key(r) for r in layers[name].weights}
+        weights |= {key: weights[known] for key, known in keys.items()}
+        same |= keys
     remove(model)
     for name, part in list(model.named_modules()):
         for role in kind_of(part).weights(part):
@@ -111,9 +119,14 @@ def _load_native(model: nn.Module, path: Path) -> nn.Module:
                 _make_plain(part, role)
     own = {key for entry in layers.values() for key in entry.keys_in_file()}
     state = {name: t for name, t in tensors.items() if name not in own}
-    prefix = _prefix(model, state.keys() | weights.keys(), str(path))
+    prefix = _prefix(model, state.keys() | weights.keys(), str(path), same)
     holder = _nested(model, prefix)
-    layers = {name: entry for name, entry in layers.items() if f"{name}.".startswith(prefix)}
+    own_names = {name for name, _ in holder.named_modules()}  # one of each layer
+    layers = {
+        name: entry
+        for name, entry in layers.items()
+        if f"{name}.".startswith(prefix) and (name in own_names or name not in others)
+    }
     _prepare(holder, QuantRecipe([entry.rule() for entry in layers.values()]), str(path))
     # Last, so that a weight shared with a layer in float keeps its float values: quantized again,
     # they give the same codes.
@@ -125,6 +138,17 @@ def _load_native(model: nn.Module, path: Path) -> nn.Module:
         layers[layer.name].restore(layer, tensors)
     show_weights(holder)
     return _finished(model)
+
+
+def _other_names(header: Mapping[str, Any]) -> dict[str, str]:
+    """Other names of layers that are in the model several times, and the name of each."""
+    found: dict[str, str] = {}
+    for alias, name in header["aliases"].items():
+        (other, tensor), (layer, own) = (key.rpartition(".")[::2] for key in (alias, name))
+        roles = header["layers"].get(layer, {})
+        if tensor == own and any(tensor in (codes_name(r), scale_name(r)) for r in roles):
+            found[other] = layer
+    return found
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -298,15 +322,25 @@ def file_kind(path: Path) -> str:
     )
 
 
-def _prefix(model: nn.Module, keys: set[str], where: str) -> str:
-    """What stands before the model's names in a file that holds a larger model."""
+def _prefix(
+    model: nn.Module, keys: set[str], where: str, same: Mapping[str, str] | None = None
+) -> str:
+    """What stands before the model's names in a file that holds a larger model.
+
+    Args:
+        model: The model, or a part of the one in the file.
+        keys: Names in the file.
+        where: The file, for messages.
+        same: Other names of the same tensors: parts that differ in nothing else are one.
+    """
     own = {k for k in model.state_dict() if not k.endswith("_extra_state")}
     if not own or own & keys:
         return ""
     probe = min(own, key=len)
     prefixes = {key.removesuffix(probe) for key in keys if key.endswith(f".{probe}")}
     fitting = sorted(p for p in prefixes if all(p + key in keys for key in own))
-    if len(fitting) == 1:
+    known = same or {}
+    if len({tuple(known.get(p + key, p + key) for key in sorted(own)) for p in fitting}) == 1:
         return fitting[0]
     outer = sorted(k for k in own if any(k.endswith(f".{key}") for key in keys))
     hint = ""
@@ -336,6 +370,7 @@ def _finished(model: nn.Module) -> nn.Module:
     for name, _, quantizers in quantized_layers(model):
         for quantizer in quantizers.present():
             quantizer.layer = name
+    remember_weights(model)
     return model.eval()
 
 

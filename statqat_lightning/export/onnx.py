@@ -3,7 +3,8 @@
 - Inputs: Clip to the grid where the container type is wider than the format, QuantizeLinear and
   DequantizeLinear with zero point 0, or 128 for signed integers; FP6 and FP4 by arithmetic that
   rounds as the format does.
-- Weights: DequantizeLinear over int8, uint8, int4, uint4 or float8 initializers; FP6, FP4 and
+- Weights: DequantizeLinear over int8, uint8, int4, uint4 or float8 initializers (8-bit ones that
+  meet rounded inputs are uint8 around 128, see `onnx_graph.keep_from_saturating`); FP6, FP4 and
   codebooks as indices of a table of values (in 4 bits where it has 16), and block formats as rows
   of blocks times a scale each: ONNX Runtime turns these into weights once, when it loads.
 - Linear layers: see `onnx_graph.lay_out_linears`.
@@ -13,7 +14,6 @@ QuantizeLinear divides by the scale and rounds half to even, as fake quantizatio
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import math
@@ -24,13 +24,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from statqat_lightning.export.files import replacing
+from statqat_lightning.export.files import data_name
 from statqat_lightning.export.folding import fold_batch_norm
 from statqat_lightning.export.frozen import freeze, frozen_layers
-from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, output_names
+from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, first_that_runs, output_names
+from statqat_lightning.export.interface import dimensions_of, open_dimensions
 from statqat_lightning.export.native import KEY, library_version
+from statqat_lightning.export.onnx_files import replacing_onnx
 from statqat_lightning.export.onnx_graph import (
     keep_biases,
+    keep_from_saturating,
+    keep_weights,
     lay_out_linears,
     pack_tables,
     split_clips,
@@ -42,6 +46,7 @@ from statqat_lightning.export.operators import (
     use_operators,
 )
 from statqat_lightning.export.tracing import where_it_stopped
+from statqat_lightning.export.wording import in_short
 from statqat_lightning.formats import (
     BlockFormat,
     CodebookFormat,
@@ -50,10 +55,13 @@ from statqat_lightning.formats import (
     ShiftedFloatFormat,
     get_format,
 )
+from statqat_lightning.isolated_copy import isolated_copy
 
 FLOAT8_ONNX = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
 OPSET = 21
 """The first with 4-bit types and blocks in DequantizeLinear. ONNX Runtime 1.25 reads all of it."""
+MOST_BYTES = 2**31 - 2**24
+"""Most bytes of weights in an `.onnx` file: protobuf ends at 2 GiB, and the graph takes some."""
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "ml_dtypes")
 
 # The optimizer computes ahead of time what is constant, and would turn codes into float weights. It
@@ -79,11 +87,13 @@ def require_packages() -> None:
         )
 
 
-def save_onnx(model: nn.Module, path: str | Path, example: Any) -> None:
+def save_onnx(model: nn.Module, path: str | Path, example: Any, *, dynamic: Any = None) -> None:
     """Write a quantized model to an `.onnx` file with a dynamic batch dimension.
 
     The file computes in float32, and appears under its name when it is complete. BatchNorm is
-    folded into the layers before it where that is exact, see `fold_batch_norm`.
+    folded into the layers before it where that is exact, see `fold_batch_norm`. A model beyond the
+    2 GB that an `.onnx` file can hold has its weights in a second file beside it,
+    `{name}.{digits}.data`, see `replacing_onnx`.
 
     Args:
         model: A frozen model, or a model with quantizers, which is frozen first.
@@ -91,27 +101,47 @@ def save_onnx(model: nn.Module, path: str | Path, example: Any) -> None:
         example: Input of one forward call: a tensor, a tuple of positional or a mapping of keyword
             arguments, or a `ForwardCall`. The first dimension of tensors is the batch, if all
             agree.
+        dynamic: Which other dimensions are open, see `export_model`; None for none.
 
     Raises:
+        ValueError: If `dynamic` names no input or no dimension.
         ModuleNotFoundError: If the extra `onnx` is not installed.
         ONNXExportError: If the forward cannot be traced or translated.
         OSError: If the file cannot be written.
     """
     require_packages()
-    frozen = copy.deepcopy(model) if frozen_layers(model) else freeze(model)
+    frozen = isolated_copy(model) if frozen_layers(model) else freeze(model)
     frozen = frozen.cpu().float()
     _refuse_what_has_no_operators(frozen)
     # A dimension of size 1 would be taken for a constant.
-    call = ForwardCall.of(example).copy().to_float32().with_batch(least=2)
+    call = ForwardCall.of(example).copy().to_float32()
+    call = first_that_runs(frozen, call.with_batch(least=2), call)
+    names = call.names(frozen)
+    opened = open_dimensions(call, names, dimensions_of(dynamic, call, frozen))
     outputs = call.run(frozen)
     folded = fold_batch_norm(frozen, call)
     frozen = folded.model
     use_operators(frozen)
-    names = call.names(frozen), output_names(outputs)
     metadata = {"library_version": library_version(), "folded": folded.axes}
-    proto = _translate(TensorsOnly(frozen, call).eval(), call, metadata, *names)
-    with replacing(Path(path)) as temporary:
-        temporary.write_bytes(proto)
+    traced = TensorsOnly(frozen, call).eval()
+    graph = _translate(traced, call, opened, metadata, names, output_names(outputs))
+    with replacing_onnx(Path(path)) as temporary:
+        _write(graph, temporary)
+
+
+def _write(graph: Any, path: Path) -> None:
+    """Write a graph, with its weights in a file of their own where one file cannot hold them."""
+    import onnx
+    import onnx_ir
+
+    weights = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value)
+    if weights < MOST_BYTES:
+        proto = onnx_ir.to_proto(graph)
+        onnx.checker.check_model(proto)
+        path.write_bytes(proto.SerializeToString())
+        return
+    onnx_ir.save(graph, path, external_data=data_name(path), size_threshold_bytes=256)
+    onnx.checker.check_model(path)
 
 
 def _refuse_what_has_no_operators(frozen: nn.Module) -> None:
@@ -128,17 +158,16 @@ def _refuse_what_has_no_operators(frozen: nn.Module) -> None:
 def _translate(
     model: nn.Module,
     call: ForwardCall,
+    opened: list[dict[int, str]],
     metadata: dict[str, Any],
     input_names: list[str],
     output_names: list[str],
-) -> bytes:
-    import onnx
-    import onnx_ir
+) -> Any:
     import onnxscript.optimizer
 
     tensors = tuple(call.tensors())
-    dynamic = torch.export.Dim.AUTO
-    shapes = tuple({0: dynamic} if t.dim() and len(t) == call.batch_size else None for t in tensors)
+    automatic = torch.export.Dim.AUTO
+    shapes = tuple(dict.fromkeys(titles, automatic) if titles else None for titles in opened)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             # What tracing and translation warn of concerns their own insides.
@@ -161,23 +190,22 @@ def _translate(
             graph = onnxscript.optimizer.optimize(translated.model, input_size_limit=_MOST_FOLDED)
     except Exception as error:
         raise ONNXExportError(
-            f"Stopped{where_it_stopped(error)}: {type(error).__name__}: {str(error).strip()}\n"
+            f"Stopped{where_it_stopped(error)}: {in_short(error)}\n"
             "This forward cannot be exported to ONNX as it is. If only a part of "
             "the model is needed, name it (module=...); the native file does not need tracing."
         ) from error
     split_clips(graph)
     keep_biases(graph)
     lay_out_linears(graph)
+    keep_from_saturating(graph)
     pack_tables(graph)
-    tidy(graph)
+    keep_weights(graph)
+    tidy(graph, opened)
     graph.producer_name = "statqat_lightning"
     graph.producer_version = library_version()
     graph.metadata_props[KEY] = json.dumps(metadata)
     graph.metadata_props["input_names"] = ",".join(input_names)
-    proto = onnx_ir.to_proto(graph)
-    onnx.checker.check_model(proto)
-    data: bytes = proto.SerializeToString()
-    return data
+    return graph
 
 
 def _translate_input(x: Any, scale: Any, low: float, high: float, format: str) -> Any:

@@ -6,6 +6,7 @@ None changes what a graph computes, apart from the order of sums.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -251,6 +252,39 @@ def keep_biases(graph: Any) -> None:
             follower.replace_input_with(0, barrier.outputs[0])
 
 
+def keep_weights(graph: Any) -> None:
+    """Keep ONNX Runtime from rounding weights of tables, blocks and floats to int8.
+
+    It has no integers for them, computes them when it loads, and then takes them for float weights
+    that somebody forgot: where inputs and output of a layer are rounded, it makes int8 of them
+    (`WeightBiasQuantization`; 20 to 45 dB). It does so for Conv, ConvTranspose and Gemm with
+    rounding behind, or a Relu, Clip or BatchNormalization and then rounding. Max with the least of
+    all numbers changes nothing, and stands in the way.
+    """
+    import onnx_ir
+
+    for node in list(graph.graph):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+            continue
+        x, weight = (value.producer() for value in node.inputs[:2])
+        is_rounded = x is not None and x.op_type == "DequantizeLinear"
+        has_codes = weight is not None and weight.op_type == "DequantizeLinear"
+        output = node.outputs[0]
+        if not is_rounded or has_codes or output.is_graph_output():
+            continue
+        name = f"{node.name or output.name}_least"
+        least = np.float32(np.finfo(np.float32).min)
+        bound = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(least, name=name))
+        bound.dtype, bound.shape = onnx_ir.DataType.FLOAT, onnx_ir.Shape(())
+        graph.graph.register_initializer(bound)
+        uses = list(output.uses())
+        barrier = onnx_ir.node("Max", [output, bound])
+        barrier.outputs[0].dtype, barrier.outputs[0].shape = output.dtype, output.shape
+        graph.graph.insert_after(node, barrier)
+        for user, place in uses:
+            user.replace_input_with(place, barrier.outputs[0])
+
+
 class _BiasError(NamedTuple):
     """How far a bias is, at most, from multiples of input scale times weight scale."""
 
@@ -318,6 +352,51 @@ def _ends_of(quantize: Any) -> tuple[float, float]:
     return -middle * scale, (255 - middle) * scale
 
 
+_WITHOUT_SATURATION = 64
+"""Largest magnitude of a weight's code of which two products with 255 fit into 16 bits."""
+
+
+def keep_from_saturating(graph: Any) -> None:
+    """Store 8-bit weights that meet rounded inputs as uint8, with a zero point of 128.
+
+    On x86 processors without VNNI, ONNX Runtime multiplies uint8 with int8 by an instruction that
+    adds up two products in 16 bits, where they saturate: a small convolution was off by 25 steps of
+    its output. Its kernels for uint8 with uint8 do not, and with VNNI both are one.
+    """
+    import onnx_ir
+
+    for node in list(graph.graph):
+        if node.op_type != "DequantizeLinear" or node.attributes.get_int("block_size", 0):
+            continue
+        codes, scale = node.inputs[0], node.inputs[1]
+        stored = codes.const_value
+        if stored is None or stored.dtype != onnx_ir.DataType.INT8 or len(codes.uses()) > 1:
+            continue
+        integers = stored.numpy()
+        narrow = not integers.size or np.abs(integers.astype(np.int16)).max() <= _WITHOUT_SATURATION
+        if narrow or not _meets_rounded(node.outputs[0]):
+            continue
+        store(codes, integers.astype(np.int16) + 128, onnx_ir.DataType.UINT8)
+        middle = np.full(scale.const_value.shape.numpy(), 128, np.uint8)
+        name = f"{codes.name}_middle"
+        zero = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(middle, name=name))
+        zero.dtype, zero.shape = onnx_ir.DataType.UINT8, onnx_ir.Shape(middle.shape)
+        graph.graph.register_initializer(zero)
+        node.resize_inputs(3)
+        node.replace_input_with(2, zero)
+
+
+def _meets_rounded(weight: Any) -> bool:
+    """Whether a dequantized weight goes into a product with integers, turned or not."""
+    for user, place in weight.uses():
+        if user.op_type in ("Transpose", "Reshape"):
+            if _meets_rounded(user.outputs[0]):
+                return True
+        elif user.op_type in ("Conv", "Gemm", "MatMul") and _is_rounded(user.inputs[1 - place]):
+            return True
+    return False
+
+
 def pack_tables(graph: Any) -> None:
     """Store the indices of 16-entry tables in 4 bits."""
     import onnx_ir
@@ -337,8 +416,13 @@ def pack_tables(graph: Any) -> None:
             store(codes, stored.numpy(), onnx_ir.DataType.UINT4)
 
 
-def tidy(graph: Any) -> None:
-    """Call the batch dimension `batch`, and drop the exporter's traces of Python code."""
+def tidy(graph: Any, opened: Sequence[Mapping[int, str]]) -> None:
+    """Call open dimensions by their names, and drop the exporter's traces of Python code.
+
+    Args:
+        graph: The graph, changed in place.
+        opened: Names of the open dimensions of each input.
+    """
     import onnx_ir
 
     values = [*graph.graph.inputs, *graph.graph.outputs]
@@ -346,12 +430,16 @@ def tidy(graph: Any) -> None:
         node.metadata_props.clear()
         node.doc_string = None
         values += node.outputs
-    first = [v.shape[0] for v in graph.graph.inputs if v.shape is not None and len(v.shape)]
-    batch = {d.value for d in first if isinstance(d, onnx_ir.SymbolicDim) and not _is_fixed(d)}
+    titles: dict[Any, str] = {}
+    for value, names in zip(graph.graph.inputs, opened, strict=True):
+        for dimension, name in names.items():
+            size = value.shape[dimension] if value.shape is not None else None
+            if isinstance(size, onnx_ir.SymbolicDim) and not _is_fixed(size):
+                titles.setdefault(size.value, name)
     for value in values:
         value.metadata_props.clear()
         if value.shape is not None:
-            value.shape = onnx_ir.Shape(_size(d, batch) for d in value.shape)
+            value.shape = onnx_ir.Shape(_size(d, titles) for d in value.shape)
 
 
 def _is_fixed(size: Any) -> bool:
@@ -359,11 +447,11 @@ def _is_fixed(size: Any) -> bool:
     return str(size.value).isdecimal()
 
 
-def _size(size: Any, batch: set[Any]) -> Any:
+def _size(size: Any, titles: Mapping[Any, str]) -> Any:
     import onnx_ir
 
     if not isinstance(size, onnx_ir.SymbolicDim):
         return size
     if _is_fixed(size):
         return int(str(size.value))
-    return "batch" if {size.value} == batch else size
+    return titles.get(size.value, size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -18,6 +17,7 @@ from statqat_lightning.export.frozen import (
 from statqat_lightning.fake_quantizer import WEIGHT
 from statqat_lightning.formats import Format, IntFormat
 from statqat_lightning.granularity import PerBlock, PerGroup
+from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.layer_kinds import RECURRENT
 
 WeightOf = Callable[[str, FrozenLayer, str], Tensor]
@@ -34,7 +34,7 @@ def plain_model(frozen: nn.Module, weight_of: WeightOf | None = None) -> nn.Modu
         weight_of: A weight by the name of its layer, the frozen layer and its role; None
             dequantizes.
     """
-    plain = copy.deepcopy(frozen)
+    plain = isolated_copy(frozen)
     shared: dict[int, nn.Parameter] = {}
     for name, layer in frozen_layers(plain):
         weights = {}

@@ -6,7 +6,6 @@ has torch and nothing else. Codes are stored in a byte each, and decoded in each
 
 from __future__ import annotations
 
-import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ from torch import nn
 from statqat_lightning.export.files import replacing
 from statqat_lightning.export.frozen import freeze, frozen_layers
 from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.interface import dimensions_of
 from statqat_lightning.export.tracing import ExportError, forget_sources, operators_of, trace
+from statqat_lightning.isolated_copy import isolated_copy
 
 _NAMESPACES = ("aten.", "prim.", "prims.", "_operator.", "<built-in function", "torch._ops.higher")
 
 
-def save_program(model: nn.Module, path: str | Path, example: Any) -> None:
+def save_program(model: nn.Module, path: str | Path, example: Any, *, dynamic: Any = None) -> None:
     """Write a quantized model to a `.pt2` file with a dynamic batch dimension.
 
     The file appears under its name when it is complete.
@@ -33,14 +34,18 @@ def save_program(model: nn.Module, path: str | Path, example: Any) -> None:
         example: Input of one forward call: a tensor, a tuple of positional or a mapping of keyword
             arguments, or a `ForwardCall`. The first dimension of tensors is the batch, if all
             agree. Flags, numbers and None among them become constants of the graph.
+        dynamic: Which other dimensions are open, see `export_model`; None for none.
 
     Raises:
+        ValueError: If `dynamic` names no input or no dimension.
         ExportError: If the forward cannot be traced, or calls operators that torch alone does not
             have.
         OSError: If the file cannot be written.
     """
-    frozen = copy.deepcopy(model) if frozen_layers(model) else freeze(model)
-    program = trace(frozen.cpu().eval(), ForwardCall.of(example).copy())
+    frozen = isolated_copy(model) if frozen_layers(model) else freeze(model)
+    call = ForwardCall.of(example).copy()
+    frozen = frozen.cpu().eval()
+    program = trace(frozen, call, dimensions_of(dynamic, call, frozen))
     foreign = sorted(o for o in operators_of(program) if not o.startswith(_NAMESPACES))
     if foreign:
         raise ExportError(

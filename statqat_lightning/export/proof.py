@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +9,17 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from statqat_lightning.export.divergence import (
+    Moved,
     first_divergence,
     first_rounding,
+    moved_codes,
     rounded_places,
 )
 from statqat_lightning.export.files import size_of
 from statqat_lightning.export.folding import fold_batch_norm
 from statqat_lightning.export.frozen import frozen_layers, scale_name
 from statqat_lightning.export.inputs import ForwardCall, outputs_of
+from statqat_lightning.export.interface import in_words
 from statqat_lightning.export.plain import with_rounded_inputs
 from statqat_lightning.export.runtimes import Runtime, layers_in_float
 from statqat_lightning.export.verify import (
@@ -27,9 +29,11 @@ from statqat_lightning.export.verify import (
     ExportDifferenceError,
     compare,
     latency,
+    output_steps,
 )
-from statqat_lightning.export.wording import some
+from statqat_lightning.export.wording import Note, in_short
 from statqat_lightning.export.writers import Writer
+from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.quantized_model import set_enabled
 
 _LATENCY_BATCH = 32
@@ -37,24 +41,75 @@ _LATENCY_BATCH = 32
 
 def _in_double(frozen: nn.Module, examples: list[Example]) -> list[Example]:
     """What the frozen model makes of the examples where sums are as good as exact."""
-    double = copy.deepcopy(frozen).double()
+    double = isolated_copy(frozen).double()
 
     def outputs(call: ForwardCall) -> list[Tensor]:
         wide = call.map(lambda t: t.double() if t.is_floating_point() else t)
-        return [t.float() for t in outputs_of(wide.run(double))]
+        found = outputs_of(wide.run(double))
+        return [t.float() if t.is_floating_point() else t for t in found]
 
     return [Example(e.call, outputs(e.call), e.labels) for e in examples]
 
 
-def _of_flips(comparison: Comparison, exact: Comparison) -> list[str]:
-    """Remarks on a file above the bound all of whose layers agree."""
+def _of_flips(comparison: Comparison, moved: Moved) -> str:
+    """The remark on a file above the bound all of whose layers agree."""
+    if moved.values:
+        why = (
+            f"of {moved.of} rounded values that were compared, {moved.values} on the edge between "
+            "two codes fell to the other side"
+        )
+    elif moved.of:
+        why = f"the {moved.of} rounded values that were compared are the model's, one and all"
+    else:
+        why = "no rounded value could be compared"
+    return (
+        f"differs by {comparison.max_steps:.3g} steps, but each layer by itself agrees, within "
+        f"what two codes of its input make; {why}."
+    )
+
+
+def _of_double(exact: Comparison) -> str:
     agreed = "" if exact.agreement is None else f", agreement {exact.agreement:.2%}"
-    return [
-        f"differs by {comparison.max_steps:.3g} steps, but each layer by itself "
-        "agrees: values on the edge between two codes fell to the other side.",
+    return (
         "from the model evaluated in float64, without rounding of its own sums, it "
-        f"differs by {exact.max_steps:.3g} steps{agreed}.",
-    ]
+        f"differs by {exact.max_steps:.3g} steps{agreed}."
+    )
+
+
+def _compared_in_double(
+    runtime: Runtime, frozen: nn.Module, examples: list[Example]
+) -> Comparison | None:
+    """See `_in_double`; None for a forward that does not run in float64."""
+    try:
+        return compare(runtime, _in_double(frozen, examples))
+    except Exception:
+        return None
+
+
+def _verb(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _few_rows(call: ForwardCall) -> tuple[ForwardCall, ForwardCall]:
+    """Two rows of a call, and all of them for a forward that fixes its batch size."""
+    return call.with_batch(2), call
+
+
+_FROZEN = 0.1
+"""Steps by which the frozen model may differ: it is to give the same outputs, bit for bit."""
+
+
+def _of_freezing(frozen: nn.Module, examples: list[Example]) -> str | None:
+    """What to say of a frozen model, not folded, that is not the model it was made from."""
+    comparison = Comparison(output_steps(examples))
+    comparison.add(examples[0], outputs_of(examples[0].call.run(frozen)))
+    if comparison.max_steps <= _FROZEN:
+        return None
+    difference = comparison.mismatch or f"{comparison.max_difference:.3g}"
+    return (
+        f"the freezing of the weights, before any file is written ({difference}): the forward "
+        "reads a quantized weight without calling its layer, or runs what was put on the instance"
+    )
 
 
 @dataclass
@@ -69,6 +124,7 @@ class Proof:
         bound: Largest difference in output steps.
         plain: The float model to compare speed with; None not to.
         target: The runtime that the model is meant for, see `export_model`.
+        is_random: Whether the model gives other outputs each time.
     """
 
     frozen: nn.Module
@@ -78,51 +134,85 @@ class Proof:
     bound: float
     plain: nn.Module | None
     target: str | None = None
+    is_random: bool = False
 
     def of(self, writer: Writer, path: Path, target: Path) -> ArtefactReport:
         """Load a file, run it, compare it and time it.
 
+        Whatever goes wrong on the way says that the file is not proved, and nothing else.
+
         Raises:
-            ExportDifferenceError: If it differs, and `strict`.
+            ExportDifferenceError: If it differs, and `strict`; if it cannot be loaded and run.
         """
-        frozen, examples, remarks = self.frozen, self.examples, []
+        try:
+            return self._compared(writer, path, target)
+        except ExportDifferenceError:
+            raise
+        except Exception as error:
+            text = f"{target}: not proved, because the comparison stopped with {in_short(error)}."
+            if self.strict:
+                raise ExportDifferenceError(
+                    f"{text} The file was not kept; strict=False keeps it."
+                ) from error
+            return ArtefactReport(str(target), size_of(path), math.nan, None, remarks=(text,))
+
+    def _compared(self, writer: Writer, path: Path, target: Path) -> ArtefactReport:
+        frozen, examples = self.frozen, self.examples
+        remarks: list[str] = []
         if writer.kind.weights_only and (rounded := with_rounded_inputs(frozen)):
             frozen, examples = self._without_inputs()
             remarks.append(
-                "weights only, and compared with the model whose inputs are in float; these layers "
-                f"round their inputs: {some(name or '(the model)' for name in rounded)}."
+                Note.of_names(
+                    "weights only, and compared with the model whose inputs are in float; these "
+                    "layers round their inputs: ",
+                    (name or "(the model)" for name in rounded),
+                )
             )
+        unfolded = frozen
         if writer.kind.folded and examples:
             folded = fold_batch_norm(
-                copy.deepcopy(frozen).float(), examples[0].call.to_float32().with_batch(2)
+                isolated_copy(frozen).float(), *_few_rows(examples[0].call.to_float32())
             )
             frozen = folded.model
-            remarks += [f"{name!r} is not folded: {why}." for name, why in folded.left.items()]
+            reasons: dict[str, list[str]] = {}
+            for name, why in folded.left.items():
+                reasons.setdefault(why, []).append(repr(name))
+            remarks += [
+                Note.of_names("", found, f" {_verb(found)} not folded: {why}.")
+                for why, found in reasons.items()
+            ]
         try:
             runtime = writer.load(path)
             comparison = compare(runtime, examples)
         except Exception as error:
             raise ExportDifferenceError(
-                f"{target}: what was written cannot be loaded and run: {type(error).__name__}: "
-                f"{error} The file was not kept."
+                f"{target}: what was written cannot be loaded and run: {in_short(error)} The file "
+                "was not kept."
             ) from error
         if runtime.batch is not None and examples:
             remarks.append(f"The forward fixes its batch size: {runtime.batch} only.")
         if self.target and writer.kind.target == self.target and (rest := layers_in_float(path)):
             remarks.append(
-                f"ONNX Runtime computes these quantized layers in float: {some(rest, 20)}."
+                Note.of_names(
+                    f"ONNX Runtime computes {len(rest)} quantized layers in float: ",
+                    (name or "(the model)" for name in sorted(rest)),
+                )
             )
         divergence, exact = None, None
         bound = 0.0 if writer.kind.exact else self.bound
         # Not `max_steps > bound`: that is false for NaN.
         if examples and not comparison.max_steps <= bound:
-            divergence = self._located(writer, runtime, frozen, examples)
+            divergence = None if self.is_random else _of_freezing(unfolded, examples)
+            if divergence is None and not comparison.mismatch:
+                divergence = self._located(writer, runtime, frozen, examples)
             finite = math.isfinite(comparison.max_steps)
             if divergence is not None or writer.kind.exact or not finite:
                 remarks.append(self._not_proved(target, comparison, bound, divergence))
             else:
-                exact = compare(runtime, _in_double(frozen, examples))
-                remarks += _of_flips(comparison, exact)
+                moved = self._moved(writer, runtime, frozen, examples[0])
+                remarks.append(_of_flips(comparison, moved))
+                exact = _compared_in_double(runtime, frozen, examples)
+                remarks += [] if exact is None else [_of_double(exact)]
         times = self._times(writer, runtime)
         return ArtefactReport(
             path=str(target),
@@ -134,6 +224,7 @@ class Proof:
             accuracy=comparison.accuracy,
             examples=comparison.examples,
             runtime=runtime.name,
+            inputs=in_words(runtime.inputs),
             milliseconds=times and times[0],
             float_milliseconds=times and times[1],
             divergence=divergence,
@@ -146,20 +237,23 @@ class Proof:
         self, target: Path, comparison: Comparison, bound: float, divergence: str | None
     ) -> str:
         """The remark on a file that differs; an error if `strict`."""
-        text = (
-            f"{target}: differs from the fake-quantized model by "
-            f"{comparison.max_difference:.3g}, {comparison.max_steps:.3g} output steps "
-            f"(bound {bound:g}). First at {divergence or 'no layer that can be told'}."
-        )
+        if comparison.mismatch:
+            text = f"{target}: differs from the fake-quantized model: {comparison.mismatch}."
+        else:
+            text = (
+                f"{target}: differs from the fake-quantized model by "
+                f"{comparison.max_difference:.3g}, {comparison.max_steps:.3g} output steps "
+                f"(bound {bound:g}). First at {divergence or 'no layer that can be told'}."
+            )
         if self.strict:
             raise ExportDifferenceError(f"{text} The file was not kept; strict=False keeps it.")
         return f"not proved. {text}"
 
     def _without_inputs(self) -> tuple[nn.Module, list[Example]]:
         """The model whose inputs are in float, and what it makes of the examples."""
-        part = copy.deepcopy(self.part)
+        part = isolated_copy(self.part)
         set_enabled(part, inputs=False)
-        frozen = copy.deepcopy(self.frozen)
+        frozen = isolated_copy(self.frozen)
         for _, layer in frozen_layers(frozen):
             for role in layer.frozen_activations:
                 del layer._buffers[scale_name(role)]
@@ -172,7 +266,7 @@ class Proof:
         self, writer: Writer, runtime: Runtime, frozen: nn.Module, examples: list[Example]
     ) -> str | None:
         """The first layer that differs, on the first example on which one does."""
-        frozen = copy.deepcopy(frozen)
+        frozen = isolated_copy(frozen)
         for example in examples:
             call = example.call
             if runtime.batch is not None:
@@ -193,6 +287,19 @@ class Proof:
             if divergence is not None:
                 return str(divergence)
         return None
+
+    def _moved(
+        self, writer: Writer, runtime: Runtime, frozen: nn.Module, example: Example
+    ) -> Moved:
+        """How many rounded values of a file are others than the frozen model's."""
+        frozen, call = isolated_copy(frozen), example.call
+        if runtime.batch is not None:
+            call = call.with_batch(runtime.batch, least=runtime.batch)
+        if writer.kind.in_float32:
+            frozen, call = frozen.float(), call.to_float32()
+        shown = {} if runtime.roundings is None else runtime.roundings(call)
+        found = {} if shown else runtime.layer_outputs(call)
+        return moved_codes(frozen, call, found, shown)
 
     def _times(self, writer: Writer, runtime: Runtime) -> tuple[float, float] | None:
         if self.plain is None or not self.examples:

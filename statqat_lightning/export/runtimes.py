@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import importlib.util
 import tempfile
@@ -19,9 +18,12 @@ from torch import Tensor, nn
 from statqat_lightning.export.divergence import LayerOutputs, Roundings, record_layers
 from statqat_lightning.export.frozen import frozen_layers, weight_key
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, outputs_of
+from statqat_lightning.export.interface import BATCH, Dynamic
 from statqat_lightning.export.loading import load_quantized
+from statqat_lightning.export.onnx_files import graph_of
 from statqat_lightning.export.tracing import ExportError, trace
 from statqat_lightning.insertion import remove
+from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.quantized_model import quantized_layers
 
 Run = Callable[[ForwardCall], list[Tensor]]
@@ -36,6 +38,8 @@ class Runtime:
         run: Outputs of a forward.
         layer_outputs: Outputs of layers in a forward, as far as the runtime can tell them.
         batch: The one batch size that the file takes, None if it takes any.
+        inputs: Names and sizes of what the file takes, open sizes by name; empty if it does not
+            say.
         roundings: Rounded tensors in a forward, of a runtime that fuses rounding into layers.
     """
 
@@ -44,6 +48,7 @@ class Runtime:
     layer_outputs: Callable[[ForwardCall], LayerOutputs]
     batch: int | None = None
     roundings: Callable[[ForwardCall], Roundings] | None = None
+    inputs: Sequence[tuple[str, Sequence[int | str]]] = ()
 
 
 def _in_torch(name: str, model: nn.Module, layers: Sequence[str]) -> Runtime:
@@ -73,7 +78,7 @@ def load_native(path: Path, model: nn.Module, module: str = "") -> Runtime:
         model: The model with quantizers that was saved.
         module: Name of the submodule to run; empty for the model itself.
     """
-    blank = copy.deepcopy(model)
+    blank = isolated_copy(model)
     remove(blank)
     forget_weights(blank)
     load_quantized(blank, path)
@@ -92,8 +97,13 @@ def names_of_quantized(model: nn.Module) -> list[str]:
     return [layer.name for layer in quantized_layers(model)]
 
 
-def load_program(path: Path) -> Runtime:
-    """A `.pt2` file, by `torch.export.load`."""
+def load_program(path: Path, dynamic: Dynamic | None = None) -> Runtime:
+    """A `.pt2` file, by `torch.export.load`.
+
+    Args:
+        path: The file.
+        dynamic: Names of open dimensions, which the file itself calls otherwise.
+    """
     program = torch.export.load(path)
     module = program.module()
     return Runtime(
@@ -101,7 +111,25 @@ def load_program(path: Path) -> Runtime:
         lambda call: outputs_of(call.run(module)),
         lambda call: _layers_of_program(program.module(), call),
         _fixed_batch(program),
+        inputs=_inputs_of(program, dynamic or {}),
     )
+
+
+def _inputs_of(
+    program: torch.export.ExportedProgram, dynamic: Dynamic
+) -> list[tuple[str, list[int | str]]]:
+    wanted = set(program.graph_signature.user_inputs)
+    found: list[tuple[str, list[int | str]]] = []
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.name in wanted and isinstance(value, Tensor):
+            titles = {0: BATCH} | dict(dynamic.get(node.name, {}))
+            sizes: list[int | str] = [
+                size if isinstance(size, int) else titles.get(number, str(size))
+                for number, size in enumerate(value.shape)
+            ]
+            found.append((node.name, sizes))
+    return found
 
 
 def _fixed_batch(program: torch.export.ExportedProgram) -> int | None:
@@ -149,17 +177,20 @@ def load_onnx(path: Path) -> Runtime:
 
     def layer_outputs(call: ForwardCall) -> LayerOutputs:
         names, extended = _with_layer_outputs(path)
-        values = _fed(_session(extended), call, [n for layer in names.values() for n in layer])
+        session = _session(extended, folder=path.parent)
+        values = _fed(session, call, [n for layer in names.values() for n in layer])
         given = iter(values)
         return {layer: [next(given) for _ in layer_names] for layer, layer_names in names.items()}
 
     def roundings(call: ForwardCall) -> Roundings:
         names, extended = _with_roundings(path)
-        values = iter(_fed(_session(extended), call, [n for each in names.values() for n in each]))
+        session = _session(extended, folder=path.parent)
+        values = iter(_fed(session, call, [n for each in names.values() for n in each]))
         return {place: [next(values) for _ in each] for place, each in names.items()}
 
+    inputs = [(i.name, [*i.shape]) for i in session.get_inputs()]
     return Runtime(
-        _onnxruntime(), lambda call: _fed(session, call), layer_outputs, fixed, roundings
+        _onnxruntime(), lambda call: _fed(session, call), layer_outputs, fixed, roundings, inputs
     )
 
 
@@ -176,15 +207,21 @@ def onnx_session(path: str | Path) -> Any:
     return _session(str(path))
 
 
-def _session(model: str | bytes, optimized: Path | None = None) -> Any:
+def _session(model: str | bytes, optimized: Path | None = None, folder: Path | None = None) -> Any:
+    """A session of a file, or of a graph whose weights may be in files of a folder."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    if folder is not None:
+        entry = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(entry, str(folder.resolve()))
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+        entry = "session.optimized_model_external_initializers_file_name"
+        options.add_session_config_entry(entry, f"{optimized.name}.data")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
@@ -209,15 +246,13 @@ def layers_in_float(path: Path) -> list[str]:
 
     The runtime fuses what it has integer kernels for when it loads a file; this is what it leaves.
     """
-    import onnx
-
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder, "optimized.onnx")
         _session(str(path), optimized)
-        nodes = onnx.load(optimized).graph.node
+        nodes = graph_of(optimized).graph.node
     kernels = [node for node in nodes if node.op_type in _INTEGER_KERNELS]
     named = {n.partition("_codes")[0] for node in kernels for n in node.input if "_codes" in n}
-    own = [i.name for i in onnx.load(path, load_external_data=False).graph.initializer]
+    own = [i.name for i in graph_of(path).graph.initializer]
     layers = [name.removesuffix("_codes") for name in own if name.endswith("_codes")]
     rest = [name for name in layers if name not in named]
     # A weight that was turned on the way has another name then, which tells how many those are.
@@ -242,7 +277,7 @@ def _with_layer_outputs(path: Path) -> tuple[dict[str, list[str]], bytes]:
     """
     import onnx
 
-    model = onnx.load(path)
+    model = graph_of(path)
     consumers: dict[str, list[Any]] = {}
     for node in model.graph.node:
         for name in node.input:
@@ -277,7 +312,7 @@ def _with_roundings(path: Path) -> tuple[dict[tuple[str, str], list[str]], bytes
     """
     import onnx
 
-    model = onnx.load(path)
+    model = graph_of(path)
     consumers: dict[str, list[Any]] = {}
     for node in model.graph.node:
         for name in node.input:
@@ -311,7 +346,7 @@ def _products(name: str, consumers: dict[str, list[Any]]) -> Iterator[Any]:
 
 def float_model(model: nn.Module, module: str = "") -> nn.Module:
     """A part of a copy of a model, without its quantizers."""
-    plain = copy.deepcopy(model)
+    plain = isolated_copy(model)
     remove(plain)
     return plain.get_submodule(module).cpu().eval()
 
@@ -321,10 +356,10 @@ def float_in_torch(part: nn.Module) -> Run:
     return lambda call: outputs_of(call.run(part))
 
 
-def float_program(part: nn.Module, call: ForwardCall) -> Run | None:
+def float_program(part: nn.Module, call: ForwardCall, dynamic: Dynamic | None = None) -> Run | None:
     """A float model by way of `torch.export`; None if it cannot be traced."""
     try:
-        program = trace(part, call)
+        program = trace(part, call, dynamic)
     except ExportError:
         return None
     module = program.module()
@@ -333,7 +368,7 @@ def float_program(part: nn.Module, call: ForwardCall) -> Run | None:
 
 def float_onnx(part: nn.Module, call: ForwardCall) -> Run | None:
     """A float model in ONNX Runtime; None if it cannot be written."""
-    part = copy.deepcopy(part).float()
+    part = isolated_copy(part).float()
     call = call.to_float32()
     traced = TensorsOnly(part, call).eval()
     try:
@@ -371,7 +406,7 @@ def constant_weights(path: Path) -> dict[str, Tensor]:
     """The dequantized weights of an `.onnx` file, by layer, as ONNX Runtime computes them."""
     import onnx
 
-    model = onnx.load(path)
+    model = graph_of(path)
     graph = model.graph
     constants = {i.name for i in graph.initializer}
     nodes = []
@@ -403,7 +438,8 @@ def constant_weights(path: Path) -> dict[str, Tensor]:
     del graph.input[:]
     del graph.output[:]
     graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
-    values = dict(zip(names, _session(model.SerializeToString()).run(names, {}), strict=True))
+    session = _session(model.SerializeToString(), folder=path.parent)
+    values = dict(zip(names, session.run(names, {}), strict=True))
     return {
         layer: torch.from_numpy(np.array(values[name].T if name in turned else values[name]))
         for layer, name in wanted.items()

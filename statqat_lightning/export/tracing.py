@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram, ShapesCollection
 
-from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.inputs import ForwardCall, first_that_runs
+from statqat_lightning.export.interface import Dynamic, open_dimensions
+from statqat_lightning.export.wording import in_short
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _TORCH = Path(torch.__file__).resolve().parent
@@ -22,25 +24,30 @@ class ExportError(RuntimeError):
     """A model that cannot be written in a format; the message says what stands in the way."""
 
 
-def trace(model: nn.Module, call: ForwardCall) -> ExportedProgram:
+def trace(model: nn.Module, call: ForwardCall, dynamic: Dynamic | None = None) -> ExportedProgram:
     """The graph of a model's forward, of any batch size if all tensors agree on what that is.
+
+    Args:
+        model: The model.
+        call: Input of a forward.
+        dynamic: Open dimensions beside the batch.
 
     Raises:
         ExportError: If the forward cannot be traced; the message names the line.
     """
-    # A dimension of size 1 would be taken for a constant; few rows, because they are computed.
-    call = call.with_batch(3, least=3)
-    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
-    size = call.batch_size
-    for tensor in call.tensors():
-        if tensor.dim() and len(tensor) == size:
-            shapes[tensor] = {0: torch.export.Dim.AUTO}
     try:
         with warnings.catch_warnings(), torch.no_grad():
             # What tracing warns of concerns its own insides.
             warnings.simplefilter("ignore")
-            # What is computed once and kept, such as the ends of a grid, cannot be traced.
-            call.run(model)
+            # Few rows, because they are computed, but not one: that would be taken for a constant.
+            # What is computed once and kept, such as the ends of a grid, cannot be traced: so the
+            # model is run here.
+            call = first_that_runs(model, call.with_batch(3, least=3), call)
+            shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+            dimensions = open_dimensions(call, call.names(model), dynamic or {})
+            for tensor, titles in zip(call.tensors(), dimensions, strict=True):
+                if titles:
+                    shapes[tensor] = dict.fromkeys(titles, torch.export.Dim.AUTO)
             return torch.export.export(
                 model,
                 call.args,
@@ -50,9 +57,9 @@ def trace(model: nn.Module, call: ForwardCall) -> ExportedProgram:
             )
     except Exception as error:
         raise ExportError(
-            f"torch.export stopped{where_it_stopped(error)}: {type(error).__name__}: "
-            f"{_first_lines(error)}\nThis forward cannot be traced as it is. If only a part of the "
-            "model is needed, name it (module=...); the native file does not need tracing."
+            f"torch.export stopped{where_it_stopped(error)}: {in_short(error)}\n"
+            "This forward cannot be traced as it is. If only a part of the model is needed, name "
+            "it (module=...); the native file does not need tracing."
         ) from error
 
 
@@ -77,11 +84,6 @@ def where_it_stopped(error: BaseException) -> str:
                 return f' at "{frame.filename}", line {frame.lineno}, in {frame.name}: {frame.line}'
         current = current.__cause__ or current.__context__
     return ""
-
-
-def _first_lines(error: BaseException, most: int = 6) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return "\n".join(lines[:most])
 
 
 def operators_of(program: ExportedProgram) -> set[str]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from statqat_lightning.export.divergence import mismatch_of
 from statqat_lightning.export.files import replacing
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.kinds import KINDS
@@ -19,9 +22,14 @@ from statqat_lightning.export.latency import medians_in_turns
 from statqat_lightning.export.runtimes import Run, Runtime
 from statqat_lightning.export.runtimes import onnx_session as onnx_session
 from statqat_lightning.export.tracing import ExportError
+from statqat_lightning.export.wording import Note, first_lines
 
 STEPS = 127
 """Steps from zero to the largest output; see `ArtefactReport.max_steps`."""
+COLUMNS, MOST_LINES = 100, 36
+"""Of a report on the console."""
+_LINES_OF_A_NOTE = 4
+_LONGEST_PATH = 34
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class ArtefactReport:
             files above the bound all of whose layers agree; else None, like the next.
         exact_steps: Largest difference from that.
         remarks: What a reader has to know about this file.
+        inputs: What it takes, with sizes; those that are open go by a name.
     """
 
     path: str
@@ -67,6 +76,7 @@ class ArtefactReport:
     exact_agreement: float | None = None
     exact_steps: float | None = None
     remarks: tuple[str, ...] = ()
+    inputs: str = ""
 
     @property
     def speedup(self) -> float | None:
@@ -92,6 +102,8 @@ class ExportReport:
         torchao: The `.torchao.pt` file.
         compressed: The folder for language-model runtimes.
         accuracy: Accuracy of the fake-quantized model on the labelled examples, None without.
+        details: Full texts of errors that notes tell in short, by kind of file; `model` and
+            `target` are of no file.
     """
 
     native: ArtefactReport | None
@@ -104,6 +116,7 @@ class ExportReport:
     torchao: ArtefactReport | None = None
     compressed: ArtefactReport | None = None
     accuracy: float | None = None
+    details: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def by_kind(self) -> dict[str, ArtefactReport]:
@@ -168,7 +181,7 @@ class ExportReport:
             temporary.write_text(text + "\n", encoding="utf-8")
 
     def rows(self) -> list[dict[str, str]]:
-        """The table of `str`, one row a file; entries that no file has are left out."""
+        """The figures, one row a file; entries that no file has are left out."""
         rows = [_row(artefact, self.float_bytes) for artefact in self.artefacts]
         known = [key for key in (rows[0] if rows else ()) if any(row[key] for row in rows)]
         return [{key: row[key] for key in known} for row in rows]
@@ -187,24 +200,81 @@ class ExportReport:
         return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
 
     def __str__(self) -> str:
-        rows = self.rows()
-        lines = []
-        if rows:
-            widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
-            table = [dict(zip(widths, widths, strict=True)), *rows]
-            lines = [
-                "  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip()
-                for row in table
-            ]
-        if rows and self.examples:
+        lines = _table(self.rows())
+        if lines and self.examples:
             accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.2%}"
-            lines.append(
+            lines += _wrapped(
                 f"Compared with the fake-quantized model{accuracy} (outputs up to "
                 f"{self.output_range:.3g}; a step is 1/{STEPS} of that); "
                 f"the float32 model takes {self.float_bytes / 1e3:.1f} kB."
             )
-        remarks = [f"{a.path}: {remark}" for a in self.artefacts for remark in a.remarks]
-        return "\n".join([*lines, *remarks, *self.notes])
+        for title, texts in (
+            ("Run by", {Path(a.path).name: a.runtime for a in self.artefacts}),
+            ("Inputs", {Path(a.path).name: a.inputs for a in self.artefacts if a.inputs}),
+        ):
+            if texts:
+                fixed = " Sizes in numbers are fixed." * (title == "Inputs")
+                lines += _wrapped(f"{title}: {_by_text(texts)}.{fixed}")
+        remarks = [
+            f"{Path(a.path).name}: {_short(remark)}" for a in self.artefacts for remark in a.remarks
+        ]
+        said = [_wrapped(text) for text in (*remarks, *map(_short, self.notes))]
+        for number, entry in enumerate(said):
+            if len(lines) + len(entry) + 1 > MOST_LINES:
+                lines.append(f"{len(said) - number} more notes are in the .export.json file.")
+                break
+            lines += entry
+        return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    return text.short if isinstance(text, Note) else text
+
+
+def _by_text(texts: Mapping[str, str]) -> str:
+    """What is said of files, once for all of which it is the same."""
+    names: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        names.setdefault(text, []).append(name)
+    if len(names) == 1:
+        return next(iter(names))
+    return "; ".join(f"{text} ({', '.join(found)})" for text, found in names.items())
+
+
+def _wrapped(text: str) -> list[str]:
+    """A text in lines for the console, few enough to be read; all of it is in the JSON."""
+    lines: list[str] = []
+    for part in first_lines(text, 8, 10_000).splitlines():
+        lines += textwrap.wrap(part, COLUMNS, subsequent_indent="  " if lines else "")
+    if len(lines) > _LINES_OF_A_NOTE:
+        lines = lines[:_LINES_OF_A_NOTE]
+        lines[-1] = lines[-1][: COLUMNS - 4].rstrip() + " ..."
+    return lines
+
+
+def _table(rows: list[dict[str, str]]) -> list[str]:
+    """The rows in columns, as many of them as the console takes."""
+    rows = [{key: text for key, text in row.items() if key != "runtime"} for row in rows]
+    if not rows:
+        return []
+    title = "file"
+    if max(len(row["file"]) for row in rows) > _LONGEST_PATH:
+        title = _tail(f"in {Path(rows[0]['file']).parent}")
+        rows = [row | {"file": _tail(Path(row["file"]).name)} for row in rows]
+    for dropped in (None, "difference", "of float", "speed", "steps"):
+        rows = [{key: text for key, text in row.items() if key != dropped} for row in rows]
+        titles = {key: title if key == "file" else key for key in rows[0]}
+        widths = {key: max(len(row[key]) for row in (titles, *rows)) for key in titles}
+        if sum(widths.values()) + 2 * (len(widths) - 1) <= COLUMNS:
+            break
+    return [
+        "  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip()
+        for row in (titles, *rows)
+    ]
+
+
+def _tail(text: str) -> str:
+    return text if len(text) <= _LONGEST_PATH else "..." + text[3 - _LONGEST_PATH :]
 
 
 def _row(artefact: ArtefactReport, float_bytes: int) -> dict[str, str]:
@@ -259,6 +329,8 @@ class Comparison:
     """The step of each output."""
     worst: list[tuple[float, float]] = field(default_factory=list)
     """Largest difference, as it is and in steps, of each output of each example."""
+    mismatch: str = ""
+    """What is wrong with the outputs' number or shapes, of the first example where it is."""
     signal: float = 0.0
     noise: float = 0.0
     examples: int = 0
@@ -269,11 +341,14 @@ class Comparison:
 
     def add(self, example: Example, given: Sequence[Tensor]) -> None:
         """Take in one forward."""
+        if mismatch := mismatch_of(given, example.outputs):
+            self.worst.append((math.inf, math.inf))
+            self.mismatch = self.mismatch or mismatch
+        # A missing or an extra output has no partner, and is a difference of its own.
         for number, (ours, wanted) in enumerate(zip(given, example.outputs, strict=False)):
-            ours, reference = ours.double(), wanted.double()
-            if ours.shape != reference.shape:
-                self.worst.append((math.inf, math.inf))
+            if ours.shape != wanted.shape:
                 continue
+            ours, reference = ours.double(), wanted.double()
             error = (ours - reference).abs()
             worst = float(error.max()) if error.numel() else 0.0
             step = self.steps[number]
@@ -341,7 +416,7 @@ def output_steps(examples: Iterable[Example]) -> list[float]:
     largest: list[float] = []
     for example in examples:
         values = [float(t.double().abs().max()) if t.numel() else 0.0 for t in example.outputs]
-        largest = [max(pair) for pair in zip(largest, values, strict=False)] if largest else values
+        largest = [max(pair) for pair in zip_longest(largest, values, fillvalue=0.0)]
     return [value / STEPS for value in largest]
 
 

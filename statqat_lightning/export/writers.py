@@ -11,6 +11,7 @@ from torch import nn
 from statqat_lightning.export import runtimes
 from statqat_lightning.export.compressed_tensors import load_compressed, save_compressed
 from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.interface import Dynamic
 from statqat_lightning.export.kinds import KINDS, Kind
 from statqat_lightning.export.native import save_native
 from statqat_lightning.export.onnx import save_onnx
@@ -39,7 +40,11 @@ class Writer:
 
 
 def writers(
-    frozen: nn.Module, reference: nn.Module, module: str, recipe: QuantRecipe | None
+    frozen: nn.Module,
+    reference: nn.Module,
+    module: str,
+    recipe: QuantRecipe | None,
+    dynamic: Dynamic | None = None,
 ) -> list[Writer]:
     """A writer for each kind of file.
 
@@ -48,8 +53,10 @@ def writers(
         reference: The model with quantizers that it was made from.
         module: Name of the submodule that goes into all files but the native one.
         recipe: The recipe of the training, for the record.
+        dynamic: Open dimensions beside the batch.
     """
     part = frozen.get_submodule(module)
+    opened = {"dynamic": dynamic} if dynamic else {}
 
     def weights(
         kind: str,
@@ -81,15 +88,15 @@ def writers(
         ),
         Writer(
             kinds["onnx"],
-            lambda path, call: save_onnx(part, path, call),
+            lambda path, call: save_onnx(part, path, call, **opened),
             runtimes.load_onnx,
             runtimes.float_onnx,
         ),
         Writer(
             kinds["program"],
-            lambda path, call: save_program(part, path, call),
-            runtimes.load_program,
-            runtimes.float_program,
+            lambda path, call: save_program(part, path, call, **opened),
+            lambda path: runtimes.load_program(path, dynamic),
+            lambda plain, call: runtimes.float_program(plain, call, dynamic),
         ),
         weights("torchao", save_torchao, "torchao", load_torchao),
         weights("compressed", save_compressed, "load_compressed", load_compressed),

@@ -53,6 +53,8 @@ class CallsItsNetwork(DigitsModule):
         x, y = batch
         return F.cross_entropy(self.net(x), y)
 
+    validation_step = training_step
+
 
 class TwoParts(DigitsModule):
     """`training_step` calls a small part, then a large one."""
@@ -68,6 +70,8 @@ class TwoParts(DigitsModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         return F.cross_entropy(self.net(self.stem(x)), y)
+
+    validation_step = training_step
 
 
 def test_both_files_are_written_checked_and_reported(tmp_path: Path, messages: Messages) -> None:
@@ -176,6 +180,8 @@ def test_without_an_input_the_native_file_is_written_and_the_way_out_named() -> 
                 x = type(layer).forward(layer, x)
             return F.cross_entropy(x, y)
 
+        validation_step = training_step
+
     export = ExportCallback("model.onnx")
     with pytest.warns(ExportWarning, match=r"no .onnx file.*Set example_input_array"):
         train(statqat(), export, module=Functional, limit_train_batches=2)
@@ -224,6 +230,8 @@ def test_best_without_a_checkpoint_callback_is_refused_before_training() -> None
 class WithTestSet(L.LightningDataModule):
     """Its test set is ready after `setup("test")`."""
 
+    ready = False
+
     def setup(self, stage: str) -> None:
         self.ready = stage == "test"
 
@@ -238,8 +246,20 @@ class WithTestSet(L.LightningDataModule):
         return loader(torch.utils.data.Subset(digits(), range(50)), shuffle=False)
 
 
+def test_the_test_set_is_left_alone_unless_it_is_asked_for() -> None:
+    export = ExportCallback("model", onnx=False)
+    module, data = DigitsModule(), WithTestSet()
+    make_trainer(statqat(), export, limit_train_batches=1).fit(module, datamodule=data)
+    assert not data.ready
+    assert export.report is not None
+    right = (predictions(module).argmax(1) == digits().tensors[1]).float().mean().item()
+    assert export.report.accuracy == pytest.approx(right)
+    with pytest.raises(ValueError, match=r"got data='tset'; expected 'validation' or 'test'"):
+        ExportCallback("model", data="tset")  # type: ignore[arg-type]
+
+
 def test_accuracy_on_the_test_set_goes_to_the_report_and_the_loggers(tmp_path: Path) -> None:
-    export = ExportCallback("model.onnx", program=True)
+    export = ExportCallback("model.onnx", program=True, data="test")
     module = DigitsModule()
     trainer = make_trainer(statqat(), export, logger=[CSVLogger("csv"), TensorBoardLogger("tb")])
     trainer.fit(module, datamodule=WithTestSet())
@@ -318,7 +338,7 @@ def test_a_failing_test_set_does_not_take_the_files_along() -> None:
         def test_dataloader(self) -> Any:
             raise FileNotFoundError("no test set here")
 
-    export = ExportCallback("m", onnx=False)
+    export = ExportCallback("m", onnx=False, data="test")
     make_trainer(statqat(), export, limit_train_batches=1).fit(DigitsModule(), datamodule=Fails())
     assert export.report is not None
     assert "No accuracy: the data failed with FileNotFoundError" in export.report.notes[0]
@@ -346,7 +366,9 @@ def test_a_layer_that_never_ran_is_named() -> None:
     assert export.report.notes == ("Left in float: idle/input (no statistics).",)
 
 
-def test_a_failed_write_leaves_the_old_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file_and_writes_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in ("model.onnx", "model.safetensors"):
         Path(name).write_bytes(b"old")
 
@@ -356,10 +378,11 @@ def test_a_failed_write_leaves_the_old_files(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("statqat_lightning.export.native.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         train(statqat(), ExportCallback("model.onnx"), limit_train_batches=1)
-    assert {f.name: f.read_bytes() for f in Path().iterdir()} == {
-        "model.onnx": b"old",
-        "model.safetensors": b"old",
-    }
+    files = {f.name: f.read_bytes() for f in Path().iterdir()}
+    assert files.keys() == {"model.onnx", "model.safetensors", "model.export.json"}
+    assert files["model.safetensors"] == b"old"
+    assert onnx_session("model.onnx").run(None, {"x": IMAGES.numpy()})[0].shape == (192, 10)
+    assert "No space left" in json.loads(files["model.export.json"])["notes"][0]
 
 
 def test_a_model_that_is_random_in_eval_mode_is_reported() -> None:

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 import statqat_lightning.export.writers as writers
 from statqat_lightning.export import ExportDifferenceError, export_model
-from statqat_lightning.export.divergence import first_divergence, record_layers
+from statqat_lightning.export.divergence import (
+    Moved,
+    first_divergence,
+    moved_codes,
+    record_layers,
+)
 from statqat_lightning.export.frozen import freeze
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.latency import medians_in_turns
@@ -229,8 +234,34 @@ def test_flips_above_the_bound_are_accepted_with_a_remark(
 ) -> None:
     # Every difference is above this bound, and every layer follows from what came before.
     report = export(model, bound=-1)
-    assert "values on the edge between two codes" in report.onnx.remarks[0]
     assert report.onnx.divergence is None
+    # Counted here in other words: codes of the rounded inputs, of the file and of the model.
+    call = ForwardCall.of(images(16))
+    shown = load_onnx(Path("model.onnx")).roundings
+    assert shown is not None
+    counted = sum(t.numel() for tensors in shown(call).values() for t in tensors)
+    assert f"{counted} rounded values that were compared" in report.onnx.remarks[0]
+
+
+def test_values_that_fell_to_the_other_side_are_counted(model: nn.Module) -> None:
+    call = ForwardCall.of(images(4))
+    frozen: Any = freeze(model)
+    places = {(name, "input"): frozen[int(name)] for name in LAYERS}
+    shown: dict[tuple[str, str], list[Tensor]] = {}
+    for place, layer in places.items():
+        handle = layer.register_forward_pre_hook(
+            lambda module, args, place=place: shown.setdefault(place, []).append(
+                module.rounded("input", args[0]).clone()
+            )
+        )
+        call.run(frozen)
+        handle.remove()
+    total = sum(t.numel() for (t,) in shown.values())
+    assert moved_codes(frozen, call, {}, shown) == Moved(0, total)
+    scale = frozen[5].input_scale
+    shown["5", "input"][0][0, :3] += scale
+    shown["7", "input"][0][1, 0] -= frozen[7].input_scale
+    assert moved_codes(frozen, call, {}, shown) == Moved(4, total)
 
 
 def test_onnx_layers_are_found_in_the_file(model: nn.Module) -> None:
