@@ -179,7 +179,8 @@ def run(name: str) -> dict[str, Any]:
 
 def _fill(result: dict[str, Any], case: Case, folder: Path) -> None:
     problems: dict[str, str] = result.setdefault("problems", {})
-    statqat, losses, watch, keep = StatQATCallback(verbose=False), Losses(), Watch(), Keep()
+    statqat = StatQATCallback(verbose=False, **case.options)
+    losses, watch, keep = Losses(), Watch(), Keep()
     native = Guarded(folder / "native", onnx=False, measure_latency=False)
     onnx = Guarded(folder / "onnx", native=False, measure_latency=False)
     own_fit = case.fit is not None
@@ -215,11 +216,11 @@ def _fill(result: dict[str, Any], case: Case, folder: Path) -> None:
     batches = keep.batches if own_fit else None
     make = batches is not None and (lambda: batches) or case.batches
     with _column(problems, "resumes") as ok:
-        _resume(start, make, folder, float_run=False)
+        _resume(start, make, folder, case.options)
     result["resumes"] = ok()
     if not result["resumes"]:
         with _column({}, "resumes") as ok:
-            _resume(start, make, folder / "float", float_run=True)
+            _resume(start, make, folder / "float", None)
         result["float_resumes"] = ok()
 
 
@@ -252,13 +253,18 @@ def _resume(
     start: Callable[[], LightningModule],
     batches: Callable[[], Sequence[Any]] | None,
     folder: Path,
-    float_run: bool,
+    options: dict[str, Any] | None,
 ) -> None:
-    """The run that stops after an epoch and goes on equals the one that does not, bit for bit."""
+    """The run that stops after an epoch and goes on equals the one that does not, bit for bit.
+
+    Without options it is a float run.
+    """
     assert batches is not None
 
     def ours() -> list[Callback]:
-        return [SeedEachBatch()] if float_run else [StatQATCallback(verbose=False), SeedEachBatch()]
+        if options is None:
+            return [SeedEachBatch()]
+        return [StatQATCallback(verbose=False, **options), SeedEachBatch()]
 
     def data() -> Any:
         return loader(copy.deepcopy(list(batches())))
@@ -274,9 +280,7 @@ def _resume(
 def _report(result: dict[str, Any], statqat: StatQATCallback, watch: Watch) -> None:
     report = statqat.report
     assert report is not None
-    rows = [
-        Row(row.name, row.weight is not None, row.type, row.reason) for row in report.rows
-    ]
+    rows = [Row(row.name, row.weight is not None, row.type, row.reason) for row in report.rows]
     total = sum(row.parameters for row in report.rows)
     inside = sum(row.parameters for row in report.rows if row.weight is not None)
     result["share"] = round(inside / max(total, 1), 4)
@@ -350,6 +354,7 @@ def _short(error: BaseException) -> str:
 
 
 def _cut(text: str, most: int = 300) -> str:
+    text = re.sub(r"(/[\w.-]+)+/(?=[\w.-]+)", "", text)  # folders of this machine
     text = re.sub(r"\x1b\[[0-9;]*m", "", re.sub(r"\s+", " ", text)).strip()
     return text if len(text) <= most else f"{text[:most]}…"
 
