@@ -248,11 +248,18 @@ def timm_convnext() -> Case:
     return of_images(lambda: ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5))
 
 
-@case("timm", "EfficientNet-Lite")
+@case("timm", "EfficientNet")
 def timm_efficientnet() -> Case:
-    import timm
+    from timm.models._efficientnet_builder import decode_arch_def
+    from timm.models.efficientnet import EfficientNet
 
-    return of_images(lambda: timm.create_model("tf_efficientnet_lite0", num_classes=CLASSES))
+    blocks = [["ds_r1_k3_s1_e1_c8"], ["ir_r2_k3_s2_e4_c16"], ["ir_r1_k5_s2_e4_c24"]]
+    return of_images(
+        lambda: EfficientNet(
+            decode_arch_def(blocks), num_classes=CLASSES, num_features=48, stem_size=8
+        ),
+        FOR_ONNXRUNTIME,
+    )
 
 
 @case("timm", "ViT")
@@ -965,8 +972,7 @@ def anomalib_stfpm() -> Case:
     from anomalib.models import Stfpm
 
     def make() -> Any:
-        model = Stfpm(backbone="resnet18", layers=["layer1", "layer2"])
-        return model
+        return Stfpm(backbone="resnet18", layers=["layer1", "layer2"])
 
     def batches() -> list[Any]:
         torch.manual_seed(1)

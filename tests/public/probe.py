@@ -247,7 +247,9 @@ class WeightProbe(TorchDispatchMode):
             shadow.of(parameter).copy_(2 * numbers.view(parameter.shape))
             total += parameter.numel()
             self._own.add(_key(parameter))
-        self._ends = [s + p.numel() for s, (_, p) in zip(self._starts, self._parameters)]
+        self._ends = [
+            s + p.numel() for s, (_, p) in zip(self._starts, self._parameters, strict=True)
+        ]
 
     @contextmanager
     def watching(self, *data: Any) -> Iterator[WeightProbe]:
@@ -531,7 +533,7 @@ def _tensors(thing: Any, depth: int = 6, seen: set[int] | None = None) -> Iterat
     seen.add(id(thing))
     if isinstance(thing, Tensor):
         yield thing
-    elif isinstance(thing, nn.Module) or isinstance(thing, (str, bytes, int, float, type)):
+    elif isinstance(thing, (nn.Module, str, bytes, int, float, type)):
         return
     elif isinstance(thing, Mapping):
         for part in list(thing.values()):

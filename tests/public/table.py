@@ -30,8 +30,8 @@ os.environ |= {
 }
 os.environ.pop("STATQAT_CONFIG", None)
 
-from tests.public import one  # noqa: E402 (after the environment that libraries read)
-from tests.public.modules import CASES  # noqa: E402
+from tests.public import one  # after the environment that libraries read
+from tests.public.modules import CASES
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "outputs" / "public"
