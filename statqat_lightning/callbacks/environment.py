@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from statqat_lightning.callbacks.export import ExportCallback
 from statqat_lightning.callbacks.input_warnings import StatQATWarning
+from statqat_lightning.callbacks.loading import install
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.callbacks.snr_monitor import SNRMonitor
 
@@ -30,6 +31,8 @@ def callbacks_from_environment() -> list[Callback]:
     The file is YAML. Its entries are the arguments of `StatQATCallback`, and two more:
     `snr_monitor` (true or false, default true) adds an `SNRMonitor`, `export` (a path) an
     `ExportCallback`.
+
+    From then on, `load_from_checkpoint` restores quantizers, see `quantized_loading`.
 
     A Trainer whose callbacks include a `StatQATCallback` already is left as it is, with a warning.
     Lightning puts what this returns into the very list that a script gave to the Trainer; where
@@ -78,6 +81,7 @@ def callbacks_from_environment() -> list[Callback]:
     if monitored and not any(isinstance(callback, SNRMonitor) for callback in given):
         callbacks.append(SNRMonitor())
     _made.update(callbacks)
+    install()  # the script does not know that its checkpoints hold quantizers
     return callbacks
 
 
