@@ -171,9 +171,7 @@ def onnx_session(path: str | Path) -> Any:
     """An ONNX Runtime session that computes what the file says.
 
     By default, ONNX Runtime rounds the inputs of products with narrow weights to 8 bits on the way
-    (`session.qdq_matmulnbits_accuracy_level=4`); here it does not. And on x86 processors without
-    VNNI its 8-bit products overflow by default: two products at a time are added in 16 bits.
-    `session.x64quantprecision=1` takes other kernels there, and changes nothing elsewhere.
+    (`session.qdq_matmulnbits_accuracy_level=4`); here it does not.
     """
     return _session(str(path))
 
@@ -185,7 +183,6 @@ def _session(model: str | bytes, optimized: Path | None = None) -> Any:
     options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
