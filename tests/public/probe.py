@@ -401,6 +401,8 @@ def disagreements(probe: WeightProbe, rows: Iterable[Row]) -> list[str]:
                 f"{name}: reported as quantized, entered {_some(use.unrounded)} in float{also}"
             )
         elif quantized and not use.rounded and not use.unrounded:
+            if _has_sibling(probe, name):
+                continue
             found.append(f"{name}: reported as quantized, entered no product")
         elif quantized and not use.rounded:
             found.append(f"{name}: reported as quantized, entered {_some(use.unrounded)} in float")
@@ -418,11 +420,21 @@ def _is_weight(probe: WeightProbe, name: str) -> bool:
     return parameter.dim() > 1 and "bias" not in name.rpartition(".")[2]
 
 
+def _has_sibling(probe: WeightProbe, name: str) -> bool:
+    """Whether it is a part of a weight, such as a norm, another part of which was an operand."""
+    parts = name.rpartition(".")[0]
+    return ".parametrizations." in f".{name}" and any(
+        other.rpartition(".")[0] == parts and (use.rounded or use.unrounded)
+        for other, use in probe.uses.items()
+    )
+
+
 def _row_of(name: str, rows: Mapping[str, Row]) -> Row | None:
     """The row of the layer that a parameter belongs to; parametrizations belong to their layer."""
-    owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else None
-    owner = name.rpartition(".")[0] if owner is None else owner
-    return rows.get(owner)
+    owner, _, inside = f".{name}".partition(".parametrizations.")
+    if not inside:
+        owner = owner.rpartition(".")[0]
+    return rows.get(owner.removeprefix("."))
 
 
 def _follow(
