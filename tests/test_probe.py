@@ -245,6 +245,13 @@ def test_normalised_weights_are_followed_to_their_parameters() -> None:
     layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))
     probe = seen(layer, DATA)
     assert probe.uses["parametrizations.weight.original1"].unrounded == {"addmm"}
+    model = nn.Sequential(layer)
+    assert disagreements(seen(model, DATA), [Row("0", False)]) == []
+    assert disagreements(seen(model, DATA), [Row("0", True)]) == [
+        "0.parametrizations.weight.original1: reported as quantized, entered addmm in float"
+    ]
+    rows = quantized(model, DATA)
+    assert disagreements(seen(model, DATA), rows) == []
     layer = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(8, 4))
     probe = seen(layer, DATA)
     assert probe.uses["parametrizations.weight.original"].unrounded == {"addmm"}
