@@ -22,17 +22,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ |= {
+from tests.public import one
+from tests.public.modules import CASES
+
+# What libraries read when a row imports them.
+ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",  # nothing is downloaded
     "CUDA_VISIBLE_DEVICES": "",
     "TQDM_DISABLE": "1",
 }
-os.environ.pop("STATQAT_CONFIG", None)
-
-from tests.public import one  # after the environment that libraries read
-from tests.public.modules import CASES
-
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "outputs" / "public"
 RECORDED = Path(__file__).with_name("recorded.json")
@@ -190,7 +189,7 @@ def write_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="rows to run anew; default: those not run yet")
     parser.add_argument("--again", action="store_true", help="run all rows anew")
     parser.add_argument("--record", action="store_true", help="record results, write the table")
@@ -198,6 +197,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - set(CASES)):
         parser.error(f"unknown rows {unknown}; known: {', '.join(CASES)}")
+    os.environ.update(ENVIRONMENT)
+    os.environ.pop("STATQAT_CONFIG", None)
     recorded = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.exists() else {}
     rows, failures = {}, 0
     for name in CASES:
