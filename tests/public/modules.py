@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,12 +31,15 @@ class Case:
         fit: Trains by the library's own means with these callbacks, and these options of the
             Trainer.
         options: Of `StatQATCallback`, where a row needs other ones than the defaults.
+        reload: Saves what `fit` has trained last in a folder, and loads it, by the library's own
+            means; returns the LightningModule in it, as trained and as loaded.
     """
 
     make: Callable[[], LightningModule] | None = None
     batches: Callable[[], Sequence[Any]] | None = None
-    fit: Callable[[list[Callback], dict[str, Any]], Any] | None = None
+    fit: Callable[[list[Callback], dict[str, Any]], None] | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    reload: Callable[[Path], tuple[LightningModule, LightningModule]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -692,7 +696,7 @@ def pytorch_forecasting_nbeats() -> Case:
 
 
 def _neuralforecast(model: str, **options: Any) -> Case:
-    def fit(callbacks: list[Callback], trainer: dict[str, Any]) -> Any:
+    def fit(callbacks: list[Callback], trainer: dict[str, Any]) -> None:
         from neuralforecast import NeuralForecast, models
 
         frame = series().rename(columns={"series": "unique_id", "date": "ds", "value": "y"})
@@ -711,7 +715,6 @@ def _neuralforecast(model: str, **options: Any) -> Case:
         )
         forecast = NeuralForecast([made], freq="D")
         forecast.fit(frame)
-        return forecast.models[0]
 
     return Case(fit=fit)
 
@@ -735,7 +738,9 @@ def neuralforecast_patchtst() -> Case:
 
 
 def _darts(model: str, **options: Any) -> Case:
-    def fit(callbacks: list[Callback], trainer: dict[str, Any]) -> Any:
+    trained: list[Any] = []
+
+    def fit(callbacks: list[Callback], trainer: dict[str, Any]) -> None:
         import darts.models
         from darts import TimeSeries
 
@@ -753,9 +758,14 @@ def _darts(model: str, **options: Any) -> Case:
             **options,
         )
         made.fit(values.astype("float32"))
-        return made.model
+        trained.append(made)
 
-    return Case(fit=fit)
+    def reload(folder: Path) -> tuple[LightningModule, LightningModule]:
+        made = trained[-1]
+        made.save(str(folder / "model.pt"))
+        return made.model, type(made).load(str(folder / "model.pt")).model
+
+    return Case(fit=fit, reload=reload)
 
 
 @case("darts", "TCN")
@@ -769,7 +779,7 @@ def darts_tide() -> Case:
 
 
 def _gluonts(model: str, **options: Any) -> Case:
-    def fit(callbacks: list[Callback], trainer: dict[str, Any]) -> Any:
+    def fit(callbacks: list[Callback], trainer: dict[str, Any]) -> None:
         import gluonts.torch
         from gluonts.dataset.pandas import PandasDataset
 
@@ -785,7 +795,7 @@ def _gluonts(model: str, **options: Any) -> Case:
             trainer_kwargs={**trainer, "callbacks": callbacks},
             **options,
         )
-        return estimator.train(dataset).prediction_net
+        estimator.train(dataset)
 
     return Case(fit=fit)
 
@@ -805,7 +815,7 @@ def gluonts_feed_forward() -> Case:
 
 @case("scvi-tools", "SCVI")
 def scvi_scvi() -> Case:
-    def fit(callbacks: list[Callback], trainer: dict[str, Any]) -> Any:
+    def fit(callbacks: list[Callback], trainer: dict[str, Any]) -> None:
         import anndata
         import numpy as np
         import scvi
@@ -824,7 +834,6 @@ def scvi_scvi() -> Case:
             callbacks=callbacks,
             **trainer,
         )
-        return model.training_plan if hasattr(model, "training_plan") else None
 
     return Case(fit=fit)
 
@@ -899,7 +908,9 @@ def pyg_gin() -> Case:
 
 
 def _tabular(config: Callable[[], Any]) -> Case:
-    def fit(callbacks: list[Callback], trainer: dict[str, Any]) -> Any:
+    trained: list[Any] = []
+
+    def fit(callbacks: list[Callback], trainer: dict[str, Any]) -> None:
         import numpy as np
         import pandas as pd
         from pytorch_tabular import TabularModel
@@ -939,9 +950,16 @@ def _tabular(config: Callable[[], Any]) -> Case:
             ),
         )
         model.fit(train=frame, validation=frame, callbacks=callbacks)
-        return model.model
+        trained.append(model)
 
-    return Case(fit=fit)
+    def reload(folder: Path) -> tuple[LightningModule, LightningModule]:
+        from pytorch_tabular import TabularModel
+
+        model = trained[-1]
+        model.save_model(str(folder / "tabular"))
+        return model.model, TabularModel.load_model(str(folder / "tabular")).model
+
+    return Case(fit=fit, reload=reload)
 
 
 @case("pytorch-tabular", "CategoryEmbedding")

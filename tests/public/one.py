@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import re
 import sys
 import tempfile
@@ -21,9 +22,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from statqat_lightning import ExportCallback, StatQATCallback, load_quantized
@@ -141,13 +142,30 @@ class Guarded(ExportCallback):
             self.problem = _short(error)
 
 
-def fit(module: LightningModule, data: Any, *callbacks: Callback, resume: Any = None) -> None:
-    """A plain Trainer, for modules that are trained by one."""
+def fit(
+    module: Any, data: Any, *callbacks: Callback, keep: Path | None = None, resume: Any = None
+) -> None:
+    """A plain Trainer of the module's own Lightning, for modules that are trained by one.
+
+    Args:
+        module: The module.
+        data: Its training data.
+        *callbacks: The callbacks.
+        keep: A folder for a checkpoint of every epoch.
+        resume: The checkpoint to go on from.
+    """
+    theirs: Any = lightning.pytorch
+    if any(cls.__module__.startswith("pytorch_lightning.") for cls in type(module).__mro__):
+        import pytorch_lightning as theirs
+    more = []
+    if keep is not None:
+        kept = theirs.callbacks.ModelCheckpoint(keep, filename="{epoch}", save_top_k=-1)
+        more.append(kept)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            callbacks=list(callbacks),
+        trainer = theirs.Trainer(
+            callbacks=[*callbacks, *more],
             default_root_dir=folder,
-            enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+            enable_checkpointing=keep is not None,
             **_OPTIONS,
         )
         trainer.fit(module, data, ckpt_path=resume, weights_only=False if resume else None)
@@ -214,6 +232,10 @@ def _fill(result: dict[str, Any], case: Case, folder: Path) -> None:
             # A layer that never ran is missing there; see the probe's column for those.
             _same(sorted(quantizer_state(again)), sorted(quantizer_state(module)))
         result["native"] = ok()
+    if case.reload is not None:
+        with _column(problems, "reloads") as ok:
+            _reload(case, folder)
+        result["reloads"] = ok()
     make = (lambda: keep.batches) if own_fit else case.batches
     with _column(problems, "resumes") as ok:
         _resume(start, make, folder, case.options)
@@ -222,6 +244,23 @@ def _fill(result: dict[str, Any], case: Case, folder: Path) -> None:
         with _column({}, "resumes") as ok:
             _resume(start, make, folder / "float", None)
         result["float_resumes"] = ok()
+
+
+def _reload(case: Case, folder: Path) -> None:
+    """A script without an edit that saves and loads by the library's means keeps its quantizers."""
+    assert case.fit is not None
+    assert case.reload is not None
+    config = folder / "qat.yaml"
+    config.write_text("weights: int4\nverbose: false\nsnr_monitor: false\n", encoding="utf-8")
+    os.environ["STATQAT_CONFIG"] = str(config)
+    try:
+        case.fit([], _OPTIONS | {"enable_checkpointing": False, "default_root_dir": str(folder)})
+        trained, loaded = case.reload(folder)
+    finally:
+        del os.environ["STATQAT_CONFIG"]
+    assert quantizer_state(trained), "not quantized"
+    _same(quantizer_state(loaded), quantizer_state(trained))
+    _same(loaded.state_dict(), trained.state_dict())
 
 
 @contextlib.contextmanager
@@ -270,9 +309,8 @@ def _resume(
         return loader(copy.deepcopy(list(batches())))
 
     whole, rest = start(), start()
-    keeps = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    fit(whole, data(), *ours(), keeps)
-    fit(rest, data(), *ours(), ModelCheckpoint(folder / "again"), resume=folder / "epoch=0.ckpt")
+    fit(whole, data(), *ours(), keep=folder)
+    fit(rest, data(), *ours(), keep=folder / "again", resume=folder / "epoch=0.ckpt")
     _same(whole.state_dict(), rest.state_dict())
     _same(quantizer_state(whole), quantizer_state(rest))
 

@@ -38,7 +38,7 @@ RECORDED = Path(__file__).with_name("recorded.json")
 DOCUMENT = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- public modules: begin -->", "<!-- public modules: end -->"
 SECONDS = 300
-COLUMNS = ("trains", "resumes", "native", "onnx")
+COLUMNS = ("trains", "resumes", "native", "onnx", "reloads")
 MOST_COLUMNS = 100
 
 
@@ -135,6 +135,10 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             names = ", ".join(f"`{name}`" for name in left[:5]) or "nothing"
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""
             lines += wrap(f"- {row['library']} {row['title']}: {names}{more}", "  ")
+    reloaded = [f"{row['library']} {row['title']}" for row in rows if row.get("reloads")]
+    if reloaded:
+        text = "Saved and loaded by the library's own functions, inside of `quantized_loading()`, "
+        lines += ["", *wrap(f"{text}with all quantizers: {', '.join(reloaded)}.")]
     if notes:
         lines += ["", "Where a cell says no:", ""]
         for what, note in notes:
