@@ -9,11 +9,15 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from statqat_lightning.callbacks.checkpoint import CHECKPOINT_KEY, QuantizerEntry
 from statqat_lightning.callbacks.hooks import WrappedHook
-from statqat_lightning.export.loading import load_checkpoint
+from statqat_lightning.callbacks.input_warnings import StatQATWarning
+from statqat_lightning.insertion import prepare, remove
+from statqat_lightning.quantized_model import load_quantizer_state, refit_weights, set_enabled
+from statqat_lightning.recipe import QuantRecipe
 
 # Where Lightning, under either name, builds a module from a checkpoint: the one place that has both
 # in hand, whatever the module's class makes of its own hooks.
@@ -83,24 +87,36 @@ def _with_quantizers(build: Callable[..., Any]) -> Callable[..., Any]:
 def restore(module: Any, checkpoint: Mapping[str, Any]) -> None:
     """Give a LightningModule the quantizers of its checkpoint, and what writes them into the next.
 
-    Unlike `load_quantized` it leaves the module in the mode it is in: `load_from_checkpoint` does.
+    Unlike `load_quantized` it touches neither weights nor the mode, which are in the hands of
+    `load_from_checkpoint`. Where the module differs from the one that was saved, as `strict=False`
+    allows, it warns and leaves the module in float.
 
     Args:
-        module: The module, with the weights of the checkpoint or without.
+        module: The module, with the weights of the checkpoint.
         checkpoint: What Lightning saved; it holds quantizers.
     """
-    modes = [(part, part.training) for part in module.modules()]
-    load_checkpoint(module, checkpoint)
-    for part, training in modes:
-        part.training = training
     entry = checkpoint[CHECKPOINT_KEY]
+    try:
+        prepare(module, recipe=QuantRecipe.from_dict(entry["recipe"]))
+        load_quantizer_state(module, entry["quantizers"])
+    except ValueError as reason:
+        remove(module)
+        rank_zero_warn(
+            f"StatQAT {type(module).__name__}: loaded in float, as the quantizers of the "
+            f"checkpoint do not fit it. {reason}",
+            category=StatQATWarning,
+        )
+        return
+    if entry.get("averaged", False):
+        refit_weights(module)  # the scales are those of the weights in training
     weights, inputs = entry.get("quantized", (True, True))
+    set_enabled(module, weights, inputs)
     placed_for = entry.get("placed_for")
     kept = QuantizerEntry(
         entry["recipe"],
         weights,
         inputs,
-        averaged=False,  # the scales were fitted to the weights that are there
+        averaged=False,
         placed_for=placed_for and (placed_for["target"], placed_for["recipe"]),
     )
     WrappedHook(module, "on_save_checkpoint", after=kept)

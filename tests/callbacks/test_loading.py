@@ -94,6 +94,24 @@ def test_a_float_checkpoint_loads_as_ever(tmp_path: Path) -> None:
     assert not quantized_layers(again)
 
 
+def test_a_module_that_differs_is_loaded_in_float_with_a_warning(
+    trained: tuple[DigitsModule, Path],
+) -> None:
+    class Longer(DigitsModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = torch.nn.Linear(3, 3)
+
+    _, path = trained
+    with (
+        quantized_loading(),
+        pytest.warns(StatQATWarning, match=r"Longer: loaded in float.*more"),
+        pytest.warns(UserWarning, match="not in the checkpoint"),
+    ):
+        again = Longer.load_from_checkpoint(path, strict=False)
+    assert not quantized_layers(again)
+
+
 def test_under_statqat_config_it_is_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: tuple[DigitsModule, Path]
 ) -> None:
