@@ -528,7 +528,15 @@ def monai_swin_unetr() -> Case:
 def smp_unet() -> Case:
     from segmentation_models_pytorch import Unet
 
-    return of_masks(lambda: Unet("resnet18", encoder_weights=None, classes=CLASSES))
+    return of_masks(
+        lambda: Unet(
+            "mobilenet_v2",
+            encoder_depth=3,
+            encoder_weights=None,
+            decoder_channels=(32, 16, 8),
+            classes=CLASSES,
+        )
+    )
 
 
 @case("segmentation-models-pytorch", "Segformer")
@@ -538,17 +546,24 @@ def smp_segformer() -> Case:
     return of_masks(lambda: Segformer("mit_b0", encoder_weights=None, classes=CLASSES), size=64)
 
 
+def _backbone() -> nn.Module:
+    """The first half of a ResNet, up to its pooled features."""
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    parts = list(ResNet(BasicBlock, [1, 1, 1, 1]).children())
+    return nn.Sequential(*parts[:5], nn.AdaptiveAvgPool2d(1))
+
+
 @case("lightly", "SimCLR")
 def lightly_simclr() -> Case:
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
-    from torchvision.models import resnet18
 
     class SimCLR(LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.backbone = nn.Sequential(*list(resnet18().children())[:-1])
-            self.projection_head = SimCLRProjectionHead(512, 64, 16)
+            self.backbone = _backbone()
+            self.projection_head = SimCLRProjectionHead(64, 64, 16)
             self.criterion = NTXentLoss()
 
         def forward(self, x: Tensor) -> Any:
@@ -576,13 +591,12 @@ def lightly_byol() -> Case:
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
     from lightly.models.utils import deactivate_requires_grad, update_momentum
-    from torchvision.models import resnet18
 
     class BYOL(LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.backbone = nn.Sequential(*list(resnet18().children())[:-1])
-            self.projection_head = BYOLProjectionHead(512, 64, 16)
+            self.backbone = _backbone()
+            self.projection_head = BYOLProjectionHead(64, 64, 16)
             self.prediction_head = BYOLPredictionHead(16, 32, 16)
             self.backbone_momentum = copy.deepcopy(self.backbone)
             self.projection_head_momentum = copy.deepcopy(self.projection_head)
