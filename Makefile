@@ -7,8 +7,12 @@ STAMP := $(VENV)/.statqat-installed
 LOWEST       := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.statqat-installed
 
+# The libraries whose modules `make test-public` trains.
+PUBLIC       := .venv-public
+PUBLIC_STAMP := $(PUBLIC)/.statqat-installed
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-lowest lint format clean
+.PHONY: help setup demo test test-all test-lowest test-public lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +61,16 @@ $(LOWEST_STAMP): pyproject.toml | $(STAMP)
 	  --editable ".[dev]"
 	@touch $@
 
+# With RECORD=1, the results become those that later runs are compared with.
+test-public: $(PUBLIC_STAMP)  ## modules of public libraries, in .venv-public, against the record
+	$(PUBLIC)/bin/python -m tests.public.table --again $(if $(RECORD),--record)
+
+$(PUBLIC_STAMP): pyproject.toml tests/public/requirements.txt | $(STAMP)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(PUBLIC)
+	$(BIN)/uv pip install --python $(PUBLIC)/bin/python --editable ".[onnx]" \
+	  --requirement tests/public/requirements.txt
+	@touch $@
+
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,4 +83,4 @@ format: $(STAMP)  ## rewrite the sources in the project's format
 clean:  ## remove what runs and tests left behind; the environments stay
 	rm -rf outputs exported lightning_logs wandb build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . \( -path ./$(VENV) -o -path ./$(LOWEST) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./$(LOWEST) -o -path ./$(PUBLIC) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -8,13 +8,17 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from statqat_lightning.callbacks.export import ExportCallback
+from statqat_lightning.callbacks.input_warnings import StatQATWarning
+from statqat_lightning.callbacks.loading import install
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.callbacks.snr_monitor import SNRMonitor
 
@@ -27,6 +31,12 @@ def callbacks_from_environment() -> list[Callback]:
     The file is YAML. Its entries are the arguments of `StatQATCallback`, and two more:
     `snr_monitor` (true or false, default true) adds an `SNRMonitor`, `export` (a path) an
     `ExportCallback`.
+
+    From then on, `load_from_checkpoint` restores quantizers, see `quantized_loading`.
+
+    A Trainer whose callbacks include a `StatQATCallback` already is left as it is, with a warning.
+    Lightning puts what this returns into the very list that a script gave to the Trainer; where
+    that list is given to the next Trainer, too, the callbacks of the earlier one leave it.
 
     Example of a file:
         weights: int4
@@ -42,6 +52,14 @@ def callbacks_from_environment() -> list[Callback]:
     if not path:
         return []
     entries = _read(Path(path))
+    given = _callbacks_given()
+    _drop(given)
+    if any(isinstance(callback, StatQATCallback) for callback in given):
+        rank_zero_warn(
+            f"{VARIABLE}: {path} is not used: this Trainer has a StatQATCallback of its own.",
+            category=StatQATWarning,
+        )
+        return []
     monitored, exported = entries.pop("snr_monitor", True), entries.pop("export", None)
     known = [*inspect.signature(StatQATCallback).parameters, "snr_monitor", "export"]
     if unknown := [name for name in entries if name not in known]:
@@ -60,7 +78,35 @@ def callbacks_from_environment() -> list[Callback]:
             callbacks.append(ExportCallback(exported))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{VARIABLE}: {path}: {error}") from error
-    return [*callbacks, SNRMonitor()] if monitored else callbacks
+    if monitored and not any(isinstance(callback, SNRMonitor) for callback in given):
+        callbacks.append(SNRMonitor())
+    _made.update(callbacks)
+    install()  # the script does not know that its checkpoints hold quantizers
+    return callbacks
+
+
+# All that were made here and still exist, to tell them from those that a script made.
+_made: weakref.WeakSet[Callback] = weakref.WeakSet()
+
+
+def _callbacks_given() -> list[Callback]:
+    """The list that Lightning will extend, which it shows to no entry point.
+
+    It is found in the frames of the calls that led here; elsewhere there is none, and it is empty.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "on_trainer_init":
+            trainer = getattr(frame.f_locals.get("self"), "trainer", None)
+            callbacks = getattr(trainer, "callbacks", None)
+            return callbacks if isinstance(callbacks, list) else []
+        frame = frame.f_back
+    return []
+
+
+def _drop(callbacks: list[Callback]) -> None:
+    """Take out of a list, in place, what an earlier call has made."""
+    callbacks[:] = [callback for callback in callbacks if callback not in _made]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -34,6 +34,9 @@ class WrappedHooks:
 class WrappedHook:
     """A module's hook with something before or after it, put on the instance.
 
+    A hook that somebody else has put on the instance runs inside it, and is given back when this
+    one is taken off. Another wrapper of ours is replaced: there is one for each hook.
+
     Unlike a closure it can be pickled, and its deep copy belongs to the copied module.
 
     Attributes:
@@ -41,31 +44,50 @@ class WrappedHook:
         name: The hook.
         before: What runs before it, if anything.
         after: What runs after it, if anything.
+        own: What was on the instance under this name; None for the hook of the class.
     """
 
     pl_module: LightningModule
     name: str
     before: Extra | None = None
     after: Extra | None = None
+    own: Callable[..., Any] | None = field(init=False)
 
     def __post_init__(self) -> None:
+        there = self.pl_module.__dict__.get(self.name)
+        self.own = there.own if isinstance(there, WrappedHook) else there
         self.pl_module.__dict__[self.name] = self
 
     def take_off(self) -> None:
-        """Give the module its own hook back, unless another wrapper has taken this one's place."""
-        if self.pl_module.__dict__.get(self.name) is self:
+        """Give the module back what was there.
+
+        Where another wrapper has taken this one's place and may call it, nothing but the hook is
+        left of it.
+        """
+        self.before = self.after = None
+        if self.pl_module.__dict__.get(self.name) is not self:
+            return
+        if self.own is None:
             del self.pl_module.__dict__[self.name]
+        else:
+            self.pl_module.__dict__[self.name] = self.own
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        # Lightning follows this name when it asks whether a hook is overridden.
+        # Lightning follows this name when it asks whether a hook is overridden, and what arguments
+        # it takes.
+        if self.own is not None:
+            return self.own
         hook: Callable[..., Any] = getattr(type(self.pl_module), self.name)
         return hook
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.before is not None:
             self.before(self.pl_module, *args)
-        result = self.__wrapped__(self.pl_module, *args, **kwargs)
+        if self.own is not None:
+            result = self.own(*args, **kwargs)
+        else:
+            result = self.__wrapped__(self.pl_module, *args, **kwargs)
         if self.after is not None:
             self.after(self.pl_module, *args)
         return result

@@ -26,6 +26,12 @@ def lightning_class(thing: object, name: str) -> type | None:
 
 
 def overrides(module: object, hook: str) -> bool:
-    """Whether a LightningModule has a hook of its own."""
+    """Whether a LightningModule has a hook of its own, from its class or put on the instance.
+
+    Compiled ones do not count: Lightning puts the compiled hooks of the class on the instance.
+    """
+    own = vars(module).get(hook)
+    if own is not None and not hasattr(own, "_torchdynamo_orig_callable"):
+        return True
     base = lightning_class(module, "LightningModule")
     return getattr(type(module), hook, None) is not getattr(base, hook, None)

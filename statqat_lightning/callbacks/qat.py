@@ -346,8 +346,10 @@ class StatQATCallback(Callback):
             self._warnings.once(
                 ", ".join(idle),
                 "unknown",
-                "no statistics, so these inputs are evaluated in float. Load a checkpoint of a "
-                "training with StatQATCallback, or train first.",
+                "no statistics, so these inputs are evaluated in float. Train first, or load a "
+                "checkpoint of a training with StatQATCallback: by `ckpt_path`, by "
+                "`load_quantized(module, path)`, or by `load_from_checkpoint`, the library's own "
+                "loading included, inside `with quantized_loading():`.",
             )
 
     def _start(self, pl_module: LightningModule) -> None:

@@ -9,6 +9,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
 
 from statqat_lightning import ExportCallback, SNRMonitor, StatQATCallback
 from statqat_lightning.callbacks.environment import callbacks_from_environment
@@ -95,3 +97,54 @@ def test_in_a_process_of_its_own(config: Path, repository: Path) -> None:
         check=True,
     )
     assert "int2 per_channel analytic" in run.stdout + run.stderr
+
+
+def test_one_list_of_callbacks_for_two_trainers(config: Path) -> None:
+    """Lightning extends the list it is given: the second Trainer finds there what the first got."""
+    config.write_text("weights: int4\nverbose: false\n")
+    given: list[Callback] = [Timer()]
+    trainers = [make_trainer_of(given) for _ in range(3)]
+    for trainer in trainers:
+        kinds = [type(c) for c in trainer.callbacks]  # type: ignore[attr-defined]
+        assert kinds.count(StatQATCallback) == kinds.count(SNRMonitor) == kinds.count(Timer) == 1
+    first, second, _ = (
+        next(c for c in t.callbacks if isinstance(c, StatQATCallback))  # type: ignore[attr-defined]
+        for t in trainers
+    )
+    assert first is not second
+    for trainer in trainers:
+        module = DigitsModule()
+        trainer.fit(module, loader(), held_out())
+        assert len(quantized_layers(module)) == 3
+
+
+def make_trainer_of(callbacks: list[Callback]) -> Trainer:
+    return Trainer(
+        callbacks=callbacks,
+        accelerator="cpu",
+        max_epochs=1,
+        limit_train_batches=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def test_a_callback_of_the_script_takes_precedence(config: Path) -> None:
+    config.write_text("weights: int4\n")
+    own = StatQATCallback("int8", verbose=False)
+    with pytest.warns(
+        UserWarning, match=r"qat\.yaml is not used: this Trainer has a StatQATCallba"
+    ):
+        trainer = make_trainer(own)
+    found = [c for c in trainer.callbacks if isinstance(c, StatQATCallback)]  # type: ignore[attr-defined]
+    assert found == [own]
+
+
+def test_a_monitor_of_the_script_stays_the_only_one(config: Path) -> None:
+    config.write_text("verbose: false\n")
+    own = SNRMonitor(prog_bar=True)
+    trainer = make_trainer(own)
+    found = [c for c in trainer.callbacks if isinstance(c, SNRMonitor)]  # type: ignore[attr-defined]
+    assert found == [own]

@@ -1,0 +1,1 @@
+"""Modules of public libraries, trained and exported as they are; see `table.py`."""
