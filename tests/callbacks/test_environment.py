@@ -94,4 +94,5 @@ def test_in_a_process_of_its_own(config: Path, repository: Path) -> None:
         text=True,
         check=True,
     )
-    assert "int2 per_channel analytic" in run.stdout + run.stderr
+    assert "Conv2d" in run.stdout + run.stderr
+    assert "  int2  " in run.stdout + run.stderr
