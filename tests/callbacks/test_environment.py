@@ -96,7 +96,8 @@ def test_in_a_process_of_its_own(config: Path, repository: Path) -> None:
         text=True,
         check=True,
     )
-    assert "int2 per_channel analytic" in run.stdout + run.stderr
+    assert "Conv2d" in run.stdout + run.stderr
+    assert "  int2  " in run.stdout + run.stderr
 
 
 def test_one_list_of_callbacks_for_two_trainers(config: Path) -> None:
