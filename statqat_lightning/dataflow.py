@@ -5,6 +5,7 @@ Nothing is traced symbolically, so control flow and other Python in the forward 
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -180,6 +181,13 @@ class _Recorder(TorchFunctionMode):
             id(parameter): frozenset([plain_name(name)])
             for name, parameter in model.named_parameters()
         }
+        self._holders: dict[str, list[tuple[nn.Module, str]]] = {}
+        for name, module in modules_by_name(model).items():
+            parts = module._modules.get("parametrizations")
+            held = [*module.parameters(recurse=False), *(parts.parameters() if parts else ())]
+            for parameter in held:
+                for known in self._made_of.get(id(parameter), ()):
+                    self._holders.setdefault(known, []).append((module, name))
         self._values: dict[int, Value] = {}
         self._alive: list[Tensor] = []  # or another tensor would get the same id
         self._stack: list[str] = []
@@ -238,10 +246,14 @@ class _Recorder(TorchFunctionMode):
         alone = len(weights) == len(tensors)
         if kind in _PRODUCTS and (kind in _LOOKUPS or not alone):
             reader = self._stack[-1] if self._stack else None
+            running = _running_forwards()
             for parameter in sorted(parameters):
                 read = WeightRead(parameter, reader, kind)
-                own = any(f"{parameter}.".startswith(f"{a}." if a else "") for a in self._atoms)
-                if not own and read not in self.flow.reads:
+                if any(f"{parameter}.".startswith(f"{a}." if a else "") for a in self._atoms):
+                    continue
+                holders = [n for m, n in self._holders.get(parameter, ()) if id(m) in running]
+                self.flow.calls.update(holders)  # `layer.forward(x)`, of which no hook knows
+                if not holders and read not in self.flow.reads:
                     self.flow.reads.append(read)
         elif alone:
             for tensor in _floating(made):
@@ -285,6 +297,17 @@ class _Recorder(TorchFunctionMode):
         self._values[id(tensor)] = value
         self._alive.append(tensor)
         return value
+
+
+def _running_forwards() -> set[int]:
+    """Ids of the modules whose forwards are running, by the frames of the calls."""
+    running = set()
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "forward":
+            running.add(id(frame.f_locals.get("self")))
+        frame = frame.f_back
+    return running
 
 
 def _floating(structure: Any) -> Iterator[Tensor]:

@@ -363,7 +363,9 @@ def test_a_layer_that_never_ran_is_named() -> None:
     with pytest.warns(UserWarning, match="idle"):
         train(statqat(), export, module=Idle, limit_train_batches=2)
     assert export.report is not None
-    assert export.report.notes == ("Left in float: idle/input (no statistics).",)
+    assert export.report.notes == (
+        "Left in float: idle/weight (never ran), idle/input (never ran).",
+    )
 
 
 def test_a_failed_write_leaves_the_old_file_and_writes_the_others(

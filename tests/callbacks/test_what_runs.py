@@ -35,7 +35,7 @@ from tests.callbacks.digits import (
 
 # A layer that never runs is named when calibration is over, too.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:StatQAT never/input"),
+    pytest.mark.filterwarnings("ignore:StatQAT never[:/]"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 
@@ -161,6 +161,25 @@ def test_without_a_batch_ahead_the_first_real_one_shows_who_reads() -> None:
     assert weight_rows(callback)["net.2.qkv"] == "int4 per_channel analytic"
     assert weight_rows(callback)["never"] is None
     assert len(run.losses) == STEPS_PER_EPOCH
+
+
+class CallsForward(DigitsModule):
+    """Calls `forward` of a layer, and of its class, past all hooks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net[:-1]:
+            x = type(layer).forward(layer, x)
+        return self.net[-1].forward(x)
+
+
+def test_a_forward_that_is_called_past_the_hooks_counts_as_a_call() -> None:
+    callback = statqat("int4", "int4")
+    module, run = train(callback, module=CallsForward, limit_val_batches=0)
+    _, usual = train(statqat("int4", "int4"), limit_val_batches=0)
+    assert run.losses == usual.losses
+    assert callback.report is not None
+    assert [row.remark for row in callback.report.rows] == [""] * 5
+    assert quantizer_of(module, "net.8/input").ready
 
 
 class StartsLate(DigitsModule):
