@@ -118,5 +118,6 @@ def restore(module: Any, checkpoint: Mapping[str, Any]) -> None:
         inputs,
         averaged=False,
         placed_for=placed_for and (placed_for["target"], placed_for["recipe"]),
+        bits=entry.get("bits", 0),
     )
     WrappedHook(module, "on_save_checkpoint", after=kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -27,3 +28,13 @@ def messages() -> Iterator[Messages]:
     yield said
     for logger in loggers:
         logger.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def loading_is_lightnings_own() -> Iterator[None]:
+    """Take back what `STATQAT_CONFIG` switches on for a process: see `callbacks.loading`."""
+    yield
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        saving = sys.modules.get(f"{package}.core.saving")
+        if saving is not None and hasattr(saving._load_state, "_statqat"):
+            saving._load_state = saving._load_state.__wrapped__
