@@ -164,9 +164,7 @@ def _inspect_checkpoint(path: Path, trust: bool) -> Inspection:
             fmt.name, fmt.bits, str(granularity), decibels if finite else None
         )
     entry = checkpoint[KEY]
-    return Inspection(
-        str(path), "checkpoint", size_of(path), entry.get("library", ""), entry["recipe"], layers
-    )
+    return Inspection(str(path), "checkpoint", size_of(path), "", entry["recipe"], layers)
 
 
 def _weight_in(state: Mapping[str, Tensor], layer: str, role: str) -> Tensor | None:
@@ -177,7 +175,7 @@ def _granularity_of(state: Mapping[str, Any], weight: Tensor | None) -> Granular
     """Which elements share a scale, from the shape of the scale."""
     fmt, shape = get_format(state["format"]), tuple(state["scale"].shape)
     if isinstance(fmt, BlockFormat):
-        return PerBlock(fmt.block_size)
+        return _blocks_of(fmt, weight, state["scale"])
     if not shape:
         return PerTensor()
     if weight is None or (len(shape) == weight.dim() and sum(n > 1 for n in shape) <= 1):
@@ -185,6 +183,27 @@ def _granularity_of(state: Mapping[str, Any], weight: Tensor | None) -> Granular
         if weight is None or shape[axis] == weight.shape[axis]:
             return PerChannel(axis)
     return PerGroup(weight[0].numel() // shape[1])
+
+
+def _blocks_of(fmt: BlockFormat, weight: Tensor | None, scale: Tensor) -> Granularity:
+    """Blocks along the axis that the scale's shape tells, or its values where two axes are alike.
+
+    Transposed convolutions have their blocks along the first axis, all other layers along the
+    second.
+    """
+    usual = PerBlock(fmt.block_size)
+    if weight is None:
+        return usual
+    axes = [PerBlock(fmt.block_size, axis) for axis in (1, 0) if axis < weight.dim()]
+    shape = tuple(weight.shape)
+    fitting = [g for g in axes if g.scale_shape(shape) == tuple(scale.shape)]
+
+    def noise(granularity: Granularity) -> float:
+        wide = weight.float()
+        quantized = fake_quantize(wide, QParams(scale, None, granularity), fmt)
+        return float((wide - quantized).square().sum())
+
+    return min(fitting, key=noise) if len(fitting) > 1 else (fitting or [usual])[0]
 
 
 def _quantized(weight: Tensor, state: Mapping[str, Any]) -> Tensor:
