@@ -20,6 +20,7 @@ from statqat_lightning.export.loading import (
     read_checkpoint,
 )
 from statqat_lightning.export.native import KEY, read_header
+from statqat_lightning.export.onnx_graph import MIDDLE
 from statqat_lightning.export.runtimes import constant_weights, require_onnx
 from statqat_lightning.fake_quantizer import OUTPUT
 from statqat_lightning.formats import BlockFormat, get_format
@@ -228,7 +229,10 @@ def _inspect_onnx(path: Path) -> Inspection:
             count = math.prod(scale.dims) if scale is not None else 1
             granularity = "per_tensor" if count == 1 else f"{count} scales"
             kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
-            layers.setdefault(layer, {})[role] = TensorEntry(kind, _bits(tensor), granularity)
+            bits = _bits(tensor)
+            if f"{name}{MIDDLE}" in tensors:
+                kind, bits = "int8", 8  # stored as uint8 around 128
+            layers.setdefault(layer, {})[role] = TensorEntry(kind, bits, granularity)
         elif what == "scale" and _column(role) != "weight":
             zero = _zero_point_type(model, name)
             layers.setdefault(layer, {})[role] = TensorEntry(zero, 8, "per_tensor")
