@@ -91,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
         "(default: the one of the training)",
     )
     export.add_argument(
+        "--dynamic",
+        action="append",
+        default=[],
+        metavar="INPUT:DIMENSION=NAME,...",
+        help="dimensions that stay open beside the batch, such as x:2=height,3=width",
+    )
+    export.add_argument(
         "--not-strict", action="store_true", help="keep files that differ from the trained model"
     )
     export.set_defaults(command=_export)
@@ -120,6 +127,7 @@ def _export(options: argparse.Namespace) -> None:
         trust=options.trust,
         submodule=options.submodule,
         strict=not options.not_strict,
+        dynamic=_dynamic(options.dynamic),
         **({} if options.target is None else {"target": options.target}),
         **{field: kind in kinds for kind, field in FIELDS.items()},
     )
@@ -128,6 +136,21 @@ def _export(options: argparse.Namespace) -> None:
         raise ValueError(
             "not all files were written, see above. If no input is known, give --input."
         )
+
+
+def _dynamic(given: Sequence[str]) -> dict[str, dict[int, str]] | None:
+    found: dict[str, dict[int, str]] = {}
+    for entry in given:
+        name, _, dimensions = entry.partition(":")
+        try:
+            pairs = [pair.split("=") for pair in dimensions.split(",")]
+            found[name] = {int(number): title for number, title in pairs}
+        except ValueError as error:
+            raise ValueError(
+                f"--dynamic: got {entry!r}; expected an input and its dimensions, such as "
+                "x:2=height,3=width."
+            ) from error
+    return found or None
 
 
 def _example(options: argparse.Namespace) -> Any:

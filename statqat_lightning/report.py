@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from statqat_lightning.fake_quantizer import OUTPUT
+from statqat_lightning.layer_kinds import INPUT_ROLES
 from statqat_lightning.plots import new_figure, save_figure
 from statqat_lightning.quantized_layer import weight_of
 from statqat_lightning.quantized_model import quantized_layers
@@ -73,7 +75,10 @@ History = Sequence[tuple[int, Mapping[str, float]]]
 
 
 def plot_snr(histories: Mapping[str, History], path: str | Path) -> None:
-    """Draw the SNR of every tensor over training steps: a column a run, weights above inputs.
+    """Draw the SNR of every tensor over training steps: a column a run, weights above activations.
+
+    A tensor is a weight unless it is called as inputs and outputs are: layers with several weights
+    have a line for each. Outputs are dashed.
 
     The first layers are dark, the last ones bright. The file appears whole or not at all.
 
@@ -93,7 +98,8 @@ def plot_snr(histories: Mapping[str, History], path: str | Path) -> None:
     figure = new_figure("plot_snr", (1.8 + 3.4 * len(histories), 5.4))
     from matplotlib import colormaps
 
-    layers = list(dict.fromkeys(name.rpartition("/")[0] for name in tensors))
+    names = list(dict.fromkeys(tensors))
+    layers = list(dict.fromkeys(name.rpartition("/")[0] for name in names))
     # The brightest yellow is hard to see on white.
     colors = {
         layer: colormaps["viridis"](0.92 * number / max(len(layers) - 1, 1))
@@ -101,17 +107,20 @@ def plot_snr(histories: Mapping[str, History], path: str | Path) -> None:
     }
     axes = figure.subplots(2, len(histories), sharex="col", sharey=True, squeeze=False)
     for column, (title, history) in enumerate(histories.items()):
-        for axis, role in zip(axes[:, column], ("weight", "input"), strict=True):
-            for layer in layers:
-                name = f"{layer}/{role}" if layer else role
-                points = [(step, row[name]) for step, row in history if name in row]
-                if points:
-                    axis.plot(*zip(*points, strict=True), color=colors[layer], linewidth=1.3)
+        for name in names:
+            layer, _, role = name.rpartition("/")
+            axis = axes[int(role in (*INPUT_ROLES, OUTPUT)), column]
+            points = [(step, row[name]) for step, row in history if name in row]
+            if points:
+                style = "--" if role == OUTPUT else "-"
+                steps, decibels = zip(*points, strict=True)
+                axis.plot(steps, decibels, style, color=colors[layer], linewidth=1.3)
+        for axis in axes[:, column]:
             axis.grid(alpha=0.3)
         axes[0, column].set_title(title)
         axes[1, column].set_xlabel("training step")
     axes[0, 0].set_ylabel("SNR of weights (dB)")
-    axes[1, 0].set_ylabel("SNR of layer inputs (dB)")
+    axes[1, 0].set_ylabel("SNR of inputs and outputs (dB)")
     handles = [
         axes[0, 0].plot([], [], color=color, label=layer)[0] for layer, color in colors.items()
     ]

@@ -119,7 +119,9 @@ class EnergySpectrum:
         """Spectrum of each row of `x`.
 
         Args:
-            x: `(n, m)`, or any other shape for one spectrum of all values; floating dtype.
+            x: `(n, m)` for a spectrum of each row, or any other shape for one of all values;
+                floating dtype. Inputs of a layer `(batch, features)` are one tensor: pass
+                `x.reshape(1, -1)`.
             keep: Whether to keep the values, for predictions.
             check: Whether to look for values without a bin, which the host has to wait for. They
                 are left out otherwise.

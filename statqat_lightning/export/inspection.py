@@ -20,6 +20,7 @@ from statqat_lightning.export.loading import (
     read_checkpoint,
 )
 from statqat_lightning.export.native import KEY, read_header
+from statqat_lightning.export.onnx_graph import MIDDLE
 from statqat_lightning.export.runtimes import constant_weights, require_onnx
 from statqat_lightning.fake_quantizer import OUTPUT
 from statqat_lightning.formats import BlockFormat, get_format
@@ -164,9 +165,7 @@ def _inspect_checkpoint(path: Path, trust: bool) -> Inspection:
             fmt.name, fmt.bits, str(granularity), decibels if finite else None
         )
     entry = checkpoint[KEY]
-    return Inspection(
-        str(path), "checkpoint", size_of(path), entry.get("library", ""), entry["recipe"], layers
-    )
+    return Inspection(str(path), "checkpoint", size_of(path), "", entry["recipe"], layers)
 
 
 def _weight_in(state: Mapping[str, Tensor], layer: str, role: str) -> Tensor | None:
@@ -177,7 +176,7 @@ def _granularity_of(state: Mapping[str, Any], weight: Tensor | None) -> Granular
     """Which elements share a scale, from the shape of the scale."""
     fmt, shape = get_format(state["format"]), tuple(state["scale"].shape)
     if isinstance(fmt, BlockFormat):
-        return PerBlock(fmt.block_size)
+        return _blocks_of(fmt, weight, state["scale"])
     if not shape:
         return PerTensor()
     if weight is None or (len(shape) == weight.dim() and sum(n > 1 for n in shape) <= 1):
@@ -185,6 +184,27 @@ def _granularity_of(state: Mapping[str, Any], weight: Tensor | None) -> Granular
         if weight is None or shape[axis] == weight.shape[axis]:
             return PerChannel(axis)
     return PerGroup(weight[0].numel() // shape[1])
+
+
+def _blocks_of(fmt: BlockFormat, weight: Tensor | None, scale: Tensor) -> Granularity:
+    """Blocks along the axis that the scale's shape tells, or its values where two axes are alike.
+
+    Transposed convolutions have their blocks along the first axis, all other layers along the
+    second.
+    """
+    usual = PerBlock(fmt.block_size)
+    if weight is None:
+        return usual
+    axes = [PerBlock(fmt.block_size, axis) for axis in (1, 0) if axis < weight.dim()]
+    shape = tuple(weight.shape)
+    fitting = [g for g in axes if g.scale_shape(shape) == tuple(scale.shape)]
+
+    def noise(granularity: Granularity) -> float:
+        wide = weight.float()
+        quantized = fake_quantize(wide, QParams(scale, None, granularity), fmt)
+        return float((wide - quantized).square().sum())
+
+    return min(fitting, key=noise) if len(fitting) > 1 else (fitting or [usual])[0]
 
 
 def _quantized(weight: Tensor, state: Mapping[str, Any]) -> Tensor:
@@ -209,7 +229,10 @@ def _inspect_onnx(path: Path) -> Inspection:
             count = math.prod(scale.dims) if scale is not None else 1
             granularity = "per_tensor" if count == 1 else f"{count} scales"
             kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
-            layers.setdefault(layer, {})[role] = TensorEntry(kind, _bits(tensor), granularity)
+            bits = _bits(tensor)
+            if f"{name}{MIDDLE}" in tensors:
+                kind, bits = "int8", 8  # stored as uint8 around 128
+            layers.setdefault(layer, {})[role] = TensorEntry(kind, bits, granularity)
         elif what == "scale" and _column(role) != "weight":
             zero = _zero_point_type(model, name)
             layers.setdefault(layer, {})[role] = TensorEntry(zero, 8, "per_tensor")

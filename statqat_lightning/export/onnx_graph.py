@@ -352,6 +352,8 @@ def _ends_of(quantize: Any) -> tuple[float, float]:
     return -middle * scale, (255 - middle) * scale
 
 
+MIDDLE = "_middle"
+"""Behind the name of codes that lie around 128: their zero point."""
 _WITHOUT_SATURATION = 64
 """Largest magnitude of a weight's code of which two products with 255 fit into 16 bits."""
 
@@ -378,7 +380,7 @@ def keep_from_saturating(graph: Any) -> None:
             continue
         store(codes, integers.astype(np.int16) + 128, onnx_ir.DataType.UINT8)
         middle = np.full(scale.const_value.shape.numpy(), 128, np.uint8)
-        name = f"{codes.name}_middle"
+        name = f"{codes.name}{MIDDLE}"
         zero = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(middle, name=name))
         zero.dtype, zero.shape = onnx_ir.DataType.UINT8, onnx_ir.Shape(middle.shape)
         graph.graph.register_initializer(zero)
