@@ -1012,11 +1012,20 @@ def pytorch_tabular_ft_transformer() -> Case:
 
 @case("anomalib", "STFPM")
 def anomalib_stfpm() -> Case:
+    from unittest import mock
+
+    import timm
     from anomalib.data import ImageBatch
     from anomalib.models import Stfpm
 
+    made = timm.create_model
+
+    def untrained(*args: Any, **kwargs: Any) -> Any:
+        return made(*args, **{**kwargs, "pretrained": False})
+
     def make() -> Any:
-        return Stfpm(backbone="resnet18", layers=["layer1", "layer2"])
+        with mock.patch.object(timm, "create_model", untrained):  # nothing is downloaded
+            return Stfpm(backbone="resnet18", layers=["layer1", "layer2"])
 
     def batches() -> list[Any]:
         torch.manual_seed(1)
