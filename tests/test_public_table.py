@@ -45,8 +45,13 @@ def test_what_is_worse_is_named(change: dict[str, Any], message: str) -> None:
 
 
 def test_a_fault_that_is_recorded_is_not_worse() -> None:
-    bad = GOOD | {"onnx": False, "probe": ["w: reported as quantized"]}
+    bad = GOOD | {"onnx": False, "problems": {"onnx": "cannot be written"}}
     assert worse(bad, kept(bad)) == []
+
+
+def test_a_disagreement_with_the_report_is_never_accepted() -> None:
+    bad = GOOD | {"probe": ["w: reported as quantized"]}
+    assert worse(bad, kept(bad)) == ["probe: w: reported as quantized"]
 
 
 def test_a_row_that_ended_early_is_worse() -> None:
