@@ -208,6 +208,19 @@ def refresh(
     return refresh_activations(observed, reduce, search)
 
 
+def state_tensors(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
+    """The tensors of a model's `state_dict`: parameters and buffers, by name.
+
+    Modules may put anything else into it, by `get_extra_state` or on their own.
+    """
+    state = model.state_dict(keep_vars=keep_vars)
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor) and not name.endswith("_extra_state")
+    }
+
+
 def quantizer_state(model: nn.Module) -> dict[str, Any]:
     """State of all quantizers of a model by name: plain data and CPU tensors."""
     return {

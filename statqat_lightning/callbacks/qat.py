@@ -31,6 +31,7 @@ from statqat_lightning.callbacks.input_warnings import StatQATWarning as StatQAT
 from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.callbacks.refusals import refuse_trainer
+from statqat_lightning.export.stale import remember_weights
 from statqat_lightning.insertion import prepare, remove, rows_in_use
 from statqat_lightning.insertion_report import InsertionReport
 from statqat_lightning.integer_kernels import IntegerKernel
@@ -527,6 +528,7 @@ class StatQATCallback(Callback):
             idle = switch_off_idle_layers(pl_module)
             self._warnings.of_layers_that_never_ran(pl_module, idle)
             settle(pl_module, self._kernels)
+        remember_weights(pl_module)
         if self.report is not None:
             self.report = self.report.updated(rows_in_use(pl_module))
 

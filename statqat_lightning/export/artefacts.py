@@ -41,7 +41,7 @@ from statqat_lightning.insertion import remove
 from statqat_lightning.integer_kernels import integer_kernels
 from statqat_lightning.isolated_copy import guarding, isolated_copy
 from statqat_lightning.placement import Settled, check_target, settle
-from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.quantized_model import quantized_layers, state_tensors
 from statqat_lightning.recipe import QuantRecipe
 
 _MOST_EXAMPLES = 256
@@ -209,7 +209,7 @@ def export_model(
         output_range=max(
             (float(t.float().abs().max()) for t in _outputs(examples[:1]) if t.numel()), default=0.0
         ),
-        float_bytes=sum(4 * t.numel() for t in reference.state_dict().values()),
+        float_bytes=sum(4 * t.numel() for t in state_tensors(reference).values()),
         notes=tuple(export.notes),
         accuracy=accuracy_of(examples),
         details=export.details,

@@ -31,6 +31,7 @@ from statqat_lightning.export.torchao import formats_of
 from statqat_lightning.export.tracing import ExportError
 from statqat_lightning.export.wording import some
 from statqat_lightning.fake_quantizer import WEIGHT
+from statqat_lightning.quantized_model import state_tensors
 
 FILES = ("model.safetensors", "config.json")
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
@@ -65,7 +66,7 @@ def save_compressed(
         )
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for key, tensor in plain_model(frozen).state_dict(keep_vars=True).items():
+    for key, tensor in state_tensors(plain_model(frozen), keep_vars=True).items():
         layer, _, name = key.rpartition(".")
         if name == "weight" and layer in chosen:
             seen.add(id(tensor))  # a layer may go by several names
@@ -107,7 +108,7 @@ def load_compressed(model: nn.Module, folder: str | Path) -> nn.Module:
             prefix = f"{layer}." if layer else ""
             packed, scale, shape = (tensors.pop(prefix + n) for n in (PACKED, SCALE, SHAPE))
             tensors[f"{prefix}weight"] = _unpacked(packed, scale, shape.tolist(), bits)
-    own = {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
+    own = {name: id(t) for name, t in state_tensors(model, keep_vars=True).items()}
     known = {own[name] for name in tensors if name in own}
     missing = [name for name, i in own.items() if name not in tensors and i not in known]
     unexpected = [name for name in tensors if name not in own]

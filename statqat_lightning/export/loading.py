@@ -38,6 +38,7 @@ from statqat_lightning.quantized_model import (
     quantizer_state,
     refit_weights,
     set_enabled,
+    state_tensors,
 )
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec, full_name
 from statqat_lightning.weight_views import show_weights
@@ -388,8 +389,12 @@ def _prepare(model: nn.Module, recipe: QuantRecipe, where: str) -> None:
 def _load_tensors(
     model: nn.Module, tensors: dict[str, Tensor], where: str, optional: frozenset[str] = frozenset()
 ) -> None:
-    own = {k: v for k, v in model.state_dict().items() if not k.endswith("_extra_state")}
-    given = {k: v for k, v in tensors.items() if not k.endswith("_extra_state")}
+    own = state_tensors(model)
+    given = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Tensor) and not name.endswith("_extra_state")
+    }
     problems = []
     if missing := own.keys() - given.keys() - optional:
         problems.append(f"only in the model: {some(missing)}")
@@ -442,7 +447,7 @@ def _make_plain(module: nn.Module, role: str) -> None:
 def _shared_keys(model: nn.Module, in_file: Any) -> frozenset[str]:
     """Names of parameters that go by another name, too, under which the file has them."""
     names: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in state_tensors(model, keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
     groups = [group for group in names.values() if any(name in in_file for name in group)]
     return frozenset(name for group in groups for name in group if name not in in_file)

@@ -24,7 +24,7 @@ from statqat_lightning.export.onnx_files import graph_of
 from statqat_lightning.export.tracing import ExportError, trace
 from statqat_lightning.insertion import remove
 from statqat_lightning.isolated_copy import isolated_copy
-from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.quantized_model import quantized_layers, state_tensors
 
 Run = Callable[[ForwardCall], list[Tensor]]
 
@@ -88,7 +88,7 @@ def load_native(path: Path, model: nn.Module, module: str = "") -> Runtime:
 
 def forget_weights(model: nn.Module) -> None:
     """Fill a model with NaN: whatever a file does not bring shows up in the outputs."""
-    for tensor in model.state_dict().values():
+    for tensor in state_tensors(model).values():
         tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.zero_()
 
 
