@@ -313,6 +313,7 @@ class ExportCallback(Callback):
                 dynamic=self.dynamic,
                 progress=progress,
                 on_report=take,
+                remarks=_remarks(trainer),
             )
 
     def _batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any] | None:
@@ -563,6 +564,11 @@ def _is_trial(trainer: Trainer) -> bool:
 def _recipe(trainer: Trainer) -> QuantRecipe | None:
     callback = _statqat(trainer)
     return callback.effective_recipe if callback is not None else None
+
+
+def _remarks(trainer: Trainer) -> list[str]:
+    callback = _statqat(trainer)
+    return callback.missed if callback is not None else []
 
 
 def _target(trainer: Trainer) -> str | None:

@@ -116,8 +116,10 @@ class StatQATCallback(Callback):
 
     Attributes:
         report: What was done to each layer, None before.
-        placed: The recipe with a rule for each place that the target needs; None before, and
-            without a target.
+        placed: The recipe for what really runs: with a rule for each place that the target needs,
+            and without quantizers that nothing reaches. None before, and where it is the recipe as
+            it was given.
+        missed: What the last fit was to do and never came to, such as the last phase of a schedule.
 
     Raises:
         ValueError: If an argument is out of range or names something unknown.
@@ -169,6 +171,7 @@ class StatQATCallback(Callback):
                 "recipe=place(model, recipe, lambda: model(example), target).recipe."
             )
         self.placed: QuantRecipe | None = None
+        self.missed: list[str] = []
         self._kernels: tuple[IntegerKernel, ...] = ()
         self.calibration_batches = calibration_batches
         self.schedule = schedule or QuantSchedule(
@@ -378,6 +381,7 @@ class StatQATCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module)  # sharding strategies load checkpoints after `on_fit_start`
         self._last_step, self._last_boundary = trainer.global_step, None
+        self.missed = []
         self._look_ahead(trainer, pl_module)
         self.phases.start(trainer, pl_module, self.enabled)
         self._warnings.start()
@@ -507,7 +511,8 @@ class StatQATCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Where the fit ends early (EarlyStopping, `max_time`), what was due at its end is due now.
         if missed := self.phases.finish(trainer, pl_module, self.enabled):
-            self._add_notes([missed])
+            self.missed = [missed]
+            self._add_notes(self.missed)
             self._warnings.once("schedule", "missed", missed)
         self._reestimate_batch_norm(trainer, pl_module)
         self.phases.release()

@@ -116,12 +116,24 @@ class EnergySpectrum:
 
     @classmethod
     def of(cls, x: Tensor, keep: bool = True, check: bool = True) -> EnergySpectrum:
-        """Spectrum of each row of `x`.
+        """Spectrum of all values of a tensor, as one row; see `of_rows`.
 
         Args:
-            x: `(n, m)` for a spectrum of each row, or any other shape for one of all values;
-                floating dtype. Inputs of a layer `(batch, features)` are one tensor: pass
-                `x.reshape(1, -1)`.
+            x: Any shape, floating dtype.
+            keep: As in `of_rows`.
+            check: As in `of_rows`.
+
+        Raises:
+            ValueError: As in `of_rows`.
+        """
+        return cls.of_rows(x.reshape(1, -1) if x.numel() else x, keep, check)
+
+    @classmethod
+    def of_rows(cls, x: Tensor, keep: bool = True, check: bool = True) -> EnergySpectrum:
+        """Spectrum of each row of a matrix, as of the channels of a weight.
+
+        Args:
+            x: `(n, m)`, floating dtype.
             keep: Whether to keep the values, for predictions.
             check: Whether to look for values without a bin, which the host has to wait for. They
                 are left out otherwise.
@@ -129,11 +141,11 @@ class EnergySpectrum:
         Raises:
             ValueError: If `x` is empty or holds a NaN, an infinity or a value beyond `2**32`.
         """
-        rows = (x.detach() if x.dim() == 2 else x.detach().reshape(1, -1)).to(torch.float32)
-        if rows.numel() == 0:
+        if x.dim() != 2 or x.numel() == 0:
             raise ValueError(
                 f"EnergySpectrum.of: got x of shape {tuple(x.shape)}; expected at least one value."
             )
+        rows = x.detach().to(torch.float32)
         pairs = [
             resolved_bins(raw_spectra(part.contiguous()))
             for part in torch.split(rows, _ROWS_AT_ONCE)

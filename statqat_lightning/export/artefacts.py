@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +77,7 @@ def export_model(
     dynamic: Any = None,
     progress: Progress | None = None,
     on_report: Callable[[ExportReport], None] | None = None,
+    remarks: Sequence[str] = (),
 ) -> ExportReport:
     """Write the files of a quantized model, and compare each with the fake-quantized model.
 
@@ -128,6 +129,8 @@ def export_model(
             other sizes, too. None fixes all but the batch.
         progress: Called at each step, as `progress(what, done, total)`.
         on_report: Called with the report as soon as it is there, before an error is raised.
+        remarks: What is to be known of the training, such as a phase that it never came to; they
+            are among the notes, and in the native and the `.onnx` file.
 
     Returns:
         Paths, sizes and differences. A forward that cannot be exported is a note there, and the
@@ -159,6 +162,7 @@ def export_model(
             f"{', '.join(name for name, _ in model.named_children())} or one below."
         )
     export = _Export(path, module, strict, _Steps(progress, 2 + sum(chosen.values())))
+    export.notes += remarks
     export.steps.next("copy of the model")
     reference = isolated_copy(model).cpu().eval()
     part = reference.get_submodule(module)
@@ -199,7 +203,7 @@ def export_model(
             for layer in quantized_layers(reference)
             if module and not f"{layer.name}.".startswith(f"{module}.")
         ]
-        for writer in writers(frozen, reference, module, recipe, opened):
+        for writer in writers(frozen, reference, module, recipe, opened, remarks):
             if chosen[writer.kind.field]:
                 found = export.write(writer, proof, call, outside, example is not None)
                 reports |= {} if found is None else {writer.kind.field: found}

@@ -7,8 +7,9 @@ with the roles of its other tensors, see `FrozenLayer`; all others as they are. 
 `statqat_lightning` is JSON: `file_version`, `library_version`, `recipe` (or null), `module` (the
 submodule that the ONNX file beside it holds), `layers` (by name and role: format, granularity, kept
 axis, specification, and for weights shape, precision and the modules that read them, if any,
-without calling their layer), `aliases` (names of tensors that share the memory of another) and
-`snr_db` (of quantized tensors at the end of the training, where it is known).
+without calling their layer), `aliases` (names of tensors that share the memory of another),
+`snr_db` (of quantized tensors at the end of the training, where it is known) and `remarks` (what is
+to be known of the training).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def save_native(
     recipe: QuantRecipe | None = None,
     module: str = "",
     snr_db: Mapping[str, float] | None = None,
+    remarks: Sequence[str] = (),
 ) -> None:
     """Write a quantized model to one `.safetensors` file, from which `load_quantized` rebuilds it.
 
@@ -74,6 +76,7 @@ def save_native(
         module: Name of a submodule, for the record: the one in the ONNX file beside this one.
         snr_db: SNR of each quantized tensor, for the record, see `snr_by_tensor`; None measures it,
             if `model` has quantizers. A frozen model has forgotten what was quantized.
+        remarks: What is to be known of the training, for the record.
 
     Raises:
         ValueError: If the model cannot be frozen.
@@ -99,6 +102,7 @@ def save_native(
         "module": module,
         "layers": layers,
         "aliases": aliases,
+        "remarks": [*remarks],
         "snr_db": {name: round(v, 3) for name, v in (snr_db or {}).items() if math.isfinite(v)},
     }
     with replacing(path) as temporary:

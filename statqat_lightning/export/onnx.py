@@ -18,6 +18,7 @@ import importlib.util
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,14 @@ def require_packages() -> None:
         )
 
 
-def save_onnx(model: nn.Module, path: str | Path, example: Any, *, dynamic: Any = None) -> None:
+def save_onnx(
+    model: nn.Module,
+    path: str | Path,
+    example: Any,
+    *,
+    dynamic: Any = None,
+    remarks: Sequence[str] = (),
+) -> None:
     """Write a quantized model to an `.onnx` file with a dynamic batch dimension.
 
     The file computes in float32, and appears under its name when it is complete. BatchNorm is
@@ -102,6 +110,7 @@ def save_onnx(model: nn.Module, path: str | Path, example: Any, *, dynamic: Any 
             arguments, or a `ForwardCall`. The first dimension of tensors is the batch, if all
             agree.
         dynamic: Which other dimensions are open, see `export_model`; None for none.
+        remarks: What is to be known of the training, for the file's metadata.
 
     Raises:
         ValueError: If `dynamic` names no input or no dimension.
@@ -122,7 +131,9 @@ def save_onnx(model: nn.Module, path: str | Path, example: Any, *, dynamic: Any 
     folded = fold_batch_norm(frozen, call)
     frozen = folded.model
     use_operators(frozen)
-    metadata = {"library_version": library_version(), "folded": folded.axes}
+    metadata: dict[str, Any] = {"library_version": library_version(), "folded": folded.axes}
+    if remarks:
+        metadata["remarks"] = [*remarks]
     traced = TensorsOnly(frozen, call).eval()
     graph = _translate(traced, call, opened, metadata, names, output_names(outputs))
     with replacing_onnx(Path(path)) as temporary:

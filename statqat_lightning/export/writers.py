@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,7 @@ def writers(
     module: str,
     recipe: QuantRecipe | None,
     dynamic: Dynamic | None = None,
+    remarks: Sequence[str] = (),
 ) -> list[Writer]:
     """A writer for each kind of file.
 
@@ -54,6 +55,7 @@ def writers(
         module: Name of the submodule that goes into all files but the native one.
         recipe: The recipe of the training, for the record.
         dynamic: Open dimensions beside the batch.
+        remarks: What is to be known of the training, for the record.
     """
     part = frozen.get_submodule(module)
     opened = {"dynamic": dynamic} if dynamic else {}
@@ -81,14 +83,14 @@ def writers(
         Writer(
             kinds["native"],
             lambda path, call: save_native(
-                frozen, path, recipe, module, snr_db=snr_by_tensor(reference)
+                frozen, path, recipe, module, snr_by_tensor(reference), remarks
             ),
             lambda path: runtimes.load_native(path, reference, module),
             in_torch,
         ),
         Writer(
             kinds["onnx"],
-            lambda path, call: save_onnx(part, path, call, **opened),
+            lambda path, call: save_onnx(part, path, call, remarks=remarks, **opened),
             runtimes.load_onnx,
             runtimes.float_onnx,
         ),

@@ -84,7 +84,7 @@ class Iterative(Quantizer):
         return torch.where(peak > 0, scale, 1.0)
 
     def _search(self, rows: Tensor, fmt: Format, warm: Tensor | None) -> Tensor:
-        curve = EnergySpectrum.of(rows, keep=False, check=False).error_curve(fmt)
+        curve = EnergySpectrum.of_rows(rows, keep=False, check=False).error_curve(fmt)
         samples = Samples.condensed(rows, fold=fmt.is_symmetric)
         size = _CONDENSED_LENGTH if samples.weights is not None else rows.shape[1]
         _, starts, first_parts, kept, parts, rounds = next(p for p in _PLANS if size <= p[0])
@@ -148,7 +148,9 @@ class Iterative(Quantizer):
     ) -> tuple[Tensor, Tensor]:
         samples = Samples.condensed(rows, fold=False)
         levels = int(fmt.max - fmt.min) + 1
-        curve_scales, curve = EnergySpectrum.of(rows, keep=False, check=False).affine_curve(levels)
+        curve_scales, curve = EnergySpectrum.of_rows(rows, keep=False, check=False).affine_curve(
+            levels
+        )
         shifts = torch.arange(-1.0, 2.0, device=rows.device)
         kept, width = _AFFINE_KEPT, 1 / 16
         if rows.shape[1] <= _AFFINE_SHORT:

@@ -91,6 +91,10 @@ def test_early_stopping_in_an_earlier_phase_is_said_and_the_recipe_is_exported(
     assert quantizer_of(module, "net.3/weight").fmt.name == "int4"
     assert callback.report is not None
     assert any("before its last phase" in note for note in callback.report.notes)
+    assert export.report is not None
+    assert any("before its last phase" in note for note in export.report.notes)
+    (remark,) = read_header(tmp_path / "m.safetensors")["remarks"]
+    assert "before its last phase" in remark
 
 
 def test_the_patience_of_early_stopping_begins_anew_with_the_last_phase() -> None:

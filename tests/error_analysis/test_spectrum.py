@@ -105,7 +105,7 @@ def test_energies_equal_a_histogram_by_numpy() -> None:
 
 def test_facts_of_rows() -> None:
     x = torch.tensor([[1.0, 2.0, -3.0], [0.5, 0.0, 0.25], [0.0, 0.0, 0.0]])
-    spectrum = EnergySpectrum.of(x)
+    spectrum = EnergySpectrum.of_rows(x)
     torch.testing.assert_close(spectrum.power, x.square().mean(1))
     assert spectrum.has_negative.tolist() == [True, False, False]
     largest = x.abs().amax(1)
@@ -116,13 +116,13 @@ def test_facts_of_rows() -> None:
 
 def test_spectra_add_up() -> None:
     x = torch.from_numpy(SAMPLES["normal"])
-    halves = EnergySpectrum.of(x.view(2, -1)).energy.mean(0)
+    halves = EnergySpectrum.of_rows(x.view(2, -1)).energy.mean(0)
     torch.testing.assert_close(EnergySpectrum.of(x).energy[0], halves, rtol=1e-4, atol=1e-9)
 
 
 def test_many_rows_equal_one_at_a_time() -> None:
     rows = torch.randn(600, 5)
-    together = EnergySpectrum.of(rows).energy
+    together = EnergySpectrum.of_rows(rows).energy
     assert torch.equal(together[599], EnergySpectrum.of(rows[599]).energy[0])
     assert torch.equal(together[256], EnergySpectrum.of(rows[256]).energy[0])
 
@@ -136,7 +136,10 @@ def test_layout_and_dtype(layout: str) -> None:
         "float64": x.double(),
         "requires_grad": x.clone().requires_grad_(),
     }[layout]
-    assert torch.equal(EnergySpectrum.of(other).energy, EnergySpectrum.of(x).energy)
+    assert torch.equal(EnergySpectrum.of_rows(other).energy, EnergySpectrum.of_rows(x).energy)
+    # Inputs of a layer, (batch, features), are one tensor.
+    assert torch.equal(EnergySpectrum.of(other).energy, EnergySpectrum.of(x.flatten()).energy)
+    assert len(EnergySpectrum.of(other).energy) == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2.0**32, -(2.0**33)])
@@ -175,7 +178,7 @@ def test_predictions_from_values_at_hand(fmt: Format, count: int) -> None:
     pixels = (rng.integers(0, 256, count) / 255 - 0.45) / 0.225  # a comb
     for x in (pixels, rng.uniform(-1, 1, count) * 1e5, rng.standard_t(3, count) * 1e-4):
         rows = np.stack([x, -x / 3]).astype(np.float32)
-        spectrum = EnergySpectrum.of(torch.from_numpy(rows))
+        spectrum = EnergySpectrum.of_rows(torch.from_numpy(rows))
         scale = spectrum.absmax / fmt.max
         predicted = spectrum.predicted_snr_db(fmt, scale).tolist()
         for row, s, got in zip(rows.astype(np.float64), scale.tolist(), predicted, strict=True):
@@ -185,7 +188,7 @@ def test_predictions_from_values_at_hand(fmt: Format, count: int) -> None:
 
 def test_a_prediction_is_of_the_values_as_they_were() -> None:
     x, fmt = torch.randn(2, 100), get_format("int4")
-    spectrum = EnergySpectrum.of(x)
+    spectrum = EnergySpectrum.of_rows(x)
     before = spectrum.predicted_snr_db(fmt, 0.3)
     x.mul_(2)
     assert torch.equal(spectrum.predicted_snr_db(fmt, 0.3), before)
@@ -288,7 +291,7 @@ def test_an_unsigned_format_ignores_negative_values_in_its_choice() -> None:
 
 def test_no_energy_gives_scale_one() -> None:
     rows = torch.tensor([[0.0, 0.0], [-1.0, -2.0], [1.0, 2.0]])
-    scales = EnergySpectrum.of(rows).optimal_scale(get_format("uint4"))
+    scales = EnergySpectrum.of_rows(rows).optimal_scale(get_format("uint4"))
     assert scales[:2].tolist() == [1.0, 1.0]
     assert 0 < scales[2] < 0.5
 

@@ -141,7 +141,7 @@ def test_auto_fits_the_shape_of_each_row(name: str, shape: float) -> None:
     got = quantizer.from_rows(rows, fmt)
     assert max(decibels(errors(rows, got, fmt), best)) < 0.05
     # The spectrum knows magnitudes to 1 %.
-    from_spectrum = quantizer.from_statistics(Statistics(EnergySpectrum.of(rows)), fmt)
+    from_spectrum = quantizer.from_statistics(Statistics(EnergySpectrum.of_rows(rows)), fmt)
     torch.testing.assert_close(from_spectrum, got, rtol=0.02, atol=0)
 
 
@@ -261,7 +261,7 @@ def test_scales_from_statistics_rest_within_the_tolerance(
     quantizer: type[Analytic] | type[Iterative],
 ) -> None:
     fmt, rows = INT4, WEIGHTS["laplace"].flatten()[None]
-    spectrum = EnergySpectrum.of(rows, keep=False)
+    spectrum = EnergySpectrum.of_rows(rows, keep=False)
     none = torch.zeros(1)
     statistics = Statistics(spectrum, none, none)
     best = quantizer().from_statistics(statistics, fmt)
@@ -282,7 +282,7 @@ def test_scales_from_statistics_rest_within_the_tolerance(
 def test_a_scale_far_off_does_not_rest(name: str, power: int) -> None:
     fmt = get_format(name)
     rows = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0)).abs()
-    spectrum = EnergySpectrum.of(rows, keep=False)
+    spectrum = EnergySpectrum.of_rows(rows, keep=False)
     best = spectrum.optimal_scale(fmt)
     found = spectrum.optimal_scale(fmt, best * 2.0**power, 0.05)
     assert float(spectrum.mse(fmt, found) / spectrum.mse(fmt, best)) < 1.06
