@@ -132,7 +132,7 @@ class InsertionReport:
                 tensors = [_short(row.weight, "weight"), _short(row.input, "input")]
                 tensors += [_short(row.output, "input")] * outputs
                 cells.append((*_group(row, group), *tensors))
-            lines += [line[:_WIDTH] for line in _aligned(cells, numbers={2})]
+            lines += _narrow(cells)
         if left:
             lines.append("in float:")
             for row, group in left:
@@ -165,8 +165,8 @@ def _folded(
 
 def _group(row: LayerReport, group: list[LayerReport]) -> tuple[str, str, str]:
     """How many layers there are, or which; their class; how many parameters they have."""
-    names = str(len(group)) if len(group) > 1 else _cut(row.name or "(model)", 20)
-    return names, _cut(row.type, 22), _count(sum(r.parameters for r in group))
+    names = str(len(group)) if len(group) > 1 else row.name or "(model)"
+    return names, row.type, _count(sum(r.parameters for r in group))
 
 
 def _count(number: int) -> str:
@@ -181,6 +181,17 @@ def _short(tensor: str | None, role: str) -> str:
     if tensor is None:
         return "float"
     return tensor.removesuffix(_USUAL[role]).replace(" or ", "|")
+
+
+def _narrow(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    """The short table in at most 80 columns: names and classes give way."""
+    names, types = 20, 22
+    while True:
+        cut = [(_cut(line[0], names), _cut(line[1], types), *line[2:]) for line in cells]
+        lines = _aligned(cut, numbers={2})
+        if max(map(len, lines)) <= _WIDTH or names == types == 8:
+            return [line[:_WIDTH] for line in lines]
+        names, types = max(names - 2, 8), max(types - 2, 8)
 
 
 def _aligned(cells: Sequence[Sequence[str]], numbers: set[int]) -> list[str]:

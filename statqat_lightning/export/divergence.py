@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from statqat_lightning.export.frozen import FrozenLayer, frozen_layers, scale_name
 from statqat_lightning.export.inputs import ForwardCall, outputs_of
+from statqat_lightning.fake_quantizer import OUTPUT
 
 LayerOutputs = Mapping[str, Sequence[Tensor]]
 """Outputs of layers by name, one for each call of the layer in a forward."""
@@ -91,8 +92,13 @@ def first_divergence(
             mismatch = f"shape {tuple(theirs.shape)} in place of {tuple(output.shape)}"
             divergences.append(Divergence(name, math.inf, 0.0, mismatch=mismatch))
             return None
-        theirs = theirs.reshape(output.shape)
-        if divergence := _divergence(name, output, theirs, _one_code(layer)):
+        theirs, one_code = theirs.reshape(output.shape), _one_code(layer)
+        if OUTPUT in layer.frozen_activations and output.numel():
+            # A runtime shows what a layer computes; the frozen layer's output is rounded by then.
+            theirs = layer.rounded(OUTPUT, theirs)
+            step = _to_the_next_code(layer, OUTPUT, output).max()
+            one_code = step if one_code is None else one_code + step
+        if divergence := _divergence(name, output, theirs, one_code):
             divergences.append(divergence)
         return theirs
 

@@ -33,6 +33,7 @@ from statqat_lightning.export.verify import (
 )
 from statqat_lightning.export.wording import Note, in_short
 from statqat_lightning.export.writers import Writer
+from statqat_lightning.fake_quantizer import OUTPUT
 from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.quantized_model import set_enabled
 
@@ -59,7 +60,7 @@ def _of_flips(comparison: Comparison, moved: Moved) -> str:
             "two codes fell to the other side"
         )
     elif moved.of:
-        why = f"the {moved.of} rounded values that were compared are the model's, one and all"
+        why = f"none of the {moved.of} rounded values that were compared has another code"
     else:
         why = "no rounded value could be compared"
     return (
@@ -209,7 +210,8 @@ class Proof:
             if divergence is not None or writer.kind.exact or not finite:
                 remarks.append(self._not_proved(target, comparison, bound, divergence))
             else:
-                moved = self._moved(writer, runtime, frozen, examples[0])
+                every = [self._moved(writer, runtime, frozen, e) for e in examples]
+                moved = Moved(sum(m.values for m in every), sum(m.of for m in every))
                 remarks.append(_of_flips(comparison, moved))
                 exact = _compared_in_double(runtime, frozen, examples)
                 remarks += [] if exact is None else [_of_double(exact)]
@@ -278,7 +280,9 @@ class Proof:
             # to show more it has to compute otherwise, which helps to name what is wrong.
             rounding = None
             shown = {} if runtime.roundings is None else runtime.roundings(call)
-            if shown and shown.keys() >= {*rounded_places(frozen)}:
+            # An input that two layers share and round alike is shown for one of them.
+            hidden = {*rounded_places(frozen)} - shown.keys()
+            if shown and all(role != OUTPUT for _, role in hidden):
                 rounding = first_rounding(frozen, call, shown, outputs)
                 if rounding is None:
                     continue
