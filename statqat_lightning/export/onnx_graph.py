@@ -97,11 +97,17 @@ def _is_plain(gemm: Any) -> bool:
     return turned == (0, 1) and factors == (1.0, 1.0)
 
 
+_KEEPS_CODES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
+"""What ONNX Runtime moves DequantizeLinear past, to have integers in front of a product."""
+
+
 def _is_rounded(x: Any) -> bool:
     """Whether a value comes from integers."""
     import onnx_ir
 
     producer = x.producer()
+    while producer is not None and producer.op_type in _KEEPS_CODES:
+        producer = producer.inputs[0].producer()
     if producer is None or producer.op_type != "DequantizeLinear":
         return False
     return bool(producer.inputs[2].dtype == onnx_ir.DataType.UINT8)

@@ -520,7 +520,7 @@ def monai_swin_unetr() -> Case:
             spatial_dims=2,
         ),
         channels=1,
-        size=32,
+        size=64,
     )
 
 
