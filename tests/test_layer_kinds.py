@@ -351,7 +351,7 @@ def test_outputs_of_any_module() -> None:
         assert quantizer.fmt.name == fmt
         assert torch.equal(rounded(quantizer, results[index]), results[index])
     report = str(prepare(model, recipe=QuantRecipe(rules)))
-    assert report.splitlines()[0].split()[-1] == "output"
+    assert report.splitlines()[1].split()[-1] == "output"
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
@@ -409,4 +409,7 @@ def test_compiled_layers_equal_eager_ones(name: str) -> None:
     for a, b in zip(
         *((y if isinstance(y, tuple) else (y,)) for y in (given, expected)), strict=True
     ):
-        assert torch.equal(a, b)
+        if name == "cell":  # decomposed, where the eager layer is one kernel with its own exp
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(a, b)

@@ -192,7 +192,7 @@ def test_without_an_input_the_native_file_is_written_and_the_way_out_named() -> 
 def test_a_forward_that_cannot_be_exported_leaves_the_native_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
         raise ONNXExportError("stopped at line 7")
 
     monkeypatch.setattr(writers, "save_onnx", fail)
