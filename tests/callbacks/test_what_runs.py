@@ -35,7 +35,7 @@ from tests.callbacks.digits import (
 
 # A layer that never runs is named when calibration is over, too.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:StatQAT never[:/]"),
+    pytest.mark.filterwarnings("ignore:StatQAT never"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 
