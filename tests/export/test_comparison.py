@@ -70,9 +70,9 @@ def test_missing_extra_and_misshapen_outputs_are_differences(
     model = calibrated(TwoOutputs(), recipe_of("int4"), x)
     save = getattr(writers, f"save_{kind}")
 
-    def wrong(frozen: Any, path: Path, call: Any) -> None:
+    def wrong(frozen: Any, path: Path, call: Any, **options: Any) -> None:
         frozen.__class__ = cls
-        save(frozen, path, call)
+        save(frozen, path, call, **options)
         frozen.__class__ = TwoOutputs
 
     monkeypatch.setattr(writers, f"save_{kind}", wrong)

@@ -97,8 +97,8 @@ def test_a_wrong_layer_of_an_integer_file_is_named(
 
     import statqat_lightning.export.writers as writers
 
-    def damaged(model: nn.Module, path: Path, call: Any) -> None:
-        save_onnx(model, path, call)
+    def damaged(model: nn.Module, path: Path, call: Any, **options: Any) -> None:
+        save_onnx(model, path, call, **options)
         proto = onnx.load(path)
         for tensor in proto.graph.initializer:
             if tensor.name == "model.blocks.1.conv1.weight_codes":

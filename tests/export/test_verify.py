@@ -110,8 +110,8 @@ def damage_onnx(monkeypatch: pytest.MonkeyPatch, layer: str, factor: float) -> N
     """Let the writer of `.onnx` files get the scale of one layer's weights wrong."""
     save = writers.save_onnx
 
-    def wrong(model: nn.Module, path: Path, example: Any) -> None:
-        save(model, path, example)
+    def wrong(model: nn.Module, path: Path, example: Any, **options: Any) -> None:
+        save(model, path, example, **options)
         proto = onnx.load(path)
         (scale,) = (i for i in proto.graph.initializer if i.name == f"model.{layer}.weight_scale")
         array = onnx.numpy_helper.to_array(scale) * np.float32(factor)
@@ -304,7 +304,7 @@ def test_a_file_that_does_not_run_is_an_error(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        writers, "save_onnx", lambda model, path, example: path.write_bytes(b"nothing")
+        writers, "save_onnx", lambda model, path, *args, **options: path.write_bytes(b"nothing")
     )
     with pytest.raises(ExportDifferenceError, match=r"model.onnx: what .* cannot be loaded and"):
         export(model)
