@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from statqat_lightning.export import (
     save_onnx,
 )
 from statqat_lightning.export.frozen import freeze, frozen_layers
+from statqat_lightning.export.runtimes import onnx_session
 from statqat_lightning.quantized_layer import weight_of
 from statqat_lightning.report import snr_by_tensor
 from tests.callbacks.digits import DigitsModule, digits, held_out, loader, make_trainer, statqat
@@ -103,6 +105,47 @@ def test_export_of_a_part_on_random_input(
     assert torch.export.load("run.pt2").module()(torch.randn(2, 72)).shape == (2, 10)
 
 
+class AnySize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.conv(image)
+        return out.mean((2, 3))
+
+
+class Resizable(DigitsModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(AnySize(), nn.Linear(4, 10))
+
+
+def test_export_with_open_dimensions(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(statqat("int8", "int8"), limit_train_batches=1)
+    module = Resizable()
+    trainer.fit(module, loader(), held_out())
+    trainer.save_checkpoint("run.ckpt")
+    arguments = ["export", "run.ckpt", "--module", "tests.test_cli.Resizable", "--to", "onnx,pt2"]
+    arguments += ["--input-shape", "2,1,8,8"]
+    assert main([*arguments, "--dynamic", "x:2=height,3=width", "--output", "open"]) == 0
+    assert main([*arguments, "--output", "fixed"]) == 0
+    wide = torch.rand(3, 1, 9, 12)
+    expected = module.eval()(wide)
+    assert torch.allclose(torch.export.load("open.pt2").module()(wide), expected, atol=1e-5)
+    (given,) = onnx_session("open.onnx").run(None, {"x": wide.numpy()})
+    assert torch.allclose(torch.from_numpy(given), expected, atol=0.02)
+    shapes = [[*onnx_session(f"{name}.onnx").get_inputs()[0].shape] for name in ("open", "fixed")]
+    assert shapes == [["batch", 1, "height", "width"], ["batch", 1, 8, 8]]
+    capsys.readouterr()
+    for given, said in (
+        ("x", "--dynamic: got 'x'; expected an input and its dimensions, such as x:2=height"),
+        ("x:a=b", "got 'x:a=b'"),
+        ("y:2=height", "x"),
+    ):
+        assert said in fails(capsys, *arguments, "--dynamic", given)
+
+
 def test_export_without_an_input_writes_what_it_can_and_says_how(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +222,28 @@ def test_inspect_a_checkpoint(trained: tuple[Path, Sized]) -> None:
     }
     assert seen == pytest.approx(expected, abs=1e-3)
     assert {str(e["weight"].granularity) for e in found.layers.values()} == {"per_channel"}
+
+
+@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "mxfp8"])
+def test_inspect_measures_the_blocks_of_transposed_convolutions(fmt: str) -> None:
+    """Their blocks run along the first axis, which the weight reduces over, and not the second."""
+    module = DigitsModule()
+    up = nn.ConvTranspose2d(8, 32, 2, groups=2), nn.ReLU(), nn.ConvTranspose2d(32, 6, 3)
+    module.net = nn.Sequential(nn.Conv2d(1, 8, 3), *up, nn.Flatten(), nn.Linear(486, 10))
+    trainer = make_trainer(statqat(fmt, first_last_bits=None), limit_train_batches=1)
+    trainer.fit(module, loader(), held_out())
+    trainer.save_checkpoint("m.ckpt")
+    save_native(module, "m.safetensors", recipe_of(fmt))
+    weights = {f"net.{name}": module.net[name].weight.detach().double() for name in (0, 1, 3, 5)}
+    quantized = load_quantized(copy.deepcopy(module), "m.safetensors")
+    for path in ("m.ckpt", "m.safetensors"):
+        found = inspect_file(path).layers
+        assert found.keys() == weights.keys()
+        for name, weight in weights.items():
+            noise = quantized.get_submodule(name).weight.detach().double() - weight
+            truth = float(10 * torch.log10(weight.square().sum() / noise.square().sum()))
+            assert truth > 12
+            assert found[name]["weight"].snr_db == pytest.approx(truth, abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,21 @@ def test_picture_shows_a_curve_for_every_tensor(tmp_path: Path) -> None:
     assert colored(with_curves) > colored(without) + 500
 
 
+@pytest.mark.parametrize("role", ["weight", "in_proj_weight", "bias", "input", "query", "output"])
+def test_picture_draws_tensors_of_every_role(role: str, tmp_path: Path) -> None:
+    from matplotlib import image
+
+    pictures = []
+    for steps in (3, 1):  # a single step gives no line
+        history = [(step, {f"layer/{role}": 10.0 + step}) for step in range(steps)]
+        plot_snr({"run": history}, tmp_path / "snr.png")
+        pictures.append(image.imread(tmp_path / "snr.png")[..., :3])
+    with_curve, without = ((np.ptp(pixels, axis=-1) > 0.1).any(1) for pixels in pictures)
+    rows = np.flatnonzero(with_curve & ~without)
+    below = role in ("input", "query", "output")
+    assert (rows.mean() > len(with_curve) / 2) == below  # weights above, activations below
+
+
 def test_picture_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="plot_snr: got empty histories; expected at least one"):
         plot_snr({"run": [], "other": [(0, {})]}, tmp_path / "snr.png")

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from torchvision.models import resnet18
 
 import statqat_lightning.callbacks.export_progress as export_progress
 import statqat_lightning.export.onnx as onnx_writer
@@ -24,7 +27,15 @@ from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.export.loading import load_quantized
 from statqat_lightning.export.verify import ExportDifferenceError, onnx_session
 from tests.callbacks.conftest import Messages
-from tests.callbacks.digits import BATCH_SIZE, DigitsModule, digits, statqat, train
+from tests.callbacks.digits import (
+    BATCH_SIZE,
+    DigitsModule,
+    digits,
+    loader,
+    make_trainer,
+    statqat,
+    train,
+)
 
 IMAGES = digits().tensors[0]
 
@@ -281,7 +292,83 @@ def test_a_failure_beyond_the_limit_leaves_the_old_pair(monkeypatch: pytest.Monk
     assert after == before
 
 
+class Heavy(DigitsModule):
+    """An embedding of 2.3 GB, in float, before what is quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(575_000, 1000)
+        self.table.weight.requires_grad_(False)
+        self.read = nn.Linear(1000, 4)
+        self.net = nn.Sequential(self.net, nn.Linear(10, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out + self.read(self.table(torch.zeros_like(x[:, 0, 0, 0]).long())).sum()
+
+
+@pytest.mark.slow
+def test_a_model_of_more_than_two_gigabytes_is_written_and_runs() -> None:
+    """No protobuf may be larger: the weights are in a file beside the graph."""
+    module = Heavy()
+    export = ExportCallback("m", native=False, measure_latency=False)
+    recipe = QuantRecipe([QuantRule("table", None), QuantRule("*", "int8", "int8")])
+    train(StatQATCallback(recipe=recipe), export, module=module, limit_train_batches=1)
+    (data,) = Path().glob("m.onnx.*.data")
+    assert data.stat().st_size > 2.3e9
+    assert export.report is not None
+    assert export.report.onnx is not None
+    assert export.report.onnx.divergence is None
+    assert export.report.onnx.bytes > 2.3e9
+    (given,) = onnx_session("m.onnx").run(None, {"x": IMAGES.numpy()})
+    assert (given.argmax(1) == predictions(module).argmax(1).numpy()).mean() > 0.98
+
+
 # What is printed
+
+
+class ResNet(LightningModule):
+    """ResNet-18 for small images, as people write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = resnet18(num_classes=10)
+
+    def forward(self, image: Tensor) -> Tensor:
+        out: Tensor = self.net(image)
+        return out
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+# Untrained, 20 layers of rounded sums are chaotic: float64 moves the outputs as far as a runtime.
+@pytest.mark.filterwarnings("ignore:.*m.onnx differs from the trained model")
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [None, "onnxruntime"])
+def test_the_export_of_a_resnet_is_a_screenful(target: Any, messages: Messages) -> None:
+    images, labels = digits().tensors
+    images = F.interpolate(images, size=(32, 32)).expand(-1, 3, -1, -1)
+    data = loader(TensorDataset(images[:64], labels[:64]), shuffle=False)
+    export = ExportCallback("m", program=True)
+    callbacks = [StatQATCallback("int8", "int8", target=target), export]
+    trainer = make_trainer(*callbacks, max_epochs=1)
+    trainer.fit(ResNet(), data, data)
+    (text,) = messages.about("StatQAT exported")
+    lines = text.splitlines()
+    assert 5 < len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+    for path in ("m.safetensors", "m.onnx", "m.pt2"):
+        assert any(path in line for line in lines)
+    (table,) = messages.about("StatQAT: ")[:1]
+    assert len(table.splitlines()) <= 40
+    assert max(map(len, table.splitlines())) <= 80
 
 
 def test_a_bar_shows_how_far_a_long_export_is(

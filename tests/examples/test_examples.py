@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -43,8 +44,20 @@ def run_example(repository: Path, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help(repository: Path, command: str) -> None:
-    assert "usage:" in run_example(repository, command, "--help")
+def test_help(
+    repository: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process: most of what a new one does is to import torch and Lightning."""
+    path = repository / "examples" / command
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.syspath_prepend(str(path.parent))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 0
+    assert "usage:" in capsys.readouterr().out
 
 
 def test_digits_fast_dev_run(repository: Path) -> None:
