@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.fake_quantizer import ActivationFakeQuantizer
+from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, FakeQuantizer
 from statqat_lightning.module_names import plain_name
 from statqat_lightning.observers import Reduce
 from statqat_lightning.quantized_layer import (
@@ -17,7 +17,6 @@ from statqat_lightning.quantized_layer import (
     attached,
     is_quantized,
     is_sharded,
-    learned_scales,
     weight_of,
 )
 from statqat_lightning.scale_refresh import refresh_activations, refresh_weights
@@ -252,10 +251,15 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     show_weights(model)
 
 
-def learned_scale_keys(model: nn.Module) -> frozenset[str]:
-    """Keys of the `state_dict` that belong to learned scales; the float model has none of them."""
-    return frozenset(
-        f"{name}.{key}" if name else key
+def learned_by_key(model: nn.Module) -> dict[str, FakeQuantizer]:
+    """Quantizers that learn their scale, by its key in the `state_dict`.
+
+    The `state_dict` of the float model has none of these keys.
+    """
+    return {
+        f"{name}.{quantizer.parameter_name}" if name else quantizer.parameter_name: quantizer
         for name, module in model.named_modules()
-        for key in learned_scales(module)
-    )
+        if is_quantized(module)
+        for quantizer in attached(module).present()
+        if quantizer.parameter_name is not None and isinstance(quantizer.scale, nn.Parameter)
+    }

@@ -9,7 +9,11 @@ from typing import Any
 from torch import nn
 
 from statqat_lightning.insertion import is_prepared_by, recipe_of
-from statqat_lightning.quantized_model import quantized_layers, quantizer_state
+from statqat_lightning.quantized_model import (
+    learned_by_key,
+    quantized_layers,
+    quantizer_state,
+)
 from statqat_lightning.recipe import QuantRecipe, difference
 
 CHECKPOINT_KEY = "statqat_lightning"
@@ -39,8 +43,16 @@ class QuantizerEntry:
     bits: int = 0
 
     def __call__(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Write it, unless the quantizers were taken out or the checkpoint has it already."""
-        if CHECKPOINT_KEY in checkpoint or not quantized_layers(module):
+        """Write it, unless the quantizers were taken out or the checkpoint has it already.
+
+        Scales that are parameters leave the weights: they are in the entry, and a float module that
+        loads the checkpoint strictly has no place for them.
+        """
+        if not quantized_layers(module):
+            return
+        for key in learned_by_key(module):
+            checkpoint["state_dict"].pop(key, None)
+        if CHECKPOINT_KEY in checkpoint:
             return
         # The module may have got other quantizers since this entry was made, by `prepare` for one.
         is_current = is_prepared_by(module, QuantRecipe.from_dict(self.recipe))
@@ -56,6 +68,14 @@ class QuantizerEntry:
         if self.placed_for is not None and is_current:
             target, recipe = self.placed_for
             checkpoint[CHECKPOINT_KEY]["placed_for"] = {"target": target, "recipe": dict(recipe)}
+
+
+def give_back_scales(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Put learned scales among the weights of a checkpoint again, for a module that has them."""
+    quantizers = checkpoint.get(CHECKPOINT_KEY, {}).get("quantizers", {})
+    for key, quantizer in learned_by_key(module).items():
+        if quantizer.name in quantizers:
+            checkpoint["state_dict"].setdefault(key, quantizers[quantizer.name]["scale"])
 
 
 def read_entry(

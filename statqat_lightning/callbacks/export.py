@@ -266,13 +266,18 @@ class ExportCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, StatQATCallback):
-                callback.finish(pl_module)  # its own turn may come later
+        statqat = [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, StatQATCallback)
+        ]
+        for callback in statqat:
+            callback.finish(pl_module)  # its own turn may come later
         if reason := self._why_not(trainer, pl_module):
             rank_zero_info(f"ExportCallback: nothing written: {reason}")
             return
-        remember_weights(pl_module)
+        if not statqat:
+            remember_weights(pl_module)
         try:
             self._export(trainer, pl_module)
         except Exception as error:

@@ -12,11 +12,12 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from statqat_lightning.callbacks.checkpoint import CHECKPOINT_KEY, QuantizerEntry
+from statqat_lightning.callbacks.checkpoint import CHECKPOINT_KEY, QuantizerEntry, give_back_scales
 from statqat_lightning.callbacks.hooks import WrappedHook
 from statqat_lightning.callbacks.input_warnings import StatQATWarning
+from statqat_lightning.export.loading import restore_quantizers
 from statqat_lightning.insertion import prepare, remove
-from statqat_lightning.quantized_model import load_quantizer_state, refit_weights, set_enabled
+from statqat_lightning.quantized_model import learned_by_key
 from statqat_lightning.recipe import QuantRecipe
 
 # Where Lightning, under either name, builds a module from a checkpoint: the one place that has both
@@ -98,7 +99,7 @@ def restore(module: Any, checkpoint: Mapping[str, Any]) -> None:
     entry = checkpoint[CHECKPOINT_KEY]
     try:
         prepare(module, recipe=QuantRecipe.from_dict(entry["recipe"]))
-        load_quantizer_state(module, entry["quantizers"])
+        restore_quantizers(module, entry, entry["quantizers"])
     except ValueError as reason:
         remove(module)
         rank_zero_warn(
@@ -107,10 +108,7 @@ def restore(module: Any, checkpoint: Mapping[str, Any]) -> None:
             category=StatQATWarning,
         )
         return
-    if entry.get("averaged", False):
-        refit_weights(module)  # the scales are those of the weights in training
     weights, inputs = entry.get("quantized", (True, True))
-    set_enabled(module, weights, inputs)
     placed_for = entry.get("placed_for")
     kept = QuantizerEntry(
         entry["recipe"],
@@ -121,3 +119,5 @@ def restore(module: Any, checkpoint: Mapping[str, Any]) -> None:
         bits=entry.get("bits", 0),
     )
     WrappedHook(module, "on_save_checkpoint", after=kept)
+    if learned_by_key(module):
+        WrappedHook(module, "on_load_checkpoint", before=give_back_scales)

@@ -17,7 +17,7 @@ from statqat_lightning.callbacks.calibration import (
     calibrate,
     reestimate_batch_norm,
 )
-from statqat_lightning.callbacks.checkpoint import QuantizerEntry, read_entry
+from statqat_lightning.callbacks.checkpoint import QuantizerEntry, give_back_scales, read_entry
 from statqat_lightning.callbacks.first_batch import (
     FirstBatch,
     LiveRecording,
@@ -40,7 +40,7 @@ from statqat_lightning.placement import check_target, settle
 from statqat_lightning.quantized_model import (
     activation_quantizers,
     idle_activations,
-    learned_scale_keys,
+    learned_by_key,
     load_quantizer_state,
     quantized_layers,
     refit_weights,
@@ -232,7 +232,7 @@ class StatQATCallback(Callback):
             self.placed = None  # it was another module's
         self.report, self._rows = None, {}
         self._prepare(pl_module)
-        if self.averaging.replaces_weights_of_checkpoints and learned_scale_keys(pl_module):
+        if self.averaging.replaces_weights_of_checkpoints and learned_by_key(pl_module):
             remove(pl_module)
             raise ValueError(
                 "StatQATCallback: got learned scales (quantizer 'lsq') beside WeightAveraging, "
@@ -287,6 +287,7 @@ class StatQATCallback(Callback):
             self.placed = QuantRecipe.from_dict(entry["recipe"])
             self._prepare(pl_module)
         load_quantizer_state(pl_module, entry["quantizers"])
+        give_back_scales(pl_module, checkpoint)
         weights, inputs = entry.get("quantized", (True, True))
         self.phases.resume(weights, inputs, entry.get("bits", 0))
         set_enabled(pl_module, weights and self.enabled, inputs and self.enabled)
@@ -325,6 +326,8 @@ class StatQATCallback(Callback):
             # The Trainer can still be told to save: with weights alone, the module's hook is the
             # only one it calls. It also serves later fits without this callback.
             WrappedHook(pl_module, "on_save_checkpoint", after=self._entry)
+            if learned_by_key(pl_module):
+                WrappedHook(pl_module, "on_load_checkpoint", before=give_back_scales)
         if self._fast_path is not None:
             torch.backends.mha.set_fastpath_enabled(self._fast_path)
             self._fast_path = None

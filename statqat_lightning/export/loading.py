@@ -32,7 +32,7 @@ from statqat_lightning.insertion import prepare, remove
 from statqat_lightning.quantized_layer import kind_of, weight_of
 from statqat_lightning.quantized_model import (
     QuantizedLayer,
-    learned_scale_keys,
+    learned_by_key,
     load_quantizer_state,
     quantized_layers,
     quantizer_state,
@@ -85,15 +85,32 @@ def load_checkpoint(
     prefix = _prefix(model, set(checkpoint["state_dict"]), where)
     holder = _nested(model, prefix)
     _prepare(holder, QuantRecipe.from_dict(entry["recipe"]), where)
-    _load_tensors(holder, _below(checkpoint["state_dict"], prefix), where)
+    scales = frozenset(learned_by_key(holder))  # among the quantizers' state
+    _load_tensors(holder, _below(checkpoint["state_dict"], prefix), where, scales)
     state = {name: q for name, q in entry["quantizers"].items() if name.startswith(prefix)}
     _check_quantizers(holder, state, where)
-    load_quantizer_state(holder, state)
-    if entry.get("averaged", False):
-        refit_weights(holder)  # the scales are those of the weights in training
-    weights, inputs = entry.get("quantized", (True, True))
-    set_enabled(holder, weights, inputs)
+    restore_quantizers(holder, entry, state)
     return _finished(model)
+
+
+def restore_quantizers(
+    model: nn.Module, entry: Mapping[str, Any], state: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Put the quantizers of a prepared model into the state of a checkpoint.
+
+    Args:
+        model: Prepared by the recipe of the checkpoint, with the weights in it.
+        entry: What the callback left in the checkpoint.
+        state: The part of its `quantizers` that is this model's.
+
+    Raises:
+        ValueError: If the state is not that of this model's quantizers.
+    """
+    load_quantizer_state(model, state)
+    if entry.get("averaged", False):
+        refit_weights(model)  # the scales are those of the weights in training
+    weights, inputs = entry.get("quantized", (True, True))
+    set_enabled(model, weights, inputs)
 
 
 def _load_native(model: nn.Module, path: Path) -> nn.Module:
@@ -133,7 +150,7 @@ def _load_native(model: nn.Module, path: Path) -> nn.Module:
     # they give the same codes.
     shared = _shared_keys(holder, state.keys())
     weights = {key: value for key, value in weights.items() if key not in shared}
-    elsewhere = shared | learned_scale_keys(holder)  # scales follow below
+    elsewhere = shared | learned_by_key(holder).keys()  # scales follow below
     _load_tensors(holder, _below(state | weights, prefix), str(path), optional=elsewhere)
     for layer in quantized_layers(holder):
         layers[layer.name].restore(layer, tensors)

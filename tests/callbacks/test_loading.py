@@ -10,7 +10,7 @@ import lightning.pytorch.core.saving as saving
 import pytest
 import torch
 
-from statqat_lightning import StatQATCallback, load_quantized, quantized_loading
+from statqat_lightning import StatQATCallback, TensorSpec, load_quantized, quantized_loading
 from statqat_lightning.callbacks.checkpoint import CHECKPOINT_KEY
 from statqat_lightning.callbacks.qat import StatQATWarning
 from statqat_lightning.quantized_model import quantized_layers, quantizer_state
@@ -44,6 +44,27 @@ def test_lightning_still_builds_modules_where_we_look() -> None:
     """A canary: what `quantized_loading` replaces."""
     assert callable(saving._load_state)
     assert saving._load_from_checkpoint.__globals__ is vars(saving)
+
+
+def test_learned_scales_load_strictly(tmp_path: Path) -> None:
+    """They are parameters of the layers in training, and no more so than others in the file."""
+    module, path = DigitsModule(), tmp_path / "lsq.ckpt"
+    spec = TensorSpec("int4", quantizer="lsq")
+    trainer = make_trainer(StatQATCallback(weights=spec, activations=spec))
+    trainer.fit(module, loader(), held_out())
+    trainer.save_checkpoint(path)
+    expected = predicted(module)
+    plain = DigitsModule.load_from_checkpoint(path, strict=True)
+    assert not quantized_layers(plain)
+    assert not torch.equal(predicted(plain), expected)
+    with quantized_loading():
+        again = DigitsModule.load_from_checkpoint(path, strict=True)
+    assert torch.equal(predicted(again), expected)
+    assert torch.equal(predicted(load_quantized(DigitsModule(), path)), expected)
+    # What is saved again is the same, and trains on.
+    after = make_trainer(StatQATCallback(weights=spec, activations=spec), max_epochs=2)
+    after.fit(again.train(), loader(), held_out(), ckpt_path=path)
+    assert not torch.equal(predicted(again), expected)
 
 
 def test_a_checkpoint_loads_with_its_quantizers(trained: tuple[DigitsModule, Path]) -> None:

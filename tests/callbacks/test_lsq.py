@@ -133,7 +133,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     callbacks = (lsq(freeze_at=freeze_at), SeedEachBatch())
     whole, witness = train(*callbacks, checkpoints, data=data, max_epochs=3)
     saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
-    assert set(LEARNED) <= set(saved["state_dict"])
+    assert not set(LEARNED) & set(saved["state_dict"])  # a float module loads it strictly
     resumed, rest = train(
         *(lsq(freeze_at=freeze_at), SeedEachBatch()),
         data=data,

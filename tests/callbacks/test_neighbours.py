@@ -393,6 +393,7 @@ class Untouched(Callback):
 
 
 # Lightning's `log` makes dynamo look at the gradient of a loss.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_compiled_module_trains_like_the_eager_one() -> None:
     class Compiled(DigitsModule):
