@@ -55,6 +55,23 @@ def by_hand(rounding: Callable[[Tensor], Tensor]) -> type[nn.Linear]:
     return ByHand
 
 
+class Followed(nn.Module):
+    """Weights of one shape that operations on lists of tensors move before each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.slow = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Any:
+        slow, online = [*self.slow.parameters()], [*self.online.parameters()]
+        with torch.no_grad():
+            torch._foreach_mul_(slow, 0.9)
+            torch._foreach_add_(slow, online, alpha=0.1)
+            torch._foreach_copy_(slow[:1], torch._foreach_add(slow[:1], 1e-3))
+        return self.online(x) - self.slow(x)
+
+
 def seen(model: nn.Module, *data: Tensor) -> WeightProbe:
     probe = WeightProbe(model)
     with probe.watching(*data):
@@ -114,6 +131,18 @@ def test_copies_and_functions_of_a_weight_are_in_float(same: Callable[[Tensor], 
     probe = seen(by_hand(same)(8, 4), DATA)
     assert probe.uses["weight"].unrounded == {"addmm"}
     assert not probe.uses["weight"].rounded
+
+
+def test_operations_on_lists_keep_weights_apart() -> None:
+    model = Followed()
+    probe = seen(model, DATA)
+    assert {name for name, use in probe.uses.items() if use.unrounded} == {
+        name for name, p in model.named_parameters() if p.dim() == 2
+    }
+    rows = quantized(model, DATA, weights="int4", first_last_bits=None)
+    probe = seen(model, DATA)
+    assert disagreements(probe, rows) == []
+    assert sum(bool(use.rounded) for use in probe.uses.values()) == 4
 
 
 def test_a_rounding_that_changes_nothing_is_none() -> None:

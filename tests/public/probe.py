@@ -283,9 +283,13 @@ class WeightProbe(TorchDispatchMode):
             for x in [*fresh, *written]:
                 self._become_data(x)
         elif any(marks is not None for marks in before.values()):
-            for x in [*fresh, *written]:
-                marks = _follow(func, plain, args, kwargs, x, before)
-                self._set(x, marks)
+            for i, x in enumerate([*fresh, *written]):
+                of_x, known = args, before
+                if name.startswith("_foreach_"):  # the elements of each list belong together
+                    plain = name.removeprefix("_foreach_").rstrip("_")
+                    of_x = [y[i] if isinstance(y, (list, tuple)) else y for y in args]
+                    known = {id(y): before[id(y)] for y in of_x if isinstance(y, Tensor)}
+                self._set(x, _follow(func, plain, of_x, kwargs, x, known))
         else:
             for x in written:  # constants over weights
                 self._set(x, None)

@@ -193,8 +193,8 @@ def write_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", help="rows to run anew; default: those not run yet")
-    parser.add_argument("--again", action="store_true", help="run all rows anew")
+    parser.add_argument("names", nargs="*", help="rows to run; default: all that were not run yet")
+    parser.add_argument("--again", action="store_true", help="run those that were run, too")
     parser.add_argument("--record", action="store_true", help="record results, write the table")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="time limit of a row")
     options = parser.parse_args()
@@ -204,16 +204,10 @@ def main() -> int:
     os.environ.pop("STATQAT_CONFIG", None)
     recorded = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.exists() else {}
     rows, failures = {}, 0
-    for name in CASES:
+    for name in options.names or CASES:
         path = RESULTS / f"{name}.json"
-        if options.again or name in options.names or not (path.exists() or options.names):
-            rows[name] = run_row(name, options.seconds)
-        elif path.exists():
-            rows[name] = read_row(path)
-        else:
-            continue
-        if options.names and name not in options.names:
-            continue
+        anew = options.again or options.names or not path.exists()
+        rows[name] = run_row(name, options.seconds) if anew else read_row(path)
         row = rows[name]
         cells = "  ".join(f"{c}: {_cell(row, c)}" for c in ("share", *COLUMNS, "probe"))
         print(f"{name:28} {cells}  ({row.get('seconds', '?')} s)", flush=True)
