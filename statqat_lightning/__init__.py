@@ -1,5 +1,6 @@
 """Quantization-aware training whose scales come from statistics, as PyTorch Lightning callbacks."""
 
+from statqat_lightning.callbacks import DistillationCallback as DistillationCallback
 from statqat_lightning.callbacks import ExportCallback as ExportCallback
 from statqat_lightning.callbacks import SNRMonitor as SNRMonitor
 from statqat_lightning.callbacks import StatQATCallback as StatQATCallback

@@ -1,5 +1,6 @@
 """Lightning callbacks: they decide when, never how."""
 
+from statqat_lightning.callbacks.distillation import DistillationCallback as DistillationCallback
 from statqat_lightning.callbacks.export import ExportCallback as ExportCallback
 from statqat_lightning.callbacks.loading import quantized_loading as quantized_loading
 from statqat_lightning.callbacks.qat import StatQATCallback as StatQATCallback

@@ -239,7 +239,7 @@ def _steps(
             batch = _transferred(trainer, trial, batch)
             set_observing(trial, observing)
             with trainer.precision_plugin.train_step_context():
-                trial.training_step(*_step_arguments(trial, batch, index))
+                trial.training_step(*step_arguments(trial, batch, index))
             set_observing(trial, False)
         yield
 
@@ -261,7 +261,7 @@ def _transferred(trainer: Trainer, trial: LightningModule, batch: Any) -> Any:
     return batch
 
 
-def _step_arguments(trial: LightningModule, batch: Any, index: int) -> list[Any]:
+def step_arguments(trial: LightningModule, batch: Any, index: int) -> list[Any]:
     """`training_step` may take `batch`, or `batch` and `batch_idx`; Lightning's own rule."""
     takes_index = is_param_in_hook_signature(trial.training_step, "batch_idx", min_args=2)
     return [batch, index] if takes_index else [batch]

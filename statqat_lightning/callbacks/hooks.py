@@ -44,6 +44,8 @@ class WrappedHook:
         name: The hook.
         before: What runs before it, if anything.
         after: What runs after it, if anything.
+        around: What runs it: called with the module, the hook and its arguments, in whose place it
+            returns a result.
         own: What was on the instance under this name; None for the hook of the class.
     """
 
@@ -51,6 +53,7 @@ class WrappedHook:
     name: str
     before: Extra | None = None
     after: Extra | None = None
+    around: Callable[..., Any] | None = None
     own: Callable[..., Any] | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +67,7 @@ class WrappedHook:
         Where another wrapper has taken this one's place and may call it, nothing but the hook is
         left of it.
         """
-        self.before = self.after = None
+        self.before = self.after = self.around = None
         if self.pl_module.__dict__.get(self.name) is not self:
             return
         if self.own is None:
@@ -84,10 +87,15 @@ class WrappedHook:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.before is not None:
             self.before(self.pl_module, *args)
-        if self.own is not None:
-            result = self.own(*args, **kwargs)
+        if self.around is not None:
+            result = self.around(self.pl_module, self._run, *args, **kwargs)
         else:
-            result = self.__wrapped__(self.pl_module, *args, **kwargs)
+            result = self._run(*args, **kwargs)
         if self.after is not None:
             self.after(self.pl_module, *args)
         return result
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return self.__wrapped__(self.pl_module, *args, **kwargs)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from statqat_lightning import QuantRecipe, QuantRule, TensorSpec
-from statqat_lightning.callbacks import StatQATCallback
+from statqat_lightning.callbacks import DistillationCallback, StatQATCallback
 from statqat_lightning.quantized_model import activation_quantizers, quantizer_state
 from tests.callbacks.digits import Witness, make_trainer
 
@@ -196,14 +196,27 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "unequal loaders": {"shorter_by": 2, "max_steps": 3},
     "no range": {"max_epochs": 2, "recipe": recipe(ranged=False)},
     "learned": {"recipe": learning_recipe()},
+    "distilled": {"max_epochs": 2, "distilled": True},
 }
+
+
+def distillation(world_size: int) -> DistillationCallback:
+    """From another network; like the loss of the module, a sum over the rows of all ranks."""
+    torch.manual_seed(2)
+    return DistillationCallback(
+        PooledModule(world_size).double(),
+        layers=["body.2"],
+        loss=lambda student, teacher: (student - teacher).square().sum() * world_size,
+        weight=0.5,
+    )
 
 
 def fit(name: str, folder: Path, strategy: str = "auto", devices: int = 1) -> None:
     """Train and leave what the rank knows in `folder/name/{rank}.pt`."""
-    L.seed_everything(1, verbose=False)
     options = dict(SCENARIOS[name])
     shorter_by = options.pop("shorter_by", 0)
+    extra = [distillation(devices)] if options.pop("distilled", False) else []
+    L.seed_everything(1, verbose=False)
     callback = CountingCallback(
         recipe=options.pop("recipe", recipe()),
         # Calibration ends with the shortest loader, which a single process does not have.
@@ -216,6 +229,7 @@ def fit(name: str, folder: Path, strategy: str = "auto", devices: int = 1) -> No
         callback,
         witness,
         before,
+        *extra,
         use_distributed_sampler=False,
         precision="64-true",
         strategy=strategy,

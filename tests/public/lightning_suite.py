@@ -26,15 +26,19 @@ TESTS = Path("tests") / "tests_pytorch"
 FOLDERS = ("callbacks", "checkpointing", "core", "loops", "models", "trainer", "tuner")
 # Those that start other processes, or look at other hardware, have nothing to show here.
 LEFT_OUT = "not ddp and not spawn and not fork and not tpu and not xla and not fsdp and not subproc"
+LEFT_OUT += " and not spike"
 SECONDS_A_TEST = 180
 
 CALLS = "lists all calls of hooks; calibration runs `training_step` on a copy, ahead of training"
 KEYS = "lists all keys of a checkpoint, which has one more: `statqat_lightning`"
+NAMES = "reads class names, and a layer with quantizers is a `FakeQuantizedLinear`"
 EXCEPTIONS: dict[str, str] = {
     "test_trainer_model_hook_system_fit": CALLS,
     "test_trainer_model_hook_system_fit_no_val_and_resume_max_epochs": KEYS,
     "test_trainer_model_hook_system_fit_no_val_and_resume_max_steps": KEYS,
     "test_train_loop_system": CALLS,
+    "test_custom_model_summary_callback_summarize": NAMES,
+    "test_multiple_pruning_callbacks": NAMES,
 }
 
 

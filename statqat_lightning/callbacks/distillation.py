@@ -1,0 +1,449 @@
+"""Distillation: what the quantized network returns is drawn to what the float network returns."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from statqat_lightning.callbacks.calibration import step_arguments
+from statqat_lightning.callbacks.hooks import WrappedHooks
+from statqat_lightning.callbacks.lightning_names import is_a
+from statqat_lightning.callbacks.trial_copy import running, trial_copy
+from statqat_lightning.distillation import (
+    LayerOutputs,
+    OutputLoss,
+    class_dimension,
+    in_float,
+    kl_divergence,
+    last_layer,
+)
+from statqat_lightning.insertion import remove
+from statqat_lightning.isolated_copy import CannotCopy, ReachesOriginal
+from statqat_lightning.module_names import plain_name
+
+_MODULE = "LightningModule"
+_TIMED = range(1, 9)  # steps whose time is measured; the first one is another than those to come
+
+
+class DistillationCallback(Callback):
+    """Trains a quantized network to return what a float network, its teacher, returns.
+
+    The teacher runs the batches of the training by its own `training_step`, in eval mode, without
+    gradients, with the same random numbers, and without effect on the training: what it logs goes
+    nowhere. What `training_step` returns becomes
+
+        (1 - weight) * loss + weight * distillation
+
+    where `distillation` is the loss between outputs of layers, the mean over all layers and their
+    calls. It is logged as `distillation_loss`. The user's module needs no change.
+
+    Labels say less than the float network knows, and a short training on few data can lose what
+    that network has learned from many; that is why the labels count for nothing by default
+    (NVIDIA, "Quantization-aware distillation", arXiv 2601.20088).
+
+    Args:
+        teacher: None for the module as it is in float when the fit begins; its weights are kept in
+            checkpoints, so that a resumed run has the same teacher. Or a LightningModule, or the
+            path of a checkpoint of a module of this class.
+        layers: The names of the layers whose outputs are compared, or a mapping to their names in
+            the teacher. None for the last layer with a weight that runs in the teacher's step.
+        loss: "kl" for logits (Kullback-Leibler divergence, classes in the last dimension, in
+            dimension 1 of convolutions), "mse" for features, or a function of the student's and the
+            teacher's output, of one shape, that returns a scalar.
+        weight: Of the distillation, above 0 and at most 1.
+        temperature: Of "kl": 1 and above; higher ones let the less likely classes count more.
+
+    Raises:
+        ValueError: For an argument out of its range; at the start of a fit for manual optimization,
+            a strategy that shards the module, or layers that do not exist.
+    """
+
+    def __init__(
+        self,
+        teacher: LightningModule | str | Path | None = None,
+        layers: Sequence[str] | Mapping[str, str] | None = None,
+        loss: str | OutputLoss = "kl",
+        weight: float = 1.0,
+        temperature: float = 2.0,
+    ) -> None:
+        if not (teacher is None or isinstance(teacher, (str, Path)) or is_a(teacher, _MODULE)):
+            raise ValueError(
+                f"DistillationCallback: got a {type(teacher).__name__} as teacher; expected a "
+                "LightningModule, the path of a checkpoint, or None for the module as it is when "
+                "the fit begins."
+            )
+        if isinstance(layers, str) or (layers is not None and not layers):
+            raise ValueError(
+                f"DistillationCallback: got layers={layers!r}; expected names of layers in a list, "
+                "a mapping to their names in the teacher, or None for the last layer."
+            )
+        if not (loss in ("kl", "mse") if isinstance(loss, str) else callable(loss)):
+            raise ValueError(
+                f"DistillationCallback: got loss={loss!r}; expected 'kl', 'mse' or a function of "
+                "two outputs."
+            )
+        if not 0 < weight <= 1:
+            raise ValueError(
+                f"DistillationCallback: got weight={weight}; expected above 0 and at most 1."
+            )
+        if not 0 < temperature < float("inf"):
+            raise ValueError(
+                f"DistillationCallback: got temperature={temperature}; expected above 0."
+            )
+        self.teacher = teacher
+        self.layers = layers
+        self.loss = loss
+        self.weight = weight
+        self.temperature = temperature
+        self._hooks = WrappedHooks()
+        self._run: _Run | None = None
+        self._saved: dict[str, Tensor] | None = None
+
+    @property
+    def _copies(self) -> bool:
+        """Whether the teacher is a copy of the module."""
+        return self.teacher is None or isinstance(self.teacher, (str, Path))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._saved = None  # of an earlier fit; a checkpoint is read after this
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"DistillationCallback: {type(pl_module).__name__} optimizes manually, so no loss "
+                "of its training_step is what it minimises. Add the loss of distillation there, or "
+                "leave the callback out."
+            )
+        strategy = trainer.strategy
+        if self._copies and not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
+            raise ValueError(
+                f"DistillationCallback: {type(strategy).__name__} shards the module, so it cannot "
+                "be copied as a teacher. Give one: teacher=<a LightningModule with its weights>."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._let_go()
+        teacher = self._make_teacher(trainer, pl_module)
+        self._run = _Run(self, trainer, pl_module, teacher)
+        self._hooks.wrap(pl_module, "training_step", around=_Around(self))
+
+    def _make_teacher(self, trainer: Trainer, pl_module: LightningModule) -> LightningModule:
+        source = pl_module if self._copies else self.teacher
+        assert isinstance(source, torch.nn.Module)
+        try:
+            teacher = trial_copy(trainer, source)
+        except CannotCopy as error:
+            raise ValueError(
+                f"DistillationCallback: {error}, so there is no teacher. Give one: "
+                "teacher=<a LightningModule with its weights>."
+            ) from error
+        remove(teacher)
+        state, where = self._saved, "the checkpoint that the fit resumes from"
+        if isinstance(self.teacher, (str, Path)):
+            where = str(self.teacher)
+            state = torch.load(where, map_location="cpu", weights_only=True)["state_dict"]
+        if state is not None:
+            try:
+                teacher.load_state_dict(state)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"DistillationCallback: the teacher in {where} is no "
+                    f"{type(pl_module).__name__} like the one that is trained: {error}"
+                ) from error
+        return teacher.to(pl_module.device).requires_grad_(False).eval()
+
+    def step(
+        self, pl_module: LightningModule, training_step: Callable[..., Any], *args: Any, **kw: Any
+    ) -> Any:
+        """What `training_step` returns, with the loss of distillation in its loss."""
+        run = self._run
+        if run is None or not pl_module.training:
+            return training_step(*args, **kw)
+        result, distillation = run.step(training_step, *args, **kw)
+        if distillation is None:
+            return result  # a step that is left out
+        pl_module.log("distillation_loss", distillation.detach())
+        if isinstance(result, Tensor):
+            return (1 - self.weight) * result + self.weight * distillation
+        loss = (1 - self.weight) * result["loss"] + self.weight * distillation
+        return {**result, "loss": loss}
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._run is not None:
+            self._run.clock.begin()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._run is not None:
+            self._run.clock.end()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._run is not None and self._run.text:
+            rank_zero_info(f"Distillation: {self._run.text}.{self._run.clock}")
+        self._let_go()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._let_go()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._hooks.unwrap()
+        if self._run is not None:
+            self._run.remove()
+            if self.teacher is None:
+                self._saved = self._run.state()  # for checkpoints that are saved after the fit
+        self._run = None
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.teacher is not None:
+            return {}
+        teacher = self._saved if self._run is None else self._run.state()
+        return {} if teacher is None else {"teacher": teacher}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict.get("teacher")
+
+
+class _Around:
+    """Runs `training_step` with a teacher; in a copy of the module it runs the step alone."""
+
+    def __init__(self, callback: DistillationCallback | None) -> None:
+        self._callback = callback
+
+    def __deepcopy__(self, memo: Any) -> _Around:
+        return _Around(None)
+
+    def __call__(
+        self, pl_module: LightningModule, training_step: Callable[..., Any], *args: Any, **kw: Any
+    ) -> Any:
+        if self._callback is None:
+            return training_step(*args, **kw)
+        return self._callback.step(pl_module, training_step, *args, **kw)
+
+
+class _Run:
+    """One fit: the teacher, and the layers whose outputs are compared.
+
+    Attributes:
+        text: What is compared with what, once that is known.
+        clock: The time that the teacher takes.
+    """
+
+    def __init__(
+        self,
+        callback: DistillationCallback,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        teacher: LightningModule,
+    ) -> None:
+        self._callback = callback
+        self._trainer = trainer
+        self._pl_module = pl_module
+        self._teacher = teacher
+        self._student_outputs: LayerOutputs | None = None
+        self._teacher_outputs: LayerOutputs | None = None
+        self._losses: dict[str, OutputLoss] = {}
+        self._writes: bool | None = None  # whether a step writes to its batch; None: not known yet
+        self.text = ""
+        self.clock = _Clock(pl_module.device)
+
+    def step(self, training_step: Callable[..., Any], *args: Any, **kw: Any) -> tuple[Any, Any]:
+        """What the module's step returns, and the loss of distillation; None for no step."""
+        if self._student_outputs is None:
+            self._start(*_copied(args), **_copied(kw))
+        students, teachers = self._student_outputs, self._teacher_outputs
+        assert students is not None
+        assert teachers is not None
+        others, kw_of_teacher = (args, kw) if self._writes is False else _copied((args, kw))
+        versions = [_versions(x) for x in ((args, kw), (others, kw_of_teacher))]
+        random = _collect_rng_states()
+        with students.recording():
+            result = training_step(*args, **kw)
+        if result is None:
+            students.clear()
+            return None, None
+        calls = {name: len(found) for name, found in students.found.items()}
+        with self.clock.teaching(), isolate_rng():
+            _set_rng_states(random)
+            with teachers.recording(until=calls):
+                self._teach(*others, **kw_of_teacher)
+        if self._writes is None:
+            after = [_versions(x) for x in ((args, kw), (others, kw_of_teacher))]
+            self._writes = versions != after
+        terms = []
+        for name, ours in students.found.items():
+            theirs = teachers.found[name]
+            if not ours or len(ours) != len(theirs):
+                raise ValueError(
+                    f"DistillationCallback: layer {name!r} ran {len(ours)} times in a training "
+                    f"step and {len(theirs)} times in the teacher's; expected the same number, and "
+                    "at least 1. Name another layer: layers=[...]."
+                )
+            terms += [self._compare(name, *pair) for pair in zip(ours, theirs, strict=True)]
+        students.clear()
+        teachers.clear()
+        return result, torch.stack(terms).mean()
+
+    def _start(self, *args: Any, **kw: Any) -> None:
+        """Find the layers, by a first run of the teacher that must not reach the module."""
+
+        def teach() -> None:
+            with running(self._pl_module):
+                self._teach(*args, **kw)
+
+        with isolate_rng():
+            try:
+                last = last_layer(self._teacher, teach)
+            except ReachesOriginal as error:
+                raise ValueError(f"DistillationCallback: {error}.") from error
+        layers = self._callback.layers
+        if layers is None:
+            if last is None:
+                raise ValueError(
+                    "DistillationCallback: no layer with a weight ran in the teacher's "
+                    "training_step. Name those to compare: layers=[...]."
+                )
+            layers = [plain_name(last)]
+        pairs = dict(layers) if isinstance(layers, Mapping) else {name: name for name in layers}
+        students = _modules(self._pl_module, pairs, "module")
+        teachers = _modules(self._teacher, pairs.values(), "teacher")
+        for name, module in students.items():
+            self._losses[name] = self._loss_for(module)
+        self._student_outputs = LayerOutputs(students)
+        self._teacher_outputs = LayerOutputs(dict(zip(pairs, teachers.values(), strict=True)))
+        self.text = self._described([*pairs])
+
+    def _loss_for(self, module: torch.nn.Module) -> OutputLoss:
+        if self._callback.loss == "kl":
+            return functools.partial(
+                kl_divergence,
+                temperature=self._callback.temperature,
+                dim=class_dimension(module),
+            )
+        if self._callback.loss == "mse":
+            return lambda student, teacher: F.mse_loss(in_float(student), in_float(teacher))
+        assert not isinstance(self._callback.loss, str)
+        return self._callback.loss
+
+    def _teach(self, *args: Any, **kw: Any) -> None:
+        batch, *_ = args
+        index = args[1] if len(args) > 1 else kw.get("batch_idx", 0)
+        # As it is written: a compiled copy would be compiled anew.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            self._teacher.training_step(*step_arguments(self._teacher, batch, index))
+
+    def _compare(self, name: str, student: Tensor, teacher: Tensor) -> Tensor:
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"DistillationCallback: layer {name!r} returned shape {tuple(student.shape)}, its "
+                f"teacher {tuple(teacher.shape)}; expected the same."
+            )
+        if not student.requires_grad:
+            raise ValueError(
+                f"DistillationCallback: the output of layer {name!r} has no gradient: it is frozen "
+                "or runs under no_grad. Name another layer: layers=[...]."
+            )
+        with torch.autocast(student.device.type, enabled=False):
+            return self._losses[name](student, teacher)
+
+    def _described(self, layers: list[str]) -> str:
+        parameters = [*self._teacher.parameters()]
+        count = sum(p.numel() for p in parameters)
+        size = sum(p.numel() * p.element_size() for p in parameters)
+        loss = self._callback.loss if isinstance(self._callback.loss, str) else "own loss"
+        heat = f" at temperature {self._callback.temperature:g}" if loss == "kl" else ""
+        names = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if layers[3:] else "")
+        return (
+            f"{loss}{heat} on the output of {names}, weight {self._callback.weight:g}; the "
+            f"teacher has {count / 1e6:.2f} M parameters ({size / 1e6:.1f} MB)"
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """The teacher's weights and buffers, on the CPU."""
+        return {name: tensor.cpu() for name, tensor in self._teacher.state_dict().items()}
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for outputs in (self._student_outputs, self._teacher_outputs):
+            if outputs is not None:
+                outputs.remove()
+
+
+class _Clock:
+    """How much of a step the teacher takes, measured over the first few steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._step = -1
+        self._began = 0.0
+        self._whole = self._taught = 0.0
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def begin(self) -> None:
+        self._step += 1
+        if self._step in _TIMED:
+            self._began = self._now()
+
+    def end(self) -> None:
+        if self._step in _TIMED:
+            self._whole += self._now() - self._began
+
+    @contextmanager
+    def teaching(self) -> Iterator[None]:
+        if self._step not in _TIMED:
+            yield
+            return
+        start = self._now()
+        yield
+        self._taught += self._now() - start
+
+    def __str__(self) -> str:
+        if not self._whole:
+            return ""
+        return f" It took {100 * self._taught / self._whole:.0f} % of a training step."
+
+
+def _modules(model: LightningModule, names: Any, role: str) -> dict[str, torch.nn.Module]:
+    known = {plain_name(name): module for name, module in model.named_modules()}
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(
+            f"DistillationCallback: the {role} has no layers {missing}; expected of "
+            f"{', '.join([name for name in known if name][:40])}. Name them by layers=[...], or "
+            "layers={name: name in the teacher}."
+        )
+    return {name: known[name] for name in names}
+
+
+def _copied(batch: Any) -> Any:
+    return apply_to_collection(batch, Tensor, Tensor.clone)
+
+
+def _versions(batch: Any) -> list[int]:
+    """A number of each tensor that grows when it is written to."""
+    versions: list[int] = []
+    apply_to_collection(batch, Tensor, lambda tensor: versions.append(tensor._version))
+    return versions
