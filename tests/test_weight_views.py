@@ -205,7 +205,9 @@ def test_a_compiled_reader(inside: bool) -> None:
     reader, x = Reader(), torch.randn(7, 6)
     model = nn.Sequential(reader) if inside else reader
     prepare(model, "int4", None, first_last_bits=None, run=lambda: model(x))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    # Dynamo of torch 2.8 splits the graph where the attribute is put back.
+    whole = torch.__version__ >= "2.9"  # a TorchVersion, which knows that 2.15 is later
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=whole)
     y = compiled(x)
     torch.testing.assert_close(y, by_hand(reader, x))
     y.sum().backward()

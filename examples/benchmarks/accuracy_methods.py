@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from vision import ResNet20
 
-from statqat_lightning import StatQATCallback, TensorSpec, get_format
+from statqat_lightning import DistillationCallback, StatQATCallback, TensorSpec, get_format
 from statqat_lightning.formats import BlockFormat, FloatFormat, Format, IntFormat
 
 ENDS = ("conv1", "linear")  # first and last layer
@@ -79,6 +79,7 @@ def ours(
     block_rule: str | None = None,
     gradient: str = "clipped",
     freeze_at: float | None = 0.9,
+    distilled: bool = False,
 ) -> Callable[[ResNet20, Setting], Prepared]:
     """A method of this package, in `StatQATCallback`.
 
@@ -88,6 +89,7 @@ def ours(
         block_rule: Rule of block formats, None for the default.
         gradient: Straight-through gradient.
         freeze_at: When scales stop, None for never.
+        distilled: Whether the float network takes the place of the labels.
     """
 
     def spec(name: str, quantizer: str | None, adaptive: bool = False) -> TensorSpec:
@@ -108,7 +110,7 @@ def ours(
             freeze_at=freeze_at,
             verbose=False,
         )
-        return network, [callback]
+        return network, [callback, *([DistillationCallback()] if distilled else [])]
 
     return build
 
@@ -216,6 +218,7 @@ def torch_ao(network: ResNet20, setting: Setting) -> Prepared:
 
 METHODS = {
     "StatQAT": Method(ours(None, None)),
+    "StatQAT distilled": Method(ours(None, None, distilled=True)),
     "min-max": Method(ours("minmax", "moving_average", block_rule="max")),
     "percentile": Method(ours("percentile", "percentile"), no_blocks),
     # Its paper brings a gradient of its own.
