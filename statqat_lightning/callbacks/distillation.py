@@ -30,6 +30,7 @@ from statqat_lightning.distillation import (
     kl_divergence,
     last_layer,
 )
+from statqat_lightning.export.wording import first_lines
 from statqat_lightning.insertion import remove
 from statqat_lightning.isolated_copy import CannotCopy, ReachesOriginal
 from statqat_lightning.module_names import plain_name
@@ -137,7 +138,7 @@ class DistillationCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._let_go()
         teacher = self._make_teacher(trainer, pl_module)
-        self._run = _Run(self, trainer, pl_module, teacher)
+        self._run = _Run(self, pl_module, teacher)
         self._hooks.wrap(pl_module, "training_step", around=_Around(self))
 
     def _make_teacher(self, trainer: Trainer, pl_module: LightningModule) -> LightningModule:
@@ -154,7 +155,7 @@ class DistillationCallback(Callback):
         state, where = self._saved, "the checkpoint that the fit resumes from"
         if isinstance(self.teacher, (str, Path)):
             where = str(self.teacher)
-            state = torch.load(where, map_location="cpu", weights_only=True)["state_dict"]
+            state = _weights_in(self.teacher)
         if state is not None:
             try:
                 teacher.load_state_dict(state)
@@ -170,11 +171,11 @@ class DistillationCallback(Callback):
     ) -> Any:
         """What `training_step` returns, with the loss of distillation in its loss."""
         run = self._run
-        if run is None or not pl_module.training:
+        if run is None:
             return training_step(*args, **kw)
         result, distillation = run.step(training_step, *args, **kw)
         if distillation is None:
-            return result  # a step that is left out
+            return result
         pl_module.log("distillation_loss", distillation.detach())
         if isinstance(result, Tensor):
             return (1 - self.weight) * result + self.weight * distillation
@@ -252,12 +253,10 @@ class _Run:
     def __init__(
         self,
         callback: DistillationCallback,
-        trainer: Trainer,
         pl_module: LightningModule,
         teacher: LightningModule,
     ) -> None:
         self._callback = callback
-        self._trainer = trainer
         self._pl_module = pl_module
         self._teacher = teacher
         self._student_outputs: LayerOutputs | None = None
@@ -268,7 +267,7 @@ class _Run:
         self.clock = _Clock(pl_module.device)
 
     def step(self, training_step: Callable[..., Any], *args: Any, **kw: Any) -> tuple[Any, Any]:
-        """What the module's step returns, and the loss of distillation; None for no step."""
+        """What the module's step returns, and the loss of distillation; None where it has none."""
         if self._student_outputs is None:
             self._start(*_copied(args), **_copied(kw))
         students, teachers = self._student_outputs, self._teacher_outputs
@@ -279,9 +278,9 @@ class _Run:
         random = _collect_rng_states()
         with students.recording():
             result = training_step(*args, **kw)
-        if result is None:
+        if not (isinstance(result, Tensor) or (isinstance(result, Mapping) and "loss" in result)):
             students.clear()
-            return None, None
+            return result, None  # a step that is left out, or what Lightning refuses
         calls = {name: len(found) for name, found in students.found.items()}
         with self.clock.teaching(), isolate_rng():
             _set_rng_states(random)
@@ -425,6 +424,26 @@ class _Clock:
         if not self._whole:
             return ""
         return f" It took {100 * self._taught / self._whole:.0f} % of a training step."
+
+
+def _weights_in(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a Lightning checkpoint, on the CPU."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"DistillationCallback: {path}: no such file.") from None
+    except Exception as error:
+        raise ValueError(
+            f"DistillationCallback: {path} cannot be read as a checkpoint of weights and plain "
+            f"data ({first_lines(str(error), 1)}). Load the module yourself: "
+            "teacher=Module.load_from_checkpoint(...)."
+        ) from error
+    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
+        raise ValueError(
+            f"DistillationCallback: no 'state_dict' in {path}; expected a Lightning checkpoint."
+        )
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    return state
 
 
 def _modules(model: LightningModule, names: Any, role: str) -> dict[str, torch.nn.Module]:

@@ -121,6 +121,15 @@ def test_a_teacher_from_a_checkpoint(tmp_path: Path) -> None:
     path = DistillationCallback(tmp_path / "teacher.ckpt")
     _, read = fit(module_of(1), path, limit_train_batches=3)
     assert read.losses == given.losses
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    for name, kind, said in (
+        ("gone.ckpt", FileNotFoundError, r"gone.ckpt: no such file"),
+        ("other.pt", ValueError, r"no 'state_dict' in .*other.pt"),
+        ("text.ckpt", ValueError, r"text.ckpt cannot be read as a checkpoint"),
+    ):
+        with pytest.raises(kind, match=said):
+            fit(module_of(1), DistillationCallback(tmp_path / name), limit_train_batches=1)
     small = module_of(1)
     small.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with pytest.raises(ValueError, match=r"the teacher in .*teacher.ckpt is no DigitsModule"):
