@@ -22,6 +22,7 @@ from statqat_lightning.quantizers.base import (
     covering_scale,
     least,
     positive_or_one,
+    relative,
 )
 
 AUTO = "auto"
@@ -32,6 +33,7 @@ _LEAST_SPAN = 1 / 1.4  # the lowest candidate is no larger: some values are alwa
 _LOWEST_START = 0.9  # times the scale of a normal density, which of all priors clips most
 _LEAST_START = 2.0**-24
 _STEPS = 2
+_LONGER_THAN_IT_SEEMS = 16  # times as long as its error behaves may a row with importances be
 
 
 class Analytic(Quantizer):
@@ -66,6 +68,7 @@ class Analytic(Quantizer):
 
     name = "analytic"
     needs_spectrum = True
+    weighs = True
 
     def __init__(
         self, prior: str = "normal", refine: bool = True, tolerance: float = TOLERANCE
@@ -77,6 +80,12 @@ class Analytic(Quantizer):
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
         return _by_parts(self._search if self.refine else self._closed_form, rows, fmt, warm)
+
+    def from_weighted_rows(
+        self, rows: Tensor, fmt: Format, importance: Tensor, warm: Tensor | None = None
+    ) -> Tensor:
+        choose = self._search if self.refine else self._closed_form
+        return _by_parts(choose, rows, fmt, warm, relative(importance).sqrt())
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
@@ -100,16 +109,22 @@ class Analytic(Quantizer):
         """Best scale in units of the RMS; `mean` gives the mean magnitudes if they are needed."""
         return _fitted(mean() / rms, fmt) if self.prior == AUTO else optimal_scale(fmt, self.prior)
 
-    def _closed_form(self, rows: Tensor, fmt: Format, warm: Tensor | None) -> Tensor:
-        rms = _rms(rows)
-        constant = self._constant(fmt, rms, lambda: rows.abs().mean(1))
+    def _closed_form(
+        self, rows: Tensor, fmt: Format, warm: Tensor | None, root: Tensor | None
+    ) -> Tensor:
+        rms = _rms(rows, root)
+        constant = self._constant(fmt, rms, lambda: _mean_of(rows.abs(), root))
         return _capped(rms * constant, torch.ones_like(rms))
 
-    def _search(self, rows: Tensor, fmt: Format, warm: Tensor | None) -> Tensor:
-        start = self._closed_form(rows, fmt, warm)
-        low = _LOWEST_START * optimal_scale(fmt, "normal") * _rms(rows)
+    def _search(
+        self, rows: Tensor, fmt: Format, warm: Tensor | None, root: Tensor | None
+    ) -> Tensor:
+        start = self._closed_form(rows, fmt, warm, root)
+        low = _LOWEST_START * optimal_scale(fmt, "normal") * _rms(rows, root)
         low = low.clamp(_LEAST_START, _LEAST_SPAN)
-        count = _num_candidates(fmt, rows.shape[1])
+        # Where few elements carry most of the error, it ripples like that of a short row.
+        length = rows.shape[1] if root is None else max(1, rows.shape[1] // _LONGER_THAN_IT_SEEMS)
+        count = _num_candidates(fmt, length)
         fractions = torch.linspace(0, 1, count, device=rows.device).unsqueeze(1)
         known = [torch.ones_like(start), start, *([] if warm is None else [warm])]
         scales = torch.cat([torch.stack(known), low * (_highest(fmt) / low).pow(fractions)])
@@ -117,10 +132,10 @@ class Analytic(Quantizer):
         if not fmt.is_signed:
             rows = rows.clamp_min(0.0)  # every scale loses what is negative
         at_once = max(1, _elements_at_once(rows.device) // rows.numel())
-        errors = torch.cat([_error(rows, some, fmt) for some in torch.split(scales, at_once)])
+        errors = torch.cat([_error(rows, some, fmt, root) for some in torch.split(scales, at_once)])
         best = scales.gather(0, errors.topk(2, dim=0, largest=False).indices)
         for _ in range(_STEPS):
-            best, error = _step(rows, best, fmt)
+            best, error = _step(rows, best, fmt, root)
         found = torch.where(errors[0] > 0, least(best, error), 1.0)  # max|x| may be exact, or all 0
         if warm is None:
             return found
@@ -130,10 +145,11 @@ class Analytic(Quantizer):
 
 
 def _by_parts(
-    choose: Callable[[Tensor, Format, Tensor | None], Tensor],
+    choose: Callable[[Tensor, Format, Tensor | None, Tensor | None], Tensor],
     rows: Tensor,
     fmt: Format,
     warm: Tensor | None,
+    root: Tensor | None = None,
 ) -> Tensor:
     """Scales chosen by `choose` from rows in units of `max|x| / fmt.max`.
 
@@ -141,10 +157,12 @@ def _by_parts(
     on, one that stays in the cache.
 
     Args:
-        choose: From rows, format and scales in force to scales, all in these units.
+        choose: From rows, format, scales in force and roots of importances to scales, all in these
+            units.
         rows: float32 `(n, m)`.
         fmt: The number format.
         warm: Scales in force, `(n,)`.
+        root: What the error of each element is multiplied with, `(n, m)` or `(1, m)`.
     """
     num_rows = max(1, _elements_at_once(rows.device) // rows.shape[1])
     if len(rows) <= 2 * num_rows:
@@ -155,7 +173,8 @@ def _by_parts(
         cap = covering_scale(part, fmt)
         force = None if warm is None else warm[start : start + num_rows]
         known = None if force is None else force / cap
-        chosen = choose(part / cap.unsqueeze(1), fmt, known)
+        own = root if root is None or len(root) == 1 else root[start : start + num_rows]
+        chosen = choose(part / cap.unsqueeze(1), fmt, known, own)
         scale = (cap * chosen).clamp(SMALLEST, _LARGEST)
         if force is not None and known is not None:
             scale = torch.where(chosen == known, force, scale)  # to the last bit
@@ -163,29 +182,34 @@ def _by_parts(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _step(rows: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+def _step(rows: Tensor, scales: Tensor, fmt: Format, root: Tensor | None) -> tuple[Tensor, Tensor]:
     """A fixed-point step from each candidate, without temporary copies where possible.
 
     Args:
         rows: float32 `(n, m)`.
         scales: float32 `(candidates, n)`.
         fmt: The number format.
+        root: What the error of each element is multiplied with, if not 1.
 
     Returns:
         The scales `<x, q> / <q, q>`, and the root of the squared error that they have with the
         codes of the candidates, an upper bound of their own: no candidate's error is below it.
     """
     q = fmt.round_(rows / scales.unsqueeze(2))
+    if root is not None:
+        q, rows = q.mul_(root), rows * root
     product = (rows * q).sum(2)
     steps = product / torch.linalg.vector_norm(q, dim=2).square_()
     steps = torch.where(product > 0, steps, scales)
     return steps, torch.linalg.vector_norm(q.mul_(steps.unsqueeze(2)).sub_(rows), dim=2)
 
 
-def _error(rows: Tensor, scales: Tensor, fmt: Format) -> Tensor:
+def _error(rows: Tensor, scales: Tensor, fmt: Format, root: Tensor | None) -> Tensor:
     """Root of the squared error of each row at each of `scales`, `(candidates, n)`."""
     s = scales.unsqueeze(2)
     error = fmt.round_(rows / s).mul_(s).sub_(rows)
+    if root is not None:
+        error.mul_(root)
     norm: Tensor = torch.linalg.vector_norm(error, dim=2)
     return norm
 
@@ -200,9 +224,20 @@ def _capped(scale: Tensor, cap: Tensor) -> Tensor:
     return torch.where(scale > 0, scale.minimum(cap), cap)
 
 
-def _rms(rows: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norm / math.sqrt(rows.shape[1])
+def _rms(rows: Tensor, root: Tensor | None) -> Tensor:
+    weighted = rows if root is None else rows * root
+    norm: Tensor = torch.linalg.vector_norm(weighted, dim=1)
+    if root is None:
+        return norm / math.sqrt(rows.shape[1])
+    total: Tensor = torch.linalg.vector_norm(root, dim=1)
+    return norm / total
+
+
+def _mean_of(magnitudes: Tensor, root: Tensor | None) -> Tensor:
+    if root is None:
+        return magnitudes.mean(1)
+    importance = root.square()
+    return (magnitudes * importance).sum(1) / importance.sum(1)
 
 
 def _elements_at_once(device: torch.device) -> int:

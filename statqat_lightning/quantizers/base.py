@@ -16,6 +16,9 @@ from statqat_lightning.granularity import Granularity, PerBlock, get_granularity
 TOLERANCE = 0.05
 """Share of the least squared error, 0.2 dB, for which no scale in force is given up."""
 
+LEAST_IMPORTANCE = 1e-4
+"""What an element's error counts at least, in units of the mean of its row."""
+
 SMALLEST = 2.0**-149
 """The smallest positive float32."""
 
@@ -52,6 +55,8 @@ class Quantizer(ABC):
     name: str
     needs_spectrum = False
     """Whether `from_statistics` reads `Statistics.spectrum`."""
+    weighs = False
+    """Whether it has `from_weighted_rows`."""
     has_zero_point = False
     """Whether it chooses zero points, too."""
     needs_range = False
@@ -87,6 +92,32 @@ class Quantizer(ABC):
         Returns:
             float32 `(n,)`, positive; 1 for a row of zeros.
         """
+
+    def from_weighted_rows(
+        self, rows: Tensor, fmt: Format, importance: Tensor, warm: Tensor | None = None
+    ) -> Tensor:
+        """Like `from_rows`, but the squared error of each element counts by its importance.
+
+        What a linear layer makes of inputs whose channels are uncorrelated has the error
+        `sum_j E[x_j^2] (w_j - w_hat_j)^2`: the importance of a weight is the mean square of the
+        input that it is multiplied with.
+
+        Args:
+            rows: As of `from_rows`.
+            fmt: The number format.
+            importance: Finite float32 `(n, m)` or `(1, m)`, not negative; only ratios within a row
+                matter. No element counts less than 1e-4 of its row's mean, as what carries no
+                energy in a sample may carry some later.
+            warm: As of `from_rows`.
+
+        Raises:
+            ValueError: If this quantizer does not weigh errors; the message says which do.
+        """
+        raise ValueError(
+            f"quantizer {self.name!r} weighs all errors alike; expected one of "
+            f"{', '.join(sorted(cls.name for cls in Quantizer.__subclasses__() if cls.weighs))} "
+            "where an importance is given."
+        )
 
     def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
         """Scale of rows that moved little since `warm`, between searches, unless scales rest."""
@@ -130,6 +161,7 @@ class Quantizer(ABC):
         granularity: str | Granularity | None = None,
         axis: int | None = None,
         zero_point: bool = False,
+        importance: Tensor | None = None,
     ) -> QParams:
         """Scales for a tensor in one call.
 
@@ -142,6 +174,9 @@ class Quantizer(ABC):
                 blocks lie along: 1 when None, as in a weight `(out, in, ...)`, 0 for a vector.
             zero_point: Whether to choose a zero point, too, which suits data on one side of zero
                 or skewed. 0 is always reproduced exactly.
+            importance: How much the squared error of each element counts, of a shape that expands
+                to that of `x`: for the weight of a linear layer the mean squares of its input
+                channels, `(in,)`, of a convolution `(in, 1, 1)`. None for all alike.
 
         Returns:
             QParams whose scale is float32 of shape `granularity.scale_shape(x.shape)`; so is the
@@ -151,8 +186,10 @@ class Quantizer(ABC):
         Raises:
             TypeError: If `x` is not floating point.
             ValueError: If `x` is empty or holds NaN or infinities, if quantizer, format and
-                granularity do not go together, or if a zero point is asked of a format that is no
-                integer format or of a quantizer that chooses none.
+                granularity do not go together, if a zero point is asked of a format that is no
+                integer format or of a quantizer that chooses none, or if an importance is negative,
+                not finite, of another shape, given with a zero point or to a quantizer that weighs
+                no errors.
         """
         check_pairing(self.name, fmt, granularity)
         if not x.is_floating_point():
@@ -174,6 +211,14 @@ class Quantizer(ABC):
         if not rows.isfinite().all():
             raise ValueError("choose_qparams: got values in x beyond float32; scale them first.")
         shape = sharing.scale_shape(tuple(x.shape))
+        if importance is not None:
+            if zero_point:
+                raise ValueError(
+                    "choose_qparams: got zero_point=True and an importance; expected one of them."
+                )
+            weights = sharing.rows(_expanded(importance, x))
+            scale = self.from_weighted_rows(rows, fmt, weights)
+            return QParams(scale.view(shape), granularity=sharing)
         if not zero_point:
             return QParams(self.from_rows(rows, fmt).view(shape), granularity=sharing)
         if not isinstance(fmt, IntFormat):
@@ -183,6 +228,34 @@ class Quantizer(ABC):
             )
         scale, zero = self.affine_from_rows(rows, fmt)
         return QParams(scale.view(shape), zero.view(shape), sharing)
+
+
+def _expanded(importance: Tensor, x: Tensor) -> Tensor:
+    """An importance in float32 and the shape of what it is about."""
+    try:
+        expanded = importance.detach().to(x.device, torch.float32).expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"choose_qparams: got an importance of shape {tuple(importance.shape)}; expected one "
+            f"that expands to {tuple(x.shape)}."
+        ) from None
+    if not (expanded.isfinite() & (expanded >= 0)).all():
+        raise ValueError(
+            "choose_qparams: got negative, NaN or infinite importances; expected mean squares."
+        )
+    return expanded
+
+
+def relative(importance: Tensor) -> Tensor:
+    """Importances `(n, m)` in units of their row's mean, none below `LEAST_IMPORTANCE`.
+
+    Rows without any count all elements alike.
+    """
+    peak = importance.amax(1, keepdim=True)
+    scaled = importance / torch.where(peak > 0, peak, 1.0)  # squares of float32 may be denormal
+    mean = scaled.mean(1, keepdim=True)
+    known = torch.where(mean > 0, scaled / mean, 1.0)
+    return known.clamp_min(LEAST_IMPORTANCE)
 
 
 def _no_zero_point(name: str) -> str:
@@ -247,10 +320,20 @@ def positive_or_one(scale: Tensor) -> Tensor:
     return torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
 
 
-def squared_error(rows: Tensor, scale: Tensor, fmt: Format) -> Tensor:
-    """Sum of squared errors of each row at `scale` `(n,)`, float32 `(n,)`."""
+def squared_error(
+    rows: Tensor, scale: Tensor, fmt: Format, importance: Tensor | None = None
+) -> Tensor:
+    """Sum of squared errors of each row at `scale` `(n,)`, float32 `(n,)`.
+
+    Args:
+        rows: float32 `(n, m)`.
+        scale: `(n,)`.
+        fmt: The number format.
+        importance: What each square is multiplied with, `(n, m)` or `(1, m)`.
+    """
     s = scale.unsqueeze(1)
-    return fmt.round_(rows / s).mul_(s).sub_(rows).square_().sum(1)
+    squares = fmt.round_(rows / s).mul_(s).sub_(rows).square_()
+    return (squares if importance is None else squares.mul_(importance)).sum(1)
 
 
 def least(scales: Tensor, errors: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from statqat_lightning.quantizers.base import (
     least,
     near_one,
     power_of_two,
+    relative,
     squared_error,
 )
 
@@ -48,6 +49,7 @@ class Block(Quantizer):
     """
 
     name = "block"
+    weighs = True
 
     def __init__(self, rule: str = "mse") -> None:
         if rule not in RULES:
@@ -62,13 +64,21 @@ class Block(Quantizer):
             fmt: A block format.
             warm: Not needed, the search is complete.
         """
+        return self._choose(rows, fmt, None)
+
+    def from_weighted_rows(
+        self, rows: Tensor, fmt: Format, importance: Tensor, warm: Tensor | None = None
+    ) -> Tensor:
+        return self._choose(rows, fmt, relative(importance))
+
+    def _choose(self, rows: Tensor, fmt: Format, importance: Tensor | None) -> Tensor:
         assert isinstance(fmt, BlockFormat), "check_pairing has seen to it"
         amax, codes, scale_of, _ = _stored(rows, fmt)
         specified = torch.where(amax > 0, scale_of(codes), 1.0)
         if self.rule == "max":
             return specified
         near = [scale_of(codes + offset) for offset in _NEAR[fmt.scale_format]]
-        return _least_error(rows, amax, [specified, *near], fmt)
+        return _least_error(rows, amax, [specified, *near], fmt, importance)
 
     def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
         """The specified scale or the one in force, rounded to what can be stored now."""
@@ -153,12 +163,18 @@ def _stored_e4m3(amax: Tensor, fmt: BlockFormat) -> _Stored:
     return _Stored(amax, code_of(amax / fmt.max), scale_of, code_of)
 
 
-def _least_error(rows: Tensor, amax: Tensor, scales: list[Tensor], fmt: BlockFormat) -> Tensor:
+def _least_error(
+    rows: Tensor,
+    amax: Tensor,
+    scales: list[Tensor],
+    fmt: BlockFormat,
+    importance: Tensor | None = None,
+) -> Tensor:
     """The scale of least squared error in each block; among equal ones the first."""
     specified, candidates = scales[0], torch.stack(scales)
     # A scale whose largest value leaves float32 is none; any does for a block of zeros.
     valid = (amax > 0) & (candidates * fmt.max).isfinite()
     candidates = torch.where(valid, candidates, specified)
     rows, unit = near_one(rows, amax)
-    errors = torch.stack([squared_error(rows, scale / unit, fmt) for scale in candidates])
-    return least(candidates, errors)
+    errors = [squared_error(rows, scale / unit, fmt, importance) for scale in candidates]
+    return least(candidates, torch.stack(errors))
