@@ -42,6 +42,7 @@ ROWS: list[set[str]] = [
         "dataflow",
         "weight_views",
         "weight_reads",
+        "distillation",
         "insertion",
         "insertion_report",
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +16,8 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from statqat_lightning.callbacks.calibration import step_arguments
 from statqat_lightning.callbacks.hooks import WrappedHooks
@@ -269,12 +270,13 @@ class _Run:
     def step(self, training_step: Callable[..., Any], *args: Any, **kw: Any) -> tuple[Any, Any]:
         """What the module's step returns, and the loss of distillation; None where it has none."""
         if self._student_outputs is None:
-            self._start(*_copied(args), **_copied(kw))
+            self._start(*copy.deepcopy(args), **copy.deepcopy(kw))
         students, teachers = self._student_outputs, self._teacher_outputs
         assert students is not None
         assert teachers is not None
-        others, kw_of_teacher = (args, kw) if self._writes is False else _copied((args, kw))
-        versions = [_versions(x) for x in ((args, kw), (others, kw_of_teacher))]
+        given = (args, kw)
+        others, kw_of_teacher = given if self._writes is False else copy.deepcopy(given)
+        versions = [_versions(x) for x in (given, (others, kw_of_teacher))]
         random = _collect_rng_states()
         with students.recording():
             result = training_step(*args, **kw)
@@ -287,8 +289,8 @@ class _Run:
             with teachers.recording(until=calls):
                 self._teach(*others, **kw_of_teacher)
         if self._writes is None:
-            after = [_versions(x) for x in ((args, kw), (others, kw_of_teacher))]
-            self._writes = versions != after
+            after = [_versions(x) for x in (given, (others, kw_of_teacher))]
+            self._writes = None in versions or versions != after
         terms = []
         for name, ours in students.found.items():
             theirs = teachers.found[name]
@@ -457,12 +459,9 @@ def _modules(model: LightningModule, names: Any, role: str) -> dict[str, torch.n
     return {name: known[name] for name in names}
 
 
-def _copied(batch: Any) -> Any:
-    return apply_to_collection(batch, Tensor, Tensor.clone)
-
-
-def _versions(batch: Any) -> list[int]:
-    """A number of each tensor that grows when it is written to."""
-    versions: list[int] = []
-    apply_to_collection(batch, Tensor, lambda tensor: versions.append(tensor._version))
-    return versions
+def _versions(batch: Any) -> list[int] | None:
+    """A number of each tensor that grows when it is written to; None if some cannot be seen."""
+    leaves = tree_leaves(batch)
+    if not all(isinstance(leaf, (Tensor, int, float, str, bytes, type(None))) for leaf in leaves):
+        return None
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from statqat_lightning.callbacks import StatQATCallback
 from statqat_lightning.insertion import prepare
@@ -20,6 +21,19 @@ from statqat_lightning.quantized_model import quantizer_state
 from statqat_lightning.tensor_spec import TensorSpec
 from tests.callbacks.digits import Witness, make_trainer, scales
 from tests.callbacks.ranks_run import Batches
+
+
+class Stream(IterableDataset[dict[str, Tensor]]):
+    """Readable only once, as far as one knows: nothing calibrates, be it sharded or in one process.
+
+    A sharded module cannot be copied for it, and what is compared must not differ in that.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self.batches[step] for step in range(len(self.batches)))
 
 
 class ShardedModule(LightningModule):
@@ -44,7 +58,6 @@ class ShardedModule(LightningModule):
             fully_shard(self.net, mesh=mesh["data_parallel"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        # Asking for the Trainer, it cannot be run ahead of training: neither sharded nor single.
         loss = F.mse_loss(self.net(batch["x"]), batch["y"][:, :7], reduction="sum")
         return loss * self.trainer.world_size
 
@@ -53,7 +66,8 @@ class ShardedModule(LightningModule):
 
     def train_dataloader(self) -> Any:
         trainer = self.trainer
-        return DataLoader(Batches(6, trainer.global_rank, trainer.world_size), batch_size=None)
+        batches = Batches(6, trainer.global_rank, trainer.world_size)
+        return DataLoader(Stream(batches), batch_size=None)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1e-5, momentum=0.9)

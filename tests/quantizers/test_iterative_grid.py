@@ -75,7 +75,7 @@ def check(rows: Array, fmt: Format, per_octave: int) -> None:
     rows = rows[rows.any(1)]
     tensor = torch.from_numpy(rows).float()
     scales = Iterative().from_rows(tensor, fmt)
-    predicted = EnergySpectrum.of(tensor).predicted_snr_db(fmt, scales)
+    predicted = EnergySpectrum.of_rows(tensor).predicted_snr_db(fmt, scales)
     for row, scale, snr in zip(rows, scales.tolist(), predicted.tolist(), strict=True):
         error, power = ErrorOf(row), float(np.mean(row**2))
         # Differences of sums in float64 are no finer than that.
