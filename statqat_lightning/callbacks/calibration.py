@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from itertools import islice
+from types import MethodType
 from typing import Any
 
 import torch
@@ -228,7 +229,7 @@ def _steps(
     """Run one training batch after the other through a copy of the module, without gradients."""
     num_batches = int(min(num_batches, trainer.num_training_batches))
     progress = Tqdm(
-        islice(_batches(trainer), num_batches),
+        islice(_batches(trainer, pl_module, trial), num_batches),
         desc=title,
         total=num_batches,
         leave=False,
@@ -267,20 +268,25 @@ def step_arguments(trial: LightningModule, batch: Any, index: int) -> list[Any]:
     return [batch, index] if takes_index else [batch]
 
 
-def _batches(trainer: Trainer) -> Iterator[Any]:
+def _batches(trainer: Trainer, pl_module: LightningModule, trial: LightningModule) -> Iterator[Any]:
     """Batches as `training_step` gets them, from fresh loaders over the same datasets."""
     loaders, structure = tree_flatten(trainer.train_dataloader)
-    fresh = [_fresh_loader(loader) for loader in loaders]
-    return (tree_unflatten(list(parts), structure) for parts in zip(*fresh, strict=False))
+    fresh = [_fresh_loader(loader, pl_module, trial) for loader in loaders]
+    batches = (tree_unflatten(list(parts), structure) for parts in zip(*fresh, strict=False))
+    return (batch for batch in batches if batch is not None)  # the Trainer leaves these out, too
 
 
-def _fresh_loader(loader: Any) -> Any:
+def _fresh_loader(loader: Any, pl_module: LightningModule, trial: LightningModule) -> Any:
+    """A loader over the same data; what is a method of the module is that of its copy."""
     if not isinstance(loader, DataLoader):
         raise CannotCalibrate(f"a {type(loader).__name__} may be readable only once")
     if isinstance(loader.dataset, IterableDataset):
         raise CannotCalibrate("an IterableDataset may be readable only once")
     own = {id(loader.dataset): loader.dataset}  # samplers refer to the dataset; it is not copied
-    options: dict[str, Any] = {"collate_fn": loader.collate_fn, "generator": torch.Generator()}
+    collate: Any = loader.collate_fn
+    if getattr(collate, "__self__", None) is pl_module:
+        collate = MethodType(collate.__func__, trial)
+    options: dict[str, Any] = {"collate_fn": collate, "generator": torch.Generator()}
     if loader.num_workers > 0:
         # A dataset that workers read may open its files lazily, which must not happen in this
         # process: workers forked later would share them.

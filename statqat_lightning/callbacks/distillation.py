@@ -396,7 +396,7 @@ class _Clock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._step = -1
-        self._began = 0.0
+        self._began: float | None = None
         self._whole = self._taught = 0.0
 
     def _now(self) -> float:
@@ -410,8 +410,9 @@ class _Clock:
             self._began = self._now()
 
     def end(self) -> None:
-        if self._step in _TIMED:
+        if self._began is not None:  # a batch that is None ends without a start
             self._whole += self._now() - self._began
+            self._began = None
 
     @contextmanager
     def teaching(self) -> Iterator[None]:

@@ -471,9 +471,10 @@ class StatQATCallback(Callback):
         if self._recording is not None:
             flow, self._recording = self._recording.stop(), None
             self._follow(pl_module, seen_in(flow, trainer, pl_module, self.recipe))
+        if self._last_boundary is None:
+            self._last_boundary = batch_idx  # Lightning starts no batch that is None, but ends it
         if trainer.fit_loop._should_accumulate():
             return  # scales change between optimizer steps only; accumulators add up meanwhile
-        assert self._last_boundary is not None
         due = (batch_idx + 1) // self.refresh_every > self._last_boundary // self.refresh_every
         self._last_boundary = batch_idx + 1
         # The end of an epoch refreshes in any case: a checkpoint holds no half-filled accumulators.

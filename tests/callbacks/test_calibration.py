@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, Dataset, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, Dataset, IterableDataset, Sampler, default_collate
 
-from statqat_lightning import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning import DistillationCallback, QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.callbacks.qat import StatQATCallback, StatQATWarning
 from statqat_lightning.observers import statistics_of
 from tests.callbacks.conftest import Messages
@@ -254,6 +254,33 @@ def test_where_it_is_impossible_the_first_batch_observes_in_float(
     assert all(quantizer_of(module, f"{layer}/input").enabled for layer in LAYERS)
     if isinstance(getattr(stream, "dataset", None), Stream):
         assert stream.dataset.read == len(digits())
+
+
+class Collates(DigitsModule):
+    """Its batches come from a method of its own that counts, and some are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collated = 0
+
+    def collate(self, samples: list[Any]) -> Any:
+        self.collated += 1
+        return None if self.collated % 3 == 1 else default_collate(samples)
+
+    def train_dataloader(self) -> Any:
+        return loader(collate_fn=self.collate)
+
+
+@pytest.mark.filterwarnings("ignore:.*train_dataloader yielded None")
+def test_a_collate_function_of_the_module_is_that_of_the_copy(messages: Messages) -> None:
+    """What it counts is the training's; batches that are none are left out."""
+    module = Collates()
+    callbacks = [statqat(calibration_batches=4), DistillationCallback(weight=0.5)]
+    make_trainer(*callbacks).fit(module, val_dataloaders=held_out())
+    assert module.collated == STEPS_PER_EPOCH
+    assert not messages.about("no calibration")
+    for name in LAYERS:  # four batches of calibration, and four of training
+        assert quantizer_of(module, f"{name}/input").observer.num_batches >= 8
 
 
 class OneArgument(DigitsModule):
