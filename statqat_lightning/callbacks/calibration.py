@@ -246,18 +246,22 @@ def _steps(
 
 
 def _transferred(trainer: Trainer, trial: LightningModule, batch: Any) -> Any:
-    """The batch in the run's precision and on its device, past the hooks that training calls."""
+    """The batch in the run's precision and on its device, past the hooks that training calls.
+
+    What hooks of a data module set stays with a shallow copy of it: its data may be large.
+    """
     selector = trainer._data_connector._datahook_selector
     assert selector is not None
     batch = trainer.precision_plugin.convert_input(batch)
+    copies: dict[int, Any] = {}
     for hook, arguments in (
         ("on_before_batch_transfer", (0,)),
         ("transfer_batch_to_device", (trainer.strategy.root_device, 0)),
         ("on_after_batch_transfer", (0,)),
     ):
         owner = selector.get_instance(hook)
-        if is_a(owner, "LightningModule"):
-            owner = trial
+        is_module = is_a(owner, "LightningModule")
+        owner = trial if is_module else copies.setdefault(id(owner), copy.copy(owner))
         batch = getattr(owner, hook)(batch, *arguments)
     return batch
 

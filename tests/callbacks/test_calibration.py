@@ -321,7 +321,9 @@ def test_any_signature_is_calibrated(kind: type[DigitsModule], messages: Message
 
 
 class Scaled(LightningDataModule):
-    """Scales pixels after the transfer, as augmentation on the device would."""
+    """Scales pixels after the transfer, as augmentation on the device would, and counts."""
+
+    transfers = 0
 
     def train_dataloader(self) -> Any:
         return loader()
@@ -330,6 +332,7 @@ class Scaled(LightningDataModule):
         return held_out()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.transfers += 1
         x, y = batch
         return 100 * x, y
 
@@ -366,7 +369,9 @@ def test_calibration_goes_through_the_hooks_of_the_batch_transfer(
         trainer.fit(module, loader(), held_out())
         assert module.transfers == STEPS_PER_EPOCH
     else:
-        trainer.fit(DigitsModule(), datamodule=Scaled())
+        data = Scaled()
+        trainer.fit(DigitsModule(), datamodule=data)
+        assert data.transfers == STEPS_PER_EPOCH
     assert not messages.about("calibration")
     assert maximum == [100.0]
 
