@@ -66,7 +66,7 @@ class DistillationCallback(Callback):
             dimension 1 of convolutions), "mse" for features, or a function of the student's and the
             teacher's output, of one shape, that returns a scalar.
         weight: Of the distillation, above 0 and at most 1.
-        temperature: Of "kl": 1 and above; higher ones let the less likely classes count more.
+        temperature: Of "kl", above 0; higher ones let the less likely classes count more.
 
     Raises:
         ValueError: For an argument out of its range; at the start of a fit for manual optimization,
@@ -117,7 +117,7 @@ class DistillationCallback(Callback):
     @property
     def _copies(self) -> bool:
         """Whether the teacher is a copy of the module."""
-        return self.teacher is None or isinstance(self.teacher, (str, Path))
+        return not is_a(self.teacher, _MODULE)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -276,7 +276,8 @@ class _Run:
         assert teachers is not None
         given = (args, kw)
         others, kw_of_teacher = given if self._writes is False else copy.deepcopy(given)
-        versions = [_versions(x) for x in (given, (others, kw_of_teacher))]
+        known = self._writes is not None
+        versions = [] if known else [_versions(x) for x in (given, (others, kw_of_teacher))]
         random = _collect_rng_states()
         with students.recording():
             result = training_step(*args, **kw)
@@ -288,7 +289,7 @@ class _Run:
             _set_rng_states(random)
             with teachers.recording(until=calls):
                 self._teach(*others, **kw_of_teacher)
-        if self._writes is None:
+        if not known:
             after = [_versions(x) for x in (given, (others, kw_of_teacher))]
             self._writes = None in versions or versions != after
         terms = []
