@@ -26,7 +26,8 @@ from statqat_lightning.functional import (
     learned_fake_quantize,
     positive,
 )
-from statqat_lightning.granularity import Granularity, PerTensor
+from statqat_lightning.granularity import Granularity, PerChannel, PerTensor
+from statqat_lightning.input_energies import InputChannels, InputEnergies
 from statqat_lightning.observers import (
     NEGATIVE,
     NOISE,
@@ -207,12 +208,20 @@ class WeightFakeQuantizer(FakeQuantizer):
         read_by: Names of the modules that read the weight without calling its layer, see
             `weight_views`.
         together: During a training step, the weights that are quantized with this one.
+        input_energies: How much the errors of its elements count for the layer's output; None where
+            all count alike, or no scale depends on it.
         trained: What tells the weight at the end of the training from another one, None if that is
             not known; see `export.stale`.
     """
 
     def __init__(
-        self, layer: str, spec: TensorSpec, weight: Tensor, axis: int = 0, role: str = WEIGHT
+        self,
+        layer: str,
+        spec: TensorSpec,
+        weight: Tensor,
+        axis: int = 0,
+        role: str = WEIGHT,
+        channels: InputChannels | None = None,
     ) -> None:
         granularity, quantizer = spec.weight_granularity(axis), spec.weight_quantizer()
         try:
@@ -221,6 +230,11 @@ class WeightFakeQuantizer(FakeQuantizer):
             raise ValueError(f"{layer}/{role}: {error}") from error
         self.together: WeightsTogether | None = None
         self.read_by: tuple[str, ...] = ()
+        self.input_energies: InputEnergies | None = None
+        if channels is not None and spec.weighs:
+            kept = granularity.axis if isinstance(granularity, PerChannel) else None
+            if channels.differ_within(kept):
+                self.input_energies = InputEnergies(channels)
         self.trained: tuple[float, float] | None = None
         self.to(weight.device if weight.device.type != "meta" else torch.device("cpu"))
 
@@ -237,6 +251,30 @@ class WeightFakeQuantizer(FakeQuantizer):
                 return quantized
         return self.quantize(weight)
 
+    def importance(self, weight: Tensor) -> Tensor | None:
+        """What squared errors of the weight's elements count, in rows that share scales.
+
+        Args:
+            weight: The weight, for its shape.
+
+        Returns:
+            float32 `(n, m)`, or `(1, m)` if it is the same in all rows; None where all count alike.
+        """
+        energies = self.input_energies
+        if energies is None or not energies.known:
+            return None
+        importance = energies.importance()
+        sharing = self.granularity
+        if isinstance(sharing, PerChannel) and importance.shape[sharing.axis] == 1:
+            shape = [1 if i == sharing.axis else size for i, size in enumerate(weight.shape)]
+            return sharing.rows(importance.expand(shape))
+        return sharing.rows(importance.expand(weight.shape))
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        if self.input_energies is not None:
+            self.input_energies.to(device)
+
     def widen(self, bits: int) -> bool:
         """Use a format of at least `bits` bits; whether it is another one and needs a scale."""
         self.narrowest = bits
@@ -250,17 +288,47 @@ class WeightFakeQuantizer(FakeQuantizer):
         return self.__dict__ | {"together": None}  # a copy's weight is another one
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"read_by": list(self.read_by)}
+        energies = self.input_energies
+        own = {} if energies is None else {"input_energies": energies.state_dict()}
+        return super().state_dict() | {"read_by": list(self.read_by)} | own
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        super().check_state(state)
+        energies, saved = self.input_energies, state.get("input_energies")
+        if (
+            energies is not None
+            and saved is not None
+            and saved["mean"].shape != energies.mean.shape
+        ):
+            raise ValueError(
+                f"{self.name}: the saved energies of its inputs have shape "
+                f"{tuple(saved['mean'].shape)}; expected {tuple(energies.mean.shape)}. Use the "
+                "model and the recipe it was saved with."
+            )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.read_by = tuple(state.get("read_by", ()))
+        if self.input_energies is not None:
+            self.input_energies.load_state_dict(state.get("input_energies"))
 
     @torch.no_grad()
-    def energies(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Energy of the weight and of its quantization error, float32 scalars."""
+    def energies(self, weight: Tensor, of_output: bool = False) -> tuple[Tensor, Tensor]:
+        """Energy of the weight and of its quantization error, float32 scalars.
+
+        Args:
+            weight: The weight.
+            of_output: Whether each square counts by the energy of its input channel, where that is
+                known: the energies that the layer's output has of them, its channels being
+                uncorrelated.
+        """
         wide = weight.detach().to(torch.float32)
-        return wide.square().sum(), (wide - self.quantize(wide)).square().sum()
+        error = wide - self.quantize(wide)
+        energies = self.input_energies
+        if of_output and energies is not None and energies.known:
+            importance = energies.importance()
+            return (wide.square() * importance).sum(), (error.square_() * importance).sum()
+        return wide.square().sum(), error.square().sum()
 
 
 class ActivationFakeQuantizer(FakeQuantizer):
@@ -307,7 +375,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
 
     def __call__(self, x: Tensor) -> Tensor:
         x_hat = self.quantize(x)
-        if self.observing and _is_floating(x) and not _recomputing():
+        if self.observing and _is_floating(x) and not recomputing():
             self.observe(x, quantized=x_hat is not x)
         return x_hat
 
@@ -421,6 +489,6 @@ def _is_floating(x: object) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether this forward recomputes a checkpointed segment during a backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -156,6 +156,7 @@ def prepare(
         if not _follows(modules[name], rule)
     }
     kept = {name: attached(modules[name]) for name in chosen if name not in made}
+    _share_energies([(modules[name], own) for name, own in (kept | made).items()])
     # The last projection of attention is called by a forward of ours alone.
     for name, module in modules.items():
         last = f"{name}.out_proj".lstrip(".")
@@ -276,7 +277,10 @@ def _quantizers(
     device = next((weight.device for weight in tensors.values()), device)
     if isinstance(rule.weights, TensorSpec):
         for role, axis in kind.weights(module).items():
-            weights[role] = WeightFakeQuantizer(name, rule.weights, tensors[role], axis, role)
+            channels = kind.channels(module, role, tuple(tensors[role].shape))
+            weights[role] = WeightFakeQuantizer(
+                name, rule.weights, tensors[role], axis, role, channels
+            )
             if has_own_forward(module):
                 weights[role].read_by = (name,)
         if device.type != "meta":
@@ -306,6 +310,24 @@ def _quantizers(
                 "none: a learned scale is registered by that name. Use another quantizer."
             )
     return quantizers
+
+
+def _share_energies(layers: list[tuple[nn.Module, LayerQuantizers]]) -> None:
+    """Let layers that share a weight share what its errors count: it has one scale.
+
+    Where they meet different channels, as an embedding and an output head do, all errors count
+    alike.
+    """
+    holders: dict[int, list[WeightFakeQuantizer]] = {}
+    for module, quantizers in layers:
+        for role, quantizer in quantizers.weights.items():
+            if (parameter := module._parameters.get(role)) is not None:
+                holders.setdefault(id(parameter), []).append(quantizer)
+    for sharing in holders.values():
+        energies = [quantizer.input_energies for quantizer in sharing]
+        channels = {own and own.channels for own in energies}
+        for quantizer in sharing[1:] if len(channels) == 1 else sharing:
+            quantizer.input_energies = energies[0] if len(channels) == 1 else None
 
 
 def _unsupported(modules: Mapping[str, nn.Module]) -> dict[str, str | None]:

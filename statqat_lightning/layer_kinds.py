@@ -9,6 +9,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from statqat_lightning.input_energies import InputChannels
+
+Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class LayerKind:
@@ -23,6 +27,8 @@ class LayerKind:
             or with its full name.
         functional: The forward as a function of layer, input and weight; None where the class's own
             forward is called.
+        channels: From a layer, the name of a weight and its shape the input channels that it meets;
+            None where nobody sees them, as those of a hidden state.
     """
 
     cls: type[nn.Module]
@@ -30,6 +36,7 @@ class LayerKind:
     inputs: tuple[str, ...] = ("input",)
     by_request: bool = False
     functional: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    channels: Callable[[Any, str, Shape], InputChannels | None] = lambda module, role, shape: None
 
 
 def _one_weight(module: nn.Module) -> dict[str, int]:
@@ -65,20 +72,67 @@ def _convolution(module: Any, x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
+def _of_linear(module: Any, role: str, shape: Shape) -> InputChannels:
+    return InputChannels(("input",), -1, (1, shape[1]))
+
+
+def _of_convolution(module: Any, role: str, shape: Shape) -> InputChannels:
+    kernel, groups = len(shape) - 2, module.groups
+    repeats = 1 if groups == 1 else shape[0] // groups
+    return InputChannels(("input",), -1 - kernel, (groups, shape[1], *(1,) * kernel), repeats)
+
+
+def _of_transposed(module: Any, role: str, shape: Shape) -> InputChannels:
+    kernel = len(shape) - 2
+    return InputChannels(("input",), -1 - kernel, (shape[0], *(1,) * (kernel + 1)))
+
+
+def _of_projections(module: Any, role: str, shape: Shape) -> InputChannels:
+    if role == "in_proj_weight":
+        roles = ("query", "key", "value")
+        return InputChannels(roles, -1, (len(roles), shape[1]), repeats=shape[0] // len(roles))
+    name = {"q": "query", "k": "key", "v": "value"}[role[0]]
+    return InputChannels((name,), -1, (1, shape[1]))
+
+
+def _of_first_layer(module: Any, role: str, shape: Shape) -> InputChannels | None:
+    # Those of the layers above and the hidden states stay inside one function of torch.
+    if not role.removesuffix("_reverse").endswith(("weight_ih", "weight_ih_l0")):
+        return None
+    return InputChannels(("input",), -1, (1, shape[1]))
+
+
+def _of_rows(module: Any, role: str, shape: Shape) -> InputChannels:
+    return InputChannels(("input",), None, (shape[0], 1))
+
+
 KINDS = (
-    LayerKind(nn.Linear, _one_weight, functional=lambda m, x, w: F.linear(x, w, m.bias)),
+    LayerKind(
+        nn.Linear,
+        _one_weight,
+        functional=lambda m, x, w: F.linear(x, w, m.bias),
+        channels=_of_linear,
+    ),
     *(
-        LayerKind(cls, _one_weight, functional=_convolution)
+        LayerKind(cls, _one_weight, functional=_convolution, channels=_of_convolution)
         for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     ),
     *(
-        LayerKind(cls, _transposed)
+        LayerKind(cls, _transposed, channels=_of_transposed)
         for cls in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     ),
-    LayerKind(nn.MultiheadAttention, _projections, ("query", "key", "value")),
-    *(LayerKind(cls, _recurrent) for cls in (nn.RNN, nn.LSTM, nn.GRU)),
-    *(LayerKind(cls, _cell) for cls in (nn.RNNCell, nn.LSTMCell, nn.GRUCell)),
-    *(LayerKind(cls, _one_weight, (), by_request=True) for cls in (nn.Embedding, nn.EmbeddingBag)),
+    LayerKind(
+        nn.MultiheadAttention, _projections, ("query", "key", "value"), channels=_of_projections
+    ),
+    *(LayerKind(cls, _recurrent, channels=_of_first_layer) for cls in (nn.RNN, nn.LSTM, nn.GRU)),
+    *(
+        LayerKind(cls, _cell, channels=_of_first_layer)
+        for cls in (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+    ),
+    *(
+        LayerKind(cls, _one_weight, (), by_request=True, channels=_of_rows)
+        for cls in (nn.Embedding, nn.EmbeddingBag)
+    ),
 )
 INPUT_ROLES = frozenset(role for kind in KINDS for role in kind.inputs)
 """Names of inputs; outputs are called `output`, and all other tensors are weights."""

@@ -21,6 +21,7 @@ from statqat_lightning.fake_quantizer import (
     ActivationFakeQuantizer,
     FakeQuantizer,
     WeightFakeQuantizer,
+    recomputing,
 )
 from statqat_lightning.layer_kinds import RECURRENT, LayerKind, has_weights, kind_of_class
 from statqat_lightning.recompute import Inputs
@@ -36,6 +37,8 @@ class LayerQuantizers:
         weight, input: Those of these names, or None: most layers have no others.
         shown: Quantized weights that the layer's attributes hold while a module runs that reads
             them without calling the layer, see `weight_views`.
+        weighing: The weights for which energies of inputs are wanted, now or at another step.
+        watchers: Functions that are told the name and the value of each input.
         ran: Whether the layer has run, or a module that reads its weights, since it has these
             quantizers.
     """
@@ -52,6 +55,8 @@ class LayerQuantizers:
         self.weight = self.weights.get(WEIGHT)
         self.input = self.inputs.get(INPUT)
         self.shown: dict[str, Tensor] = {}
+        self.weighing: tuple[WeightFakeQuantizer, ...] = ()
+        self.watchers: tuple[Callable[[str, Any], None], ...] = ()
         self.ran = False
 
     def weight_for(self, module: nn.Module, role: str = WEIGHT) -> Tensor:
@@ -62,8 +67,21 @@ class LayerQuantizers:
         quantizer = self.weights.get(role)
         return own if quantizer is None else quantizer(own)
 
+    def weigh(self, role: str, x: Any) -> None:
+        """Add an input to the energies of those weights that are searched for next.
+
+        Whoever watches is told, too.
+        """
+        for tell in self.watchers:
+            tell(role, x)
+        for weight in self.weighing:
+            # A compiled graph must not depend on what changes from step to step: it always adds.
+            if (torch.compiler.is_compiling() or weight.is_due) and not recomputing():
+                assert weight.input_energies is not None, "it is one of those with energies"
+                weight.input_energies.add(role, x)
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"shown": {}}  # they belong to a graph, and to a moment
+        return self.__dict__ | {"shown": {}, "watchers": ()}  # of a graph, and of a moment
 
     def of_input(self, role: str) -> ActivationFakeQuantizer | None:
         """That of an input, or None."""
@@ -234,6 +252,7 @@ def _explicit_forward(functional: Callable[[Any, Tensor, Tensor], Tensor]) -> Ca
         quantizers: LayerQuantizers = self._statqat
         quantizers.ran = True
         output, inputs = quantizers.output, Inputs(quantizers.inputs)
+        quantizers.weigh(INPUT, input)
         quantize = inputs.of(INPUT)
         x = input if quantize is None else quantize(input)
         weight = quantizers.weight_for(self)
@@ -259,6 +278,8 @@ def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., 
         previous = {name: attributes.get(name, missing) for name in quantizers.weights}
         values = {name: quantizers.weight_for(self, name) for name in quantizers.weights}
         inputs = Inputs(quantizers.inputs)
+        if quantizers.weighing or quantizers.watchers:
+            _weigh_each(quantizers, names, args, kwargs)
         args, kwargs = with_each_input(names, inputs.of, args, kwargs)
         try:
             attributes.update(values)
@@ -281,6 +302,8 @@ def _attention_forward(
     quantizers: LayerQuantizers = self._statqat
     quantizers.ran = True
     inputs = Inputs(quantizers.inputs)
+    for role, x in (("query", query), ("key", key), ("value", value)):
+        quantizers.weigh(role, x)
     each = each_input(inputs.of, query, key, value)
     with inputs.not_kept():
         result = attend(
@@ -299,6 +322,8 @@ def _recurrent_forward(base: type[nn.Module]) -> Callable[..., Any]:
         attributes = self.__dict__
         previous = attributes["_flat_weights"]
         inputs = Inputs(quantizers.inputs)
+        if quantizers.weighing or quantizers.watchers:
+            _weigh_each(quantizers, names, args, kwargs)
         args, kwargs = with_each_input(names, inputs.of, args, kwargs)
         try:
             attributes["_flat_weights"] = [
@@ -334,8 +359,9 @@ def names_of_inputs(base: type[nn.Module]) -> InputNames:
         for name, parameter in inspect.signature(base.forward).parameters.items()
         if parameter.kind in positional
     ][1:]  # without `self`
-    parameters += kind.inputs[len(parameters) :]  # `*args` have no names
-    return tuple(zip(kind.inputs, parameters, strict=False))
+    roles = kind.inputs or (INPUT,)
+    parameters += roles[len(parameters) :]  # `*args` have no names
+    return tuple(zip(roles, parameters, strict=False))
 
 
 def with_each_input(
@@ -361,6 +387,15 @@ def with_each_input(
         elif name in keywords:
             keywords[name] = _inside(quantizer, keywords[name])
     return tuple(arguments), keywords
+
+
+def _weigh_each(
+    quantizers: LayerQuantizers, names: InputNames, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Add the arguments of a layer's forward to the energies of its weights."""
+    for place, (role, name) in enumerate(names):
+        x = args[place] if place < len(args) else kwargs.get(name)
+        quantizers.weigh(role, x.data if isinstance(x, PackedSequence) else x)
 
 
 def with_output(quantizer: Callable[[Tensor], Tensor] | None, result: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, FakeQuantizer
+from statqat_lightning.input_energies import InputEnergies, fold_energies, sums_of
 from statqat_lightning.module_names import plain_name
 from statqat_lightning.observers import Reduce
 from statqat_lightning.quantized_layer import (
@@ -51,6 +52,16 @@ def idle_activations(model: nn.Module) -> list[str]:
     return [q.name for q in activation_quantizers(model) if not (q.ready or q.optional)]
 
 
+def knows_inputs(model: nn.Module) -> bool:
+    """Whether anything is known of the inputs of a model's layers, or nothing is to be known."""
+    activations = activation_quantizers(model)
+    if activations:
+        return any(q.ready for q in activations)
+    weights = [q for _, layer in _quantized_modules(model) for q in layer.weights.values()]
+    energies = [q.input_energies for q in weights if q.input_energies is not None]
+    return not energies or any(e.known for e in energies)
+
+
 def _quantized_modules(model: nn.Module) -> list[tuple[nn.Module, LayerQuantizers]]:
     """Like `quantized_layers` without the names, which take most of its time: for every step."""
     found: list[tuple[nn.Module, LayerQuantizers]] = []
@@ -69,12 +80,19 @@ def _quantized_modules(model: nn.Module) -> list[tuple[nn.Module, LayerQuantizer
 def set_observing(model: nn.Module, observing: bool) -> None:
     """Switch observation of all activations on or off; switch it on anew for every training step.
 
+    Energies of inputs, which weights are searched with, are observed where a search comes next.
+
     While it is on, the weights of small layers are quantized together when the first of them runs.
     One that is written to later is noticed by its version counter, which every in-place operation
     moves but those on `weight.data`.
     """
     weights = []
     for module, quantizers in _quantized_modules(model):
+        quantizers.weighing = tuple(
+            weight
+            for weight in quantizers.weights.values()
+            if observing and weight.input_energies is not None and not weight.frozen
+        )
         for activation in quantizers.activations():
             activation.observing = observing
         for name, quantizer in quantizers.weights.items():
@@ -183,28 +201,87 @@ def refresh(
         inputs: Whether to fold what inputs and outputs have added; frozen ones keep statistics and
             scale.
         reduce: Reduction over ranks, see `observers.Reduce`; None for a single process.
-        search: Whether to choose the scales of all activations anew. In training they rest most of
-            the time; statistics that end here, as in calibration, ask for a search.
+        search: Whether to choose all scales anew. In training they rest most of the time;
+            statistics that end here, as in calibration, ask for a search.
 
     Returns:
         bool `(number of activation quantizers,)`, in the order of `activation_quantizers`: which
         held NaN or infinite values.
     """
     layers = _quantized_modules(model)
+    overflow = torch.zeros(0, dtype=torch.bool)
+    if inputs:
+        energies = _energies_wanted(layers, everywhere=reduce is not None)
+        together = None if reduce is None else _SumsTogether(reduce, sums_of(energies))
+        observed = [q for _, layer in layers for q in layer.activations()]
+        overflow = refresh_activations(observed, together, search)
+        if energies:
+            fold_energies(energies, together.total if together else sums_of(energies))
     if weights:
         found = [
             (q, m, name)
             for m, layer in layers
             for name, q in layer.weights.items()
-            if not q.pass_over()
+            if search or not q.pass_over()
         ]
         sharded = [is_sharded(m._parameters.get(name)) for _, m, name in found]
         whole = [entry for entry, apart in zip(found, sharded, strict=True) if not apart]
-        refresh_weights([(q, weight_of(m, name)) for q, m, name in whole])
+        refresh_weights([(q, weight_of(m, name)) for q, m, name in whole], search)
         for q, m, name in compress(found, sharded):
-            refresh_weights([(q, weight_of(m, name))])  # one gathered weight at a time
-    observed = [q for _, layer in layers for q in layer.activations()] if inputs else []
-    return refresh_activations(observed, reduce, search)
+            refresh_weights([(q, weight_of(m, name))], search)  # one gathered weight at a time
+    return overflow
+
+
+def _energies_wanted(
+    layers: list[tuple[nn.Module, LayerQuantizers]], everywhere: bool
+) -> list[InputEnergies]:
+    """Energies of inputs where a search comes next; what else a compiled graph has added goes.
+
+    Args:
+        layers: Layers of a model.
+        everywhere: Whether those are among them that have added nothing; on another rank they may.
+    """
+    wanted: dict[int, InputEnergies] = {}  # layers that share a weight share them
+    for _, layer in layers:
+        for weight in layer.weights.values():
+            energies = weight.input_energies
+            if energies is None or weight.frozen:
+                continue
+            if not weight.is_due:
+                energies.forget_step()
+            elif energies.filled or everywhere:
+                wanted[id(energies)] = energies
+    return [*wanted.values()]
+
+
+class _SumsTogether:
+    """A reduction that sums up one more tensor along with the first: one collective, and not two.
+
+    Args:
+        reduce: The reduction.
+        more: float32 `(n,)`.
+    """
+
+    def __init__(self, reduce: Reduce, more: Tensor) -> None:
+        self._reduce = reduce
+        self._more: Tensor | None = more
+        self._total = more
+
+    def __call__(self, tensor: Tensor, operation: str) -> Tensor:
+        if operation != "sum" or self._more is None:
+            return self._reduce(tensor, operation)
+        more, self._more = self._more, None
+        both = self._reduce(torch.cat([tensor.flatten(), more.to(tensor.device)]), "sum")
+        summed, self._total = both.split_with_sizes([tensor.numel(), more.numel()])
+        return summed.view_as(tensor)
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the tensor that goes along."""
+        if self._more is not None:
+            more, self._more = self._more, None
+            self._total = self._reduce(more, "sum")
+        return self._total
 
 
 def state_tensors(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:

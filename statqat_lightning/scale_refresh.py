@@ -20,7 +20,9 @@ _MAX_GROUP = 1 << 20  # weights up to this many elements are refreshed together
 
 
 @torch.no_grad()
-def refresh_weights(weights: Sequence[tuple[WeightFakeQuantizer, Tensor]]) -> None:
+def refresh_weights(
+    weights: Sequence[tuple[WeightFakeQuantizer, Tensor]], search: bool = False
+) -> None:
     """Choose the scales of weights anew, starting from the scales in force.
 
     Small weights of one kind and row length are stacked.
@@ -28,31 +30,36 @@ def refresh_weights(weights: Sequence[tuple[WeightFakeQuantizer, Tensor]]) -> No
     Args:
         weights: Quantizers with their weights as they are now. Learned scales that have had their
             start are left alone.
+        search: Whether all are searched for, due or not.
     """
-    kinds: dict[tuple[Any, ...], list[tuple[WeightFakeQuantizer, Tensor]]] = {}
+    kinds: dict[tuple[Any, ...], list[tuple[WeightFakeQuantizer, Tensor, Tensor | None]]] = {}
     for number, (quantizer, weight) in enumerate(weights):
         if quantizer.quantizer.learned and quantizer.ready:
             continue
-        search = quantizer.is_due
         rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
+        importance = quantizer.importance(weight)
         fmt = quantizer.fmt
         whole = isinstance(fmt, BlockFormat) and fmt.has_tensor_scale  # scales depend on all rows
         alone = number if whole or rows.numel() > _MAX_GROUP else -1
         spec = quantizer.spec
         kind = (spec.quantizer, spec.options, rows.shape[1], rows.device, alone)
-        key = (fmt, quantizer.ready, search, *kind)
-        kinds.setdefault(key, []).append((quantizer, rows))
-    for (fmt, ready, search, *_), group in kinds.items():
-        quantizers = [quantizer for quantizer, _ in group]
-        rows = torch.cat([rows for _, rows in group]) if len(group) > 1 else group[0][1]
+        key = (fmt, quantizer.ready, search or quantizer.is_due, importance is not None, *kind)
+        kinds.setdefault(key, []).append((quantizer, rows, importance))
+    for (fmt, ready, searched, *_), group in kinds.items():
+        quantizers = [quantizer for quantizer, *_ in group]
+        rows, importance = group[0][1:]
+        if len(group) > 1:
+            rows = torch.cat([rows for _, rows, _ in group])
+            own = [of.expand_as(rows) for _, rows, of in group if of is not None]
+            importance = torch.cat(own) if own else None
         warm = torch.cat([q.scale.flatten() for q in quantizers])
         rule = quantizers[0].quantizer
         scales = (
-            rule.from_rows(rows, fmt, warm if ready else None)
-            if search
-            else rule.track(rows, fmt, warm)
+            rule.search(rows, fmt, warm if ready else None, importance)
+            if searched
+            else rule.track(rows, fmt, warm, importance)
         )
-        parts = torch.split(scales, [len(rows) for _, rows in group])
+        parts = torch.split(scales, [len(rows) for _, rows, _ in group])
         torch._foreach_copy_(
             [q.scale for q in quantizers],
             [part.view_as(q.scale) for q, part in zip(quantizers, parts, strict=True)],

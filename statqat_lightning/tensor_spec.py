@@ -18,6 +18,9 @@ from statqat_lightning.quantizers import (
     quantizer_names,
 )
 
+OUTPUT_ERROR, WEIGHT_ERROR = OBJECTIVES = ("output", "weight")
+"""What the scales of a weight minimise, see `TensorSpec`."""
+
 
 @dataclass(frozen=True, init=False)
 class TensorSpec:
@@ -35,6 +38,10 @@ class TensorSpec:
             of the same width, or the floats with a zero point (`ufp4_e2m1` for `fp4_e2m1`): after a
             ReLU that is one bit won, or 4 dB.
         gradient: Straight-through gradient, see `fake_quantize`.
+        objective: Whose squared error the scales of a weight minimise: `output` counts the error of
+            each element by the energy of the input channel it is multiplied with, wherever those
+            inputs were seen; `weight` counts all alike. None is `output` where the quantizer can
+            weigh errors. Scales of inputs and outputs do not depend on it.
         **options: Options of the quantizer.
 
     Raises:
@@ -47,6 +54,7 @@ class TensorSpec:
     quantizer: str | None = None
     unsigned_if_nonnegative: bool = False
     gradient: str = "clipped"
+    objective: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
     def __init__(
@@ -56,6 +64,7 @@ class TensorSpec:
         quantizer: str | None = None,
         unsigned_if_nonnegative: bool = False,
         gradient: str = "clipped",
+        objective: str | None = None,
         **options: Any,
     ) -> None:
         if isinstance(options.get("options"), tuple):  # from `dataclasses.replace`
@@ -90,16 +99,27 @@ class TensorSpec:
             raise ValueError(
                 f"TensorSpec: got gradient={gradient!r}; expected one of {', '.join(GRADIENTS)}."
             )
+        if objective not in (None, *OBJECTIVES):
+            raise ValueError(
+                f"TensorSpec: got objective={objective!r}; expected one of {', '.join(OBJECTIVES)}."
+            )
         values = {
             "format": fmt.name,
             "granularity": granularity,
             "quantizer": quantizer,
             "unsigned_if_nonnegative": unsigned_if_nonnegative,
             "gradient": gradient,
+            "objective": objective,
             "options": tuple(sorted(options.items())),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        if objective == OUTPUT_ERROR and not self.weight_quantizer().weighs:
+            raise ValueError(
+                f"TensorSpec: got objective={objective!r} with quantizer {quantizer!r}, which "
+                "weighs all errors alike; expected none, 'analytic' or 'block', or "
+                f"objective={WEIGHT_ERROR!r}."
+            )
 
     def with_format(self, fmt: Format) -> TensorSpec:
         """The same specification in another format, without what is void there.
@@ -111,10 +131,16 @@ class TensorSpec:
         adapts = self.unsigned_if_nonnegative and isinstance(fmt, type(old))
         adapts = adapts and unsigned(fmt) is not None
         if isinstance(old, BlockFormat) != isinstance(fmt, BlockFormat):
-            return TensorSpec(fmt.name, None, None, adapts, self.gradient)
+            return TensorSpec(fmt.name, None, None, adapts, self.gradient, self.objective)
         granularity = None if isinstance(fmt, BlockFormat) else self.granularity
         return TensorSpec(
-            fmt.name, granularity, self.quantizer, adapts, self.gradient, **dict(self.options)
+            fmt.name,
+            granularity,
+            self.quantizer,
+            adapts,
+            self.gradient,
+            self.objective,
+            **dict(self.options),
         )
 
     def weight_granularity(self, axis: int = 0) -> Granularity:
@@ -129,6 +155,11 @@ class TensorSpec:
         default = Block.name if isinstance(get_format(self.format), BlockFormat) else "analytic"
         return get_quantizer(self.quantizer or default, **dict(self.options))
 
+    @property
+    def weighs(self) -> bool:
+        """Whether a weight's scales minimise the error of the output, see `objective`."""
+        return self.objective != WEIGHT_ERROR and self.weight_quantizer().weighs
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without the entries that hold their defaults."""
         entries: dict[str, Any] = {"format": self.format}
@@ -140,6 +171,8 @@ class TensorSpec:
             entries["unsigned_if_nonnegative"] = True
         if self.gradient != "clipped":
             entries["gradient"] = self.gradient
+        if self.objective is not None:
+            entries["objective"] = self.objective
         return entries | dict(self.options)
 
 

@@ -23,6 +23,7 @@ ROWS: list[set[str]] = [
     {"quantizers"},
     {
         "observers",
+        "input_energies",
         "fake_quantizer",
         "scale_refresh",
         "tensor_spec",
@@ -46,7 +47,7 @@ ROWS: list[set[str]] = [
         "insertion",
         "insertion_report",
     },
-    {"batch_norm", "integer_kernels", "biases", "ties", "placement"},
+    {"compensation", "batch_norm", "integer_kernels", "biases", "ties", "placement"},
     {"report", "plots", "allocation", "export"},
     {"callbacks"},
     {"cli"},

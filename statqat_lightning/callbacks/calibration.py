@@ -150,6 +150,7 @@ def _calibrate(
 
     if failure := _run_all(trainer, steps, reduce, choose_scales):
         return failure
+    refresh(trial, inputs=False, search=True)  # by now it is known which errors of weights count
     load_quantizer_state(pl_module, quantizer_state(trial))
     return None
 

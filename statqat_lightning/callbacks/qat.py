@@ -40,6 +40,7 @@ from statqat_lightning.placement import check_target, settle
 from statqat_lightning.quantized_model import (
     activation_quantizers,
     idle_activations,
+    knows_inputs,
     learned_by_key,
     load_quantizer_state,
     quantized_layers,
@@ -391,8 +392,7 @@ class StatQATCallback(Callback):
         self._add_notes(self.phases.warnings_ahead(trainer))
         # A resumed run or a second fit has its statistics; layers that did not run until then are
         # quantized once they have.
-        quantizers = activation_quantizers(pl_module)
-        if quantizers and not any(q.ready for q in quantizers):
+        if not knows_inputs(pl_module):
             self._calibrate(trainer, pl_module)
         self._announce()
         assert self.report is not None
@@ -402,10 +402,13 @@ class StatQATCallback(Callback):
         try:
             calibrate(trainer, pl_module, self.calibration_batches, _reduction(trainer))
         except CannotCalibrate as reason:
-            note = (
-                f"StatQAT: no calibration ahead of training: {reason}. Inputs stay in float for "
-                "the first batch; from then on they are quantized by what was seen so far."
+            until = (
+                "Inputs stay in float for the first batch; from then on they are quantized by what "
+                "was seen so far."
+                if activation_quantizers(pl_module)
+                else "Scales of weights follow their inputs from the first step on."
             )
+            note = f"StatQAT: no calibration ahead of training: {reason}. {until}"
             rank_zero_info(note)
             self._add_notes([note])
             return

@@ -68,7 +68,7 @@ def stale_scales(model: nn.Module) -> list[Stale]:
             if changed is False:
                 continue
             anew = _anew(quantizer, weight)
-            now, least = (float(q.energies(weight)[1]) for q in (quantizer, anew))
+            now, least = (float(q.energies(weight, of_output=True)[1]) for q in (quantizer, anew))
             if now > least:
                 worse_by = 10 * math.log10(now / least) if least else math.inf
                 if worse_by > WORSE_BY_DB:

@@ -119,9 +119,19 @@ class Quantizer(ABC):
             "where an importance is given."
         )
 
-    def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
+    def track(
+        self, rows: Tensor, fmt: Format, warm: Tensor, importance: Tensor | None = None
+    ) -> Tensor:
         """Scale of rows that moved little since `warm`, between searches, unless scales rest."""
-        return self.from_rows(rows, fmt, warm)
+        return self.search(rows, fmt, warm, importance)
+
+    def search(
+        self, rows: Tensor, fmt: Format, warm: Tensor | None, importance: Tensor | None
+    ) -> Tensor:
+        """`from_rows`, or `from_weighted_rows` where an importance is given."""
+        if importance is None:
+            return self.from_rows(rows, fmt, warm)
+        return self.from_weighted_rows(rows, fmt, importance, warm)
 
     @abstractmethod
     def from_statistics(
@@ -216,8 +226,7 @@ class Quantizer(ABC):
                 raise ValueError(
                     "choose_qparams: got zero_point=True and an importance; expected one of them."
                 )
-            weights = sharing.rows(_expanded(importance, x))
-            scale = self.from_weighted_rows(rows, fmt, weights)
+            scale = self.from_weighted_rows(rows, fmt, sharing.rows(_expanded(importance, x)))
             return QParams(scale.view(shape), granularity=sharing)
         if not zero_point:
             return QParams(self.from_rows(rows, fmt).view(shape), granularity=sharing)

@@ -80,14 +80,18 @@ class Block(Quantizer):
         near = [scale_of(codes + offset) for offset in _NEAR[fmt.scale_format]]
         return _least_error(rows, amax, [specified, *near], fmt, importance)
 
-    def track(self, rows: Tensor, fmt: Format, warm: Tensor) -> Tensor:
+    def track(
+        self, rows: Tensor, fmt: Format, warm: Tensor, importance: Tensor | None = None
+    ) -> Tensor:
         """The specified scale or the one in force, rounded to what can be stored now."""
         assert isinstance(fmt, BlockFormat), "check_pairing has seen to it"
         amax, codes, scale_of, code_of = _stored(rows, fmt)
         specified = torch.where(amax > 0, scale_of(codes), 1.0)
         if self.rule == "max":
             return specified
-        return _least_error(rows, amax, [specified, scale_of(code_of(warm))], fmt)
+        if importance is not None:
+            importance = relative(importance)
+        return _least_error(rows, amax, [specified, scale_of(code_of(warm))], fmt, importance)
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None

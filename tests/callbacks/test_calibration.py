@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -407,3 +408,53 @@ def test_a_layer_that_does_not_run_is_named() -> None:
     assert not quantizer_of(module, "spare/input").ready
     x = torch.randn(3, 4)
     assert torch.equal(quantizer_of(module, "spare/input")(x), x)
+
+
+class EnergiesAtStart(Callback):
+    """Energies of the inputs of layers that the first step starts from, by layer."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        for name in LAYERS if trainer.global_step == 0 else ():
+            energies = quantizer_of(pl_module, f"{name}/weight").input_energies
+            if energies is not None and energies.known:
+                self.found[name] = energies.mean[0].clone()
+
+
+def test_weights_alone_are_calibrated_for_their_inputs() -> None:
+    torch.manual_seed(0)
+    module, start = DigitsModule(), EnergiesAtStart()
+    net = copy.deepcopy(module.net)  # the first batch runs in float, and in train mode
+    callback = StatQATCallback(
+        "int3", None, verbose=False, first_last_bits=None, calibration_batches=1
+    )
+    trainer = make_trainer(callback, start, limit_train_batches=2)
+    trainer.fit(module, loader(shuffle=False), held_out())
+    x, _ = next(iter(loader(shuffle=False)))
+    with torch.no_grad():
+        seen = net[:3](x)
+    assert start.found.keys() == {"net.3", "net.8"}  # the first layer has one input channel
+    torch.testing.assert_close(start.found["net.3"], seen.square().mean((0, 2, 3)))
+
+
+def test_weights_alone_whose_data_is_read_once_follow_the_first_step(messages: Messages) -> None:
+    class Once(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            yield from digits()
+
+    torch.manual_seed(0)
+    module, start = DigitsModule(), EnergiesAtStart()
+    callback = StatQATCallback("int3", None, verbose=False, first_last_bits=None)
+    data = torch.utils.data.DataLoader(Once(), batch_size=32)
+    make_trainer(callback, start, limit_train_batches=1).fit(module, data, held_out())
+    assert not start.found
+    energies = quantizer_of(module, "net.3/weight").input_energies
+    assert energies is not None
+    assert energies.known
+    assert energies.mean.all()
+    (note,) = [note for note in callback.report.notes if "no calibration" in note]  # type: ignore[union-attr]
+    assert note.endswith("Scales of weights follow their inputs from the first step on.")

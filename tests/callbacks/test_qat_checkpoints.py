@@ -44,7 +44,13 @@ def every_epoch(folder: Path, **options: Any) -> ModelCheckpoint:
 
 @pytest.mark.parametrize(
     ("options", "epoch"),
-    [({}, 0), ({"refresh_every": 4}, 1), ({"freeze_at": 0.5}, 2), ({"weights": "fp4_e2m1"}, 1)],
+    [
+        ({}, 0),
+        ({"refresh_every": 4}, 1),
+        ({"freeze_at": 0.5}, 2),
+        ({"weights": "fp4_e2m1"}, 1),
+        ({"weights": "int3", "activations": None}, 1),
+    ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(
     options: dict[str, Any], epoch: int, tmp_path: Path
