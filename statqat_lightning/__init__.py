@@ -5,6 +5,7 @@ from statqat_lightning.callbacks import ExportCallback as ExportCallback
 from statqat_lightning.callbacks import SNRMonitor as SNRMonitor
 from statqat_lightning.callbacks import StatQATCallback as StatQATCallback
 from statqat_lightning.callbacks import quantized_loading as quantized_loading
+from statqat_lightning.compensation import compensate as compensate
 from statqat_lightning.export import freeze as freeze
 from statqat_lightning.export import load_quantized as load_quantized
 from statqat_lightning.formats import get_format as get_format

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from statqat_lightning.fake_quantizer import WeightFakeQuantizer
 from statqat_lightning.formats import Format
-from statqat_lightning.input_energies import InputChannels
+from statqat_lightning.input_moments import InputChannels
 from statqat_lightning.quantized_layer import (
     LayerQuantizers,
     is_sharded,

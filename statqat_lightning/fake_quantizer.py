@@ -27,7 +27,7 @@ from statqat_lightning.functional import (
     positive,
 )
 from statqat_lightning.granularity import Granularity, PerChannel, PerTensor
-from statqat_lightning.input_energies import InputChannels, InputEnergies
+from statqat_lightning.input_moments import InputChannels, InputMoments
 from statqat_lightning.observers import (
     NEGATIVE,
     NOISE,
@@ -37,7 +37,7 @@ from statqat_lightning.observers import (
     ObserverConfig,
     statistics_of,
 )
-from statqat_lightning.quantizers import Quantizer, get_quantizer
+from statqat_lightning.quantizers import ErrorWeights, Quantizer, get_quantizer
 from statqat_lightning.tensor_spec import TensorSpec
 from statqat_lightning.weights_together import WeightsTogether
 
@@ -208,8 +208,8 @@ class WeightFakeQuantizer(FakeQuantizer):
         read_by: Names of the modules that read the weight without calling its layer, see
             `weight_views`.
         together: During a training step, the weights that are quantized with this one.
-        input_energies: How much the errors of its elements count for the layer's output; None where
-            all count alike, or no scale depends on it.
+        input_moments: What the errors of its elements count for the layer's output; None where all
+            count alike, or no scale depends on it.
         trained: What tells the weight at the end of the training from another one, None if that is
             not known; see `export.stale`.
     """
@@ -230,11 +230,11 @@ class WeightFakeQuantizer(FakeQuantizer):
             raise ValueError(f"{layer}/{role}: {error}") from error
         self.together: WeightsTogether | None = None
         self.read_by: tuple[str, ...] = ()
-        self.input_energies: InputEnergies | None = None
+        self.input_moments: InputMoments | None = None
         if channels is not None and spec.weighs:
             kept = granularity.axis if isinstance(granularity, PerChannel) else None
-            if channels.differ_within(kept):
-                self.input_energies = InputEnergies(channels)
+            if channels.matter_within(kept):
+                self.input_moments = InputMoments(channels)
         self.trained: tuple[float, float] | None = None
         self.to(weight.device if weight.device.type != "meta" else torch.device("cpu"))
 
@@ -251,29 +251,31 @@ class WeightFakeQuantizer(FakeQuantizer):
                 return quantized
         return self.quantize(weight)
 
-    def importance(self, weight: Tensor) -> Tensor | None:
-        """What squared errors of the weight's elements count, in rows that share scales.
+    def error_weights(self, weight: Tensor) -> ErrorWeights | None:
+        """What errors of the weight's elements count for the layer's output, in rows of one scale.
 
         Args:
             weight: The weight, for its shape.
 
         Returns:
-            float32 `(n, m)`, or `(1, m)` if it is the same in all rows; None where all count alike.
+            None where all count alike: nothing is known of the inputs, or need be.
         """
-        energies = self.input_energies
-        if energies is None or not energies.known:
+        moments = self.input_moments
+        if moments is None or not moments.known:
             return None
-        importance = energies.importance()
-        sharing = self.granularity
-        if isinstance(sharing, PerChannel) and importance.shape[sharing.axis] == 1:
-            shape = [1 if i == sharing.axis else size for i, size in enumerate(weight.shape)]
-            return sharing.rows(importance.expand(shape))
-        return sharing.rows(importance.expand(weight.shape))
+        variance, mean = moments.variance_and_mean()
+        sharing, shape = self.granularity, list(weight.shape)
+        parts = shape[0] if isinstance(sharing, PerTensor) and mean is not None else 1
+        if isinstance(sharing, PerChannel) and variance.shape[sharing.axis] == 1:
+            shape[sharing.axis] = 1  # the same in all rows
+        rows = [None if x is None else sharing.rows(x.expand(shape)) for x in (variance, mean)]
+        assert rows[0] is not None, "variances are always known"
+        return ErrorWeights(rows[0], rows[1], parts)
 
     def to(self, device: torch.device) -> None:
         super().to(device)
-        if self.input_energies is not None:
-            self.input_energies.to(device)
+        if self.input_moments is not None:
+            self.input_moments.to(device)
 
     def widen(self, bits: int) -> bool:
         """Use a format of at least `bits` bits; whether it is another one and needs a scale."""
@@ -288,29 +290,27 @@ class WeightFakeQuantizer(FakeQuantizer):
         return self.__dict__ | {"together": None}  # a copy's weight is another one
 
     def state_dict(self) -> dict[str, Any]:
-        energies = self.input_energies
-        own = {} if energies is None else {"input_energies": energies.state_dict()}
+        moments = self.input_moments
+        own = {} if moments is None else {"input_moments": moments.state_dict()}
         return super().state_dict() | {"read_by": list(self.read_by)} | own
 
     def check_state(self, state: dict[str, Any]) -> None:
         super().check_state(state)
-        energies, saved = self.input_energies, state.get("input_energies")
-        if (
-            energies is not None
-            and saved is not None
-            and saved["mean"].shape != energies.mean.shape
-        ):
+        saved = state.get("input_moments")
+        if self.input_moments is None or saved is None:
+            return
+        there, expected = tuple(saved["mean"].shape), tuple(self.input_moments.mean.shape)
+        if there != expected:
             raise ValueError(
-                f"{self.name}: the saved energies of its inputs have shape "
-                f"{tuple(saved['mean'].shape)}; expected {tuple(energies.mean.shape)}. Use the "
-                "model and the recipe it was saved with."
+                f"{self.name}: the saved moments of its inputs have shape {there}; expected "
+                f"{expected}. Use the model and the recipe it was saved with."
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.read_by = tuple(state.get("read_by", ()))
-        if self.input_energies is not None:
-            self.input_energies.load_state_dict(state.get("input_energies"))
+        if self.input_moments is not None:
+            self.input_moments.load_state_dict(state.get("input_moments"))
 
     @torch.no_grad()
     def energies(self, weight: Tensor, of_output: bool = False) -> tuple[Tensor, Tensor]:
@@ -318,17 +318,15 @@ class WeightFakeQuantizer(FakeQuantizer):
 
         Args:
             weight: The weight.
-            of_output: Whether each square counts by the energy of its input channel, where that is
-                known: the energies that the layer's output has of them, its channels being
-                uncorrelated.
+            of_output: Whether it is the energy that the layer's output has of them, as far as that
+                is known, see `InputMoments.output_energy`.
         """
         wide = weight.detach().to(torch.float32)
         error = wide - self.quantize(wide)
-        energies = self.input_energies
-        if of_output and energies is not None and energies.known:
-            importance = energies.importance()
-            return (wide.square() * importance).sum(), (error.square_() * importance).sum()
-        return wide.square().sum(), error.square().sum()
+        moments = self.input_moments
+        if of_output and moments is not None and moments.known:
+            return moments.output_energy(wide), moments.output_energy(error)
+        return wide.square().sum(), error.square_().sum()
 
 
 class ActivationFakeQuantizer(FakeQuantizer):

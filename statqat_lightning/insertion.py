@@ -156,7 +156,7 @@ def prepare(
         if not _follows(modules[name], rule)
     }
     kept = {name: attached(modules[name]) for name in chosen if name not in made}
-    _share_energies([(modules[name], own) for name, own in (kept | made).items()])
+    _share_moments([(modules[name], own) for name, own in (kept | made).items()])
     # The last projection of attention is called by a forward of ours alone.
     for name, module in modules.items():
         last = f"{name}.out_proj".lstrip(".")
@@ -312,7 +312,7 @@ def _quantizers(
     return quantizers
 
 
-def _share_energies(layers: list[tuple[nn.Module, LayerQuantizers]]) -> None:
+def _share_moments(layers: list[tuple[nn.Module, LayerQuantizers]]) -> None:
     """Let layers that share a weight share what its errors count: it has one scale.
 
     Where they meet different channels, as an embedding and an output head do, all errors count
@@ -324,10 +324,10 @@ def _share_energies(layers: list[tuple[nn.Module, LayerQuantizers]]) -> None:
             if (parameter := module._parameters.get(role)) is not None:
                 holders.setdefault(id(parameter), []).append(quantizer)
     for sharing in holders.values():
-        energies = [quantizer.input_energies for quantizer in sharing]
-        channels = {own and own.channels for own in energies}
+        moments = [quantizer.input_moments for quantizer in sharing]
+        channels = {own and own.channels for own in moments}
         for quantizer in sharing[1:] if len(channels) == 1 else sharing:
-            quantizer.input_energies = energies[0] if len(channels) == 1 else None
+            quantizer.input_moments = moments[0] if len(channels) == 1 else None
 
 
 def _unsupported(modules: Mapping[str, nn.Module]) -> dict[str, str | None]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statqat_lightning.input_energies import InputChannels
+from statqat_lightning.input_moments import InputChannels
 
 Shape = tuple[int, ...]
 
@@ -84,7 +84,8 @@ def _of_convolution(module: Any, role: str, shape: Shape) -> InputChannels:
 
 def _of_transposed(module: Any, role: str, shape: Shape) -> InputChannels:
     kernel = len(shape) - 2
-    return InputChannels(("input",), -1 - kernel, (shape[0], *(1,) * (kernel + 1)))
+    summed = False  # each place of the kernel goes to another output
+    return InputChannels(("input",), -1 - kernel, (shape[0], *(1,) * (kernel + 1)), 1, summed)
 
 
 def _of_projections(module: Any, role: str, shape: Shape) -> InputChannels:
@@ -103,7 +104,7 @@ def _of_first_layer(module: Any, role: str, shape: Shape) -> InputChannels | Non
 
 
 def _of_rows(module: Any, role: str, shape: Shape) -> InputChannels:
-    return InputChannels(("input",), None, (shape[0], 1))
+    return InputChannels(("input",), None, (shape[0], 1), summed=False)
 
 
 KINDS = (

@@ -37,7 +37,7 @@ class LayerQuantizers:
         weight, input: Those of these names, or None: most layers have no others.
         shown: Quantized weights that the layer's attributes hold while a module runs that reads
             them without calling the layer, see `weight_views`.
-        weighing: The weights for which energies of inputs are wanted, now or at another step.
+        weighing: The weights for which moments of inputs are wanted, now or at another step.
         watchers: Functions that are told the name and the value of each input.
         ran: Whether the layer has run, or a module that reads its weights, since it has these
             quantizers.
@@ -68,7 +68,7 @@ class LayerQuantizers:
         return own if quantizer is None else quantizer(own)
 
     def weigh(self, role: str, x: Any) -> None:
-        """Add an input to the energies of those weights that are searched for next.
+        """Add an input to the moments of those weights that are searched for next.
 
         Whoever watches is told, too.
         """
@@ -77,8 +77,8 @@ class LayerQuantizers:
         for weight in self.weighing:
             # A compiled graph must not depend on what changes from step to step: it always adds.
             if (torch.compiler.is_compiling() or weight.is_due) and not recomputing():
-                assert weight.input_energies is not None, "it is one of those with energies"
-                weight.input_energies.add(role, x)
+                assert weight.input_moments is not None, "it is one of those with moments"
+                weight.input_moments.add(role, x)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"shown": {}, "watchers": ()}  # of a graph, and of a moment
@@ -392,7 +392,7 @@ def with_each_input(
 def _weigh_each(
     quantizers: LayerQuantizers, names: InputNames, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Add the arguments of a layer's forward to the energies of its weights."""
+    """Add the arguments of a layer's forward to the moments of its weights."""
     for place, (role, name) in enumerate(names):
         x = args[place] if place < len(args) else kwargs.get(name)
         quantizers.weigh(role, x.data if isinstance(x, PackedSequence) else x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, FakeQuantizer
-from statqat_lightning.input_energies import InputEnergies, fold_energies, sums_of
+from statqat_lightning.input_moments import InputMoments, fold_moments, sums_of
 from statqat_lightning.module_names import plain_name
 from statqat_lightning.observers import Reduce
 from statqat_lightning.quantized_layer import (
@@ -58,8 +58,8 @@ def knows_inputs(model: nn.Module) -> bool:
     if activations:
         return any(q.ready for q in activations)
     weights = [q for _, layer in _quantized_modules(model) for q in layer.weights.values()]
-    energies = [q.input_energies for q in weights if q.input_energies is not None]
-    return not energies or any(e.known for e in energies)
+    moments = [q.input_moments for q in weights if q.input_moments is not None]
+    return not moments or any(own.known for own in moments)
 
 
 def _quantized_modules(model: nn.Module) -> list[tuple[nn.Module, LayerQuantizers]]:
@@ -80,7 +80,7 @@ def _quantized_modules(model: nn.Module) -> list[tuple[nn.Module, LayerQuantizer
 def set_observing(model: nn.Module, observing: bool) -> None:
     """Switch observation of all activations on or off; switch it on anew for every training step.
 
-    Energies of inputs, which weights are searched with, are observed where a search comes next.
+    Moments of inputs, which weights are searched with, are observed where a search comes next.
 
     While it is on, the weights of small layers are quantized together when the first of them runs.
     One that is written to later is noticed by its version counter, which every in-place operation
@@ -91,7 +91,7 @@ def set_observing(model: nn.Module, observing: bool) -> None:
         quantizers.weighing = tuple(
             weight
             for weight in quantizers.weights.values()
-            if observing and weight.input_energies is not None and not weight.frozen
+            if observing and weight.input_moments is not None and not weight.frozen
         )
         for activation in quantizers.activations():
             activation.observing = observing
@@ -211,12 +211,12 @@ def refresh(
     layers = _quantized_modules(model)
     overflow = torch.zeros(0, dtype=torch.bool)
     if inputs:
-        energies = _energies_wanted(layers, everywhere=reduce is not None)
-        together = None if reduce is None else _SumsTogether(reduce, sums_of(energies))
+        moments = _moments_wanted(layers, everywhere=reduce is not None)
+        together = None if reduce is None else _SumsTogether(reduce, sums_of(moments))
         observed = [q for _, layer in layers for q in layer.activations()]
         overflow = refresh_activations(observed, together, search)
-        if energies:
-            fold_energies(energies, together.total if together else sums_of(energies))
+        if moments:
+            fold_moments(moments, together.total if together else sums_of(moments))
     if weights:
         found = [
             (q, m, name)
@@ -232,25 +232,25 @@ def refresh(
     return overflow
 
 
-def _energies_wanted(
+def _moments_wanted(
     layers: list[tuple[nn.Module, LayerQuantizers]], everywhere: bool
-) -> list[InputEnergies]:
-    """Energies of inputs where a search comes next; what else a compiled graph has added goes.
+) -> list[InputMoments]:
+    """Moments of inputs where a search comes next; what else a compiled graph has added goes.
 
     Args:
         layers: Layers of a model.
         everywhere: Whether those are among them that have added nothing; on another rank they may.
     """
-    wanted: dict[int, InputEnergies] = {}  # layers that share a weight share them
+    wanted: dict[int, InputMoments] = {}  # layers that share a weight share them
     for _, layer in layers:
         for weight in layer.weights.values():
-            energies = weight.input_energies
-            if energies is None or weight.frozen:
+            moments = weight.input_moments
+            if moments is None or weight.frozen:
                 continue
             if not weight.is_due:
-                energies.forget_step()
-            elif energies.filled or everywhere:
-                wanted[id(energies)] = energies
+                moments.forget_step()
+            elif moments.filled or everywhere:
+                wanted[id(moments)] = moments
     return [*wanted.values()]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, WeightFakeQuantizer
 from statqat_lightning.formats import BlockFormat
 from statqat_lightning.observers import HIGH, PEAKED, Reduce, fold, statistics_of
+from statqat_lightning.quantizers import ErrorWeights
 
 _MAX_GROUP = 1 << 20  # weights up to this many elements are refreshed together
 
@@ -32,32 +33,29 @@ def refresh_weights(
             start are left alone.
         search: Whether all are searched for, due or not.
     """
-    kinds: dict[tuple[Any, ...], list[tuple[WeightFakeQuantizer, Tensor, Tensor | None]]] = {}
+    kinds: dict[tuple[Any, ...], list[_Rows]] = {}
     for number, (quantizer, weight) in enumerate(weights):
         if quantizer.quantizer.learned and quantizer.ready:
             continue
         rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
-        importance = quantizer.importance(weight)
+        errors = quantizer.error_weights(weight)
         fmt = quantizer.fmt
         whole = isinstance(fmt, BlockFormat) and fmt.has_tensor_scale  # scales depend on all rows
         alone = number if whole or rows.numel() > _MAX_GROUP else -1
         spec = quantizer.spec
-        kind = (spec.quantizer, spec.options, rows.shape[1], rows.device, alone)
-        key = (fmt, quantizer.ready, search or quantizer.is_due, importance is not None, *kind)
-        kinds.setdefault(key, []).append((quantizer, rows, importance))
+        known = None if errors is None else (errors.mean is not None, errors.parts)
+        kind = (spec.quantizer, spec.options, rows.shape[1], rows.device, known, alone)
+        key = (fmt, quantizer.ready, search or quantizer.is_due, *kind)
+        kinds.setdefault(key, []).append((quantizer, rows, errors))
     for (fmt, ready, searched, *_), group in kinds.items():
         quantizers = [quantizer for quantizer, *_ in group]
-        rows, importance = group[0][1:]
-        if len(group) > 1:
-            rows = torch.cat([rows for _, rows, _ in group])
-            own = [of.expand_as(rows) for _, rows, of in group if of is not None]
-            importance = torch.cat(own) if own else None
+        rows, errors = _stacked(group)
         warm = torch.cat([q.scale.flatten() for q in quantizers])
         rule = quantizers[0].quantizer
         scales = (
-            rule.search(rows, fmt, warm if ready else None, importance)
+            rule.search(rows, fmt, warm if ready else None, errors)
             if searched
-            else rule.track(rows, fmt, warm, importance)
+            else rule.track(rows, fmt, warm, errors)
         )
         parts = torch.split(scales, [len(rows) for _, rows, _ in group])
         torch._foreach_copy_(
@@ -67,6 +65,26 @@ def refresh_weights(
         for quantizer in quantizers:
             quantizer.num_refreshes += 1
             quantizer.ready = True
+
+
+_Rows = tuple[WeightFakeQuantizer, Tensor, ErrorWeights | None]
+"""A quantizer, the rows of its weight, and what their errors count."""
+
+
+def _stacked(group: list[_Rows]) -> tuple[Tensor, ErrorWeights | None]:
+    """The rows of several weights, and what their errors count."""
+    _, rows, errors = group[0]
+    if len(group) == 1:
+        return rows, errors
+    stacked = torch.cat([own for _, own, _ in group])
+    if errors is None:
+        return stacked, None
+
+    def expanded(name: str) -> Tensor:
+        return torch.cat([getattr(errors, name).expand_as(own) for _, own, errors in group])
+
+    mean = None if errors.mean is None else expanded("mean")
+    return stacked, ErrorWeights(expanded("variance"), mean, errors.parts)
 
 
 @torch.no_grad()

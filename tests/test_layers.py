@@ -23,7 +23,7 @@ ROWS: list[set[str]] = [
     {"quantizers"},
     {
         "observers",
-        "input_energies",
+        "input_moments",
         "fake_quantizer",
         "scale_refresh",
         "tensor_spec",

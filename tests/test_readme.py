@@ -7,12 +7,14 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.export.fresh import REPOSITORY, run_fresh
 
 TRAIN = """
 import lightning as L
+import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from statqat_lightning import ExportCallback, StatQATCallback
@@ -36,6 +38,7 @@ for command in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_run() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     section = readme.partition("## Export\n")[2].partition("\n## ")[0]

@@ -44,7 +44,8 @@ def calibrate(
     The copy takes all side effects: BatchNorm statistics, metrics, counters. Batches come from the
     user's dataset through a copy of the user's sampler, so neither the loader nor the order of its
     data is touched, and the state of all random number generators is put back. The first batch
-    runs in float, the following ones with the scales known so far.
+    runs in float, the following ones with inputs quantized by the scales known so far. Weights stay
+    in float: until their scales are chosen for these inputs, what they make of them says little.
 
     Args:
         trainer: The Trainer, at the start of training.
@@ -146,7 +147,7 @@ def _calibrate(
 
     def choose_scales() -> None:
         refresh(trial, weights=False, reduce=reduce, search=True)
-        set_enabled(trial, weights=True, inputs=True)
+        set_enabled(trial, inputs=True)
 
     if failure := _run_all(trainer, steps, reduce, choose_scales):
         return failure

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from statqat_lightning.quantizers.analytic import Analytic as Analytic
+from statqat_lightning.quantizers.base import ErrorWeights as ErrorWeights
 from statqat_lightning.quantizers.base import Quantizer as Quantizer
 from statqat_lightning.quantizers.base import Statistics as Statistics
 from statqat_lightning.quantizers.base import check_pairing as check_pairing

@@ -16,13 +16,16 @@ from statqat_lightning.formats import Format
 from statqat_lightning.quantizers.base import (
     SMALLEST,
     TOLERANCE,
+    ErrorWeights,
     Quantizer,
+    RelativeWeights,
     Statistics,
     checked_tolerance,
     covering_scale,
     least,
     positive_or_one,
     relative,
+    rounding_error,
 )
 
 AUTO = "auto"
@@ -82,10 +85,10 @@ class Analytic(Quantizer):
         return _by_parts(self._search if self.refine else self._closed_form, rows, fmt, warm)
 
     def from_weighted_rows(
-        self, rows: Tensor, fmt: Format, importance: Tensor, warm: Tensor | None = None
+        self, rows: Tensor, fmt: Format, weights: ErrorWeights, warm: Tensor | None = None
     ) -> Tensor:
         choose = self._search if self.refine else self._closed_form
-        return _by_parts(choose, rows, fmt, warm, relative(importance).sqrt())
+        return _by_parts(choose, rows, fmt, warm, relative(weights))
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
@@ -110,20 +113,22 @@ class Analytic(Quantizer):
         return _fitted(mean() / rms, fmt) if self.prior == AUTO else optimal_scale(fmt, self.prior)
 
     def _closed_form(
-        self, rows: Tensor, fmt: Format, warm: Tensor | None, root: Tensor | None
+        self, rows: Tensor, fmt: Format, warm: Tensor | None, weights: RelativeWeights | None
     ) -> Tensor:
-        rms = _rms(rows, root)
-        constant = self._constant(fmt, rms, lambda: _mean_of(rows.abs(), root))
+        rms = _rms(rows, weights)
+        constant = self._constant(fmt, rms, lambda: _mean_of(rows.abs(), weights))
         return _capped(rms * constant, torch.ones_like(rms))
 
     def _search(
-        self, rows: Tensor, fmt: Format, warm: Tensor | None, root: Tensor | None
+        self, rows: Tensor, fmt: Format, warm: Tensor | None, weights: RelativeWeights | None
     ) -> Tensor:
-        start = self._closed_form(rows, fmt, warm, root)
-        low = _LOWEST_START * optimal_scale(fmt, "normal") * _rms(rows, root)
+        start = self._closed_form(rows, fmt, warm, weights)
+        low = _LOWEST_START * optimal_scale(fmt, "normal") * _rms(rows, weights)
         low = low.clamp(_LEAST_START, _LEAST_SPAN)
         # Where few elements carry most of the error, it ripples like that of a short row.
-        length = rows.shape[1] if root is None else max(1, rows.shape[1] // _LONGER_THAN_IT_SEEMS)
+        length = (
+            rows.shape[1] if weights is None else max(1, rows.shape[1] // _LONGER_THAN_IT_SEEMS)
+        )
         count = _num_candidates(fmt, length)
         fractions = torch.linspace(0, 1, count, device=rows.device).unsqueeze(1)
         known = [torch.ones_like(start), start, *([] if warm is None else [warm])]
@@ -132,10 +137,11 @@ class Analytic(Quantizer):
         if not fmt.is_signed:
             rows = rows.clamp_min(0.0)  # every scale loses what is negative
         at_once = max(1, _elements_at_once(rows.device) // rows.numel())
-        errors = torch.cat([_error(rows, some, fmt, root) for some in torch.split(scales, at_once)])
+        tried = torch.split(scales, at_once)
+        errors = torch.cat([rounding_error(rows, some, fmt, weights) for some in tried])
         best = scales.gather(0, errors.topk(2, dim=0, largest=False).indices)
         for _ in range(_STEPS):
-            best, error = _step(rows, best, fmt, root)
+            best, error = _step(rows, best, fmt, weights)
         found = torch.where(errors[0] > 0, least(best, error), 1.0)  # max|x| may be exact, or all 0
         if warm is None:
             return found
@@ -145,11 +151,11 @@ class Analytic(Quantizer):
 
 
 def _by_parts(
-    choose: Callable[[Tensor, Format, Tensor | None, Tensor | None], Tensor],
+    choose: Callable[[Tensor, Format, Tensor | None, RelativeWeights | None], Tensor],
     rows: Tensor,
     fmt: Format,
     warm: Tensor | None,
-    root: Tensor | None = None,
+    weights: RelativeWeights | None = None,
 ) -> Tensor:
     """Scales chosen by `choose` from rows in units of `max|x| / fmt.max`.
 
@@ -157,12 +163,12 @@ def _by_parts(
     on, one that stays in the cache.
 
     Args:
-        choose: From rows, format, scales in force and roots of importances to scales, all in these
+        choose: From rows, format, scales in force and weights of errors to scales, all in these
             units.
         rows: float32 `(n, m)`.
         fmt: The number format.
         warm: Scales in force, `(n,)`.
-        root: What the error of each element is multiplied with, `(n, m)` or `(1, m)`.
+        weights: What the errors count, if not all alike.
     """
     num_rows = max(1, _elements_at_once(rows.device) // rows.shape[1])
     if len(rows) <= 2 * num_rows:
@@ -173,7 +179,7 @@ def _by_parts(
         cap = covering_scale(part, fmt)
         force = None if warm is None else warm[start : start + num_rows]
         known = None if force is None else force / cap
-        own = root if root is None or len(root) == 1 else root[start : start + num_rows]
+        own = None if weights is None else weights.rows(slice(start, start + num_rows))
         chosen = choose(part / cap.unsqueeze(1), fmt, known, own)
         scale = (cap * chosen).clamp(SMALLEST, _LARGEST)
         if force is not None and known is not None:
@@ -182,36 +188,39 @@ def _by_parts(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _step(rows: Tensor, scales: Tensor, fmt: Format, root: Tensor | None) -> tuple[Tensor, Tensor]:
+def _step(
+    rows: Tensor, scales: Tensor, fmt: Format, weights: RelativeWeights | None
+) -> tuple[Tensor, Tensor]:
     """A fixed-point step from each candidate, without temporary copies where possible.
 
     Args:
         rows: float32 `(n, m)`.
         scales: float32 `(candidates, n)`.
         fmt: The number format.
-        root: What the error of each element is multiplied with, if not 1.
+        weights: What the errors count, if not all alike.
 
     Returns:
         The scales `<x, q> / <q, q>`, and the root of the squared error that they have with the
         codes of the candidates, an upper bound of their own: no candidate's error is below it.
     """
     q = fmt.round_(rows / scales.unsqueeze(2))
-    if root is not None:
-        q, rows = q.mul_(root), rows * root
+    sums: tuple[Tensor, Tensor] | None = None
+    if weights is not None:
+        if weights.mean is not None:
+            sums = weights.sums(rows), weights.sums(q)
+        q, rows = q.mul_(weights.root), rows * weights.root
     product = (rows * q).sum(2)
-    steps = product / torch.linalg.vector_norm(q, dim=2).square_()
+    squares = torch.linalg.vector_norm(q, dim=2).square_()
+    if sums is not None:
+        product += (sums[0] * sums[1]).sum(2)
+        squares += sums[1].square().sum(2)
+    steps = product / squares
     steps = torch.where(product > 0, steps, scales)
-    return steps, torch.linalg.vector_norm(q.mul_(steps.unsqueeze(2)).sub_(rows), dim=2)
-
-
-def _error(rows: Tensor, scales: Tensor, fmt: Format, root: Tensor | None) -> Tensor:
-    """Root of the squared error of each row at each of `scales`, `(candidates, n)`."""
-    s = scales.unsqueeze(2)
-    error = fmt.round_(rows / s).mul_(s).sub_(rows)
-    if root is not None:
-        error.mul_(root)
-    norm: Tensor = torch.linalg.vector_norm(error, dim=2)
-    return norm
+    s = steps.unsqueeze(2)
+    error: Tensor = torch.linalg.vector_norm(q.mul_(s).sub_(rows), dim=2)
+    if sums is not None:
+        error = torch.hypot(error, torch.linalg.vector_norm(sums[1] * s - sums[0], dim=2))
+    return steps, error
 
 
 def _cover(absmax: Tensor, fmt: Format) -> Tensor:
@@ -224,19 +233,19 @@ def _capped(scale: Tensor, cap: Tensor) -> Tensor:
     return torch.where(scale > 0, scale.minimum(cap), cap)
 
 
-def _rms(rows: Tensor, root: Tensor | None) -> Tensor:
-    weighted = rows if root is None else rows * root
-    norm: Tensor = torch.linalg.vector_norm(weighted, dim=1)
-    if root is None:
-        return norm / math.sqrt(rows.shape[1])
-    total: Tensor = torch.linalg.vector_norm(root, dim=1)
+def _rms(rows: Tensor, weights: RelativeWeights | None) -> Tensor:
+    if weights is None:
+        plain: Tensor = torch.linalg.vector_norm(rows, dim=1)
+        return plain / math.sqrt(rows.shape[1])
+    norm: Tensor = torch.linalg.vector_norm(rows * weights.root, dim=1)
+    total: Tensor = torch.linalg.vector_norm(weights.root, dim=1)
     return norm / total
 
 
-def _mean_of(magnitudes: Tensor, root: Tensor | None) -> Tensor:
-    if root is None:
+def _mean_of(magnitudes: Tensor, weights: RelativeWeights | None) -> Tensor:
+    if weights is None:
         return magnitudes.mean(1)
-    importance = root.square()
+    importance = weights.root.square()
     return (magnitudes * importance).sum(1) / importance.sum(1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +48,67 @@ class Statistics:
             return self.spectrum.has_negative
         assert self.low is not None, "statistics hold the spectrum or the range"
         return self.low < 0
+
+
+@dataclass(frozen=True)
+class ErrorWeights:
+    """What errors of the elements of rows count for the output of the layer.
+
+    For inputs whose channels are independent, with variances `v` and means `m`, the error of an
+    output is `sum_j v_j e_j^2 + (sum_j m_j e_j)^2` in the mean: errors of elements add up as they
+    are where all their inputs are positive, as after a ReLU.
+
+    Attributes:
+        variance: Of what each element is multiplied with, float32 `(n, m)` or `(1, m)`; its mean
+            square where means are not known.
+        mean: Its mean, float32, `(n, m)` or `(1, m)`; None where it is not known.
+        parts: Number of outputs that a row belongs to: as many equal parts of it have sums of their
+            own.
+    """
+
+    variance: Tensor
+    mean: Tensor | None = None
+    parts: int = 1
+
+
+class RelativeWeights(NamedTuple):
+    """`ErrorWeights` in units of their row's mean square.
+
+    Attributes:
+        root: Roots of the variances, none below that of `LEAST_IMPORTANCE`.
+        mean: Means, or None.
+        parts: As of `ErrorWeights`.
+    """
+
+    root: Tensor
+    mean: Tensor | None
+    parts: int
+
+    def rows(self, part: slice) -> RelativeWeights:
+        """Those of some of the rows."""
+        root = self.root if len(self.root) == 1 else self.root[part]
+        mean = self.mean if self.mean is None or len(self.mean) == 1 else self.mean[part]
+        return RelativeWeights(root, mean, self.parts)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Sums of elements times means, `(..., n, m)` to `(..., n, parts)`."""
+        assert self.mean is not None, "asked for where there are means"
+        if self.parts == len(self.mean) == 1:
+            return torch.matmul(x, self.mean[0]).unsqueeze(-1)  # no copy of all candidates
+        products = x * self.mean
+        return products.view(*products.shape[:-1], self.parts, -1).sum(-1)
+
+    def norm(self, error: Tensor) -> Tensor:
+        """Root of the error that the output has of errors `(..., n, m)`, `(..., n)`.
+
+        Overwrites them.
+        """
+        sums = None if self.mean is None else self.sums(error)
+        norm: Tensor = torch.linalg.vector_norm(error.mul_(self.root), dim=-1)
+        if sums is None:
+            return norm
+        total: Tensor = torch.linalg.vector_norm(sums, dim=-1)
+        return total.hypot_(norm)
 
 
 class Quantizer(ABC):
@@ -94,20 +156,16 @@ class Quantizer(ABC):
         """
 
     def from_weighted_rows(
-        self, rows: Tensor, fmt: Format, importance: Tensor, warm: Tensor | None = None
+        self, rows: Tensor, fmt: Format, weights: ErrorWeights, warm: Tensor | None = None
     ) -> Tensor:
-        """Like `from_rows`, but the squared error of each element counts by its importance.
-
-        What a linear layer makes of inputs whose channels are uncorrelated has the error
-        `sum_j E[x_j^2] (w_j - w_hat_j)^2`: the importance of a weight is the mean square of the
-        input that it is multiplied with.
+        """Like `from_rows`, but least is the error of what the layer makes of its inputs.
 
         Args:
             rows: As of `from_rows`.
             fmt: The number format.
-            importance: Finite float32 `(n, m)` or `(1, m)`, not negative; only ratios within a row
-                matter. No element counts less than 1e-4 of its row's mean, as what carries no
-                energy in a sample may carry some later.
+            weights: What the errors count; only ratios within a row matter. No element counts less
+                than 1e-4 of its row's mean, as what carries no energy in a sample may carry some
+                later.
             warm: As of `from_rows`.
 
         Raises:
@@ -120,18 +178,18 @@ class Quantizer(ABC):
         )
 
     def track(
-        self, rows: Tensor, fmt: Format, warm: Tensor, importance: Tensor | None = None
+        self, rows: Tensor, fmt: Format, warm: Tensor, weights: ErrorWeights | None = None
     ) -> Tensor:
         """Scale of rows that moved little since `warm`, between searches, unless scales rest."""
-        return self.search(rows, fmt, warm, importance)
+        return self.search(rows, fmt, warm, weights)
 
     def search(
-        self, rows: Tensor, fmt: Format, warm: Tensor | None, importance: Tensor | None
+        self, rows: Tensor, fmt: Format, warm: Tensor | None, weights: ErrorWeights | None
     ) -> Tensor:
-        """`from_rows`, or `from_weighted_rows` where an importance is given."""
-        if importance is None:
+        """`from_rows`, or `from_weighted_rows` where it is known what errors count."""
+        if weights is None:
             return self.from_rows(rows, fmt, warm)
-        return self.from_weighted_rows(rows, fmt, importance, warm)
+        return self.from_weighted_rows(rows, fmt, weights, warm)
 
     @abstractmethod
     def from_statistics(
@@ -171,7 +229,8 @@ class Quantizer(ABC):
         granularity: str | Granularity | None = None,
         axis: int | None = None,
         zero_point: bool = False,
-        importance: Tensor | None = None,
+        variance: Tensor | None = None,
+        mean: Tensor | None = None,
     ) -> QParams:
         """Scales for a tensor in one call.
 
@@ -184,9 +243,12 @@ class Quantizer(ABC):
                 blocks lie along: 1 when None, as in a weight `(out, in, ...)`, 0 for a vector.
             zero_point: Whether to choose a zero point, too, which suits data on one side of zero
                 or skewed. 0 is always reproduced exactly.
-            importance: How much the squared error of each element counts, of a shape that expands
-                to that of `x`: for the weight of a linear layer the mean squares of its input
-                channels, `(in,)`, of a convolution `(in, 1, 1)`. None for all alike.
+            variance: What squared errors count, for scales of least error of a layer's output: the
+                variances of its input channels, or their mean squares where `mean` is not given. Of
+                a shape that expands to that of `x`: for the weight of a linear layer `(in,)`, of a
+                convolution `(in, 1, 1)`. None for all alike.
+            mean: The means of the input channels, likewise; the first axis of `x` is then that of
+                the output channels. See `ErrorWeights`.
 
         Returns:
             QParams whose scale is float32 of shape `granularity.scale_shape(x.shape)`; so is the
@@ -197,9 +259,9 @@ class Quantizer(ABC):
             TypeError: If `x` is not floating point.
             ValueError: If `x` is empty or holds NaN or infinities, if quantizer, format and
                 granularity do not go together, if a zero point is asked of a format that is no
-                integer format or of a quantizer that chooses none, or if an importance is negative,
-                not finite, of another shape, given with a zero point or to a quantizer that weighs
-                no errors.
+                integer format or of a quantizer that chooses none, or if a variance is negative,
+                not finite, of another shape, missing beside a mean, given with a zero point or to a
+                quantizer that weighs no errors.
         """
         check_pairing(self.name, fmt, granularity)
         if not x.is_floating_point():
@@ -221,13 +283,20 @@ class Quantizer(ABC):
         if not rows.isfinite().all():
             raise ValueError("choose_qparams: got values in x beyond float32; scale them first.")
         shape = sharing.scale_shape(tuple(x.shape))
-        if importance is not None:
+        if mean is not None and variance is None:
+            raise ValueError("choose_qparams: got a mean without a variance; expected both.")
+        if variance is not None:
             if zero_point:
                 raise ValueError(
-                    "choose_qparams: got zero_point=True and an importance; expected one of them."
+                    "choose_qparams: got zero_point=True and a variance; expected one of them."
                 )
-            scale = self.from_weighted_rows(rows, fmt, sharing.rows(_expanded(importance, x)))
-            return QParams(scale.view(shape), granularity=sharing)
+            per_output = len(x) if len(rows) == 1 else 1
+            weights = ErrorWeights(
+                sharing.rows(_expanded("variance", variance, x)),
+                None if mean is None else sharing.rows(_expanded("mean", mean, x)),
+                parts=1 if mean is None else per_output,
+            )
+            return QParams(self.from_weighted_rows(rows, fmt, weights).view(shape), None, sharing)
         if not zero_point:
             return QParams(self.from_rows(rows, fmt).view(shape), granularity=sharing)
         if not isinstance(fmt, IntFormat):
@@ -239,32 +308,42 @@ class Quantizer(ABC):
         return QParams(scale.view(shape), zero.view(shape), sharing)
 
 
-def _expanded(importance: Tensor, x: Tensor) -> Tensor:
-    """An importance in float32 and the shape of what it is about."""
+def _expanded(name: str, given: Tensor, x: Tensor) -> Tensor:
+    """A variance or a mean in float32 and the shape of what it is about."""
     try:
-        expanded = importance.detach().to(x.device, torch.float32).expand(x.shape)
+        expanded = given.detach().to(x.device, torch.float32).expand(x.shape)
     except RuntimeError:
         raise ValueError(
-            f"choose_qparams: got an importance of shape {tuple(importance.shape)}; expected one "
-            f"that expands to {tuple(x.shape)}."
+            f"choose_qparams: got a {name} of shape {tuple(given.shape)}; expected one that "
+            f"expands to {tuple(x.shape)}."
         ) from None
-    if not (expanded.isfinite() & (expanded >= 0)).all():
+    if not expanded.isfinite().all() or (name == "variance" and (expanded < 0).any()):
         raise ValueError(
-            "choose_qparams: got negative, NaN or infinite importances; expected mean squares."
+            f"choose_qparams: got negative, NaN or infinite values of the {name}; expected what "
+            "was measured."
         )
     return expanded
 
 
-def relative(importance: Tensor) -> Tensor:
-    """Importances `(n, m)` in units of their row's mean, none below `LEAST_IMPORTANCE`.
+def relative(weights: ErrorWeights) -> RelativeWeights:
+    """Weights of errors in units of the mean square of what each row is multiplied with.
 
-    Rows without any count all elements alike.
+    Rows for which there is none count all elements alike.
     """
-    peak = importance.amax(1, keepdim=True)
-    scaled = importance / torch.where(peak > 0, peak, 1.0)  # squares of float32 may be denormal
-    mean = scaled.mean(1, keepdim=True)
-    known = torch.where(mean > 0, scaled / mean, 1.0)
-    return known.clamp_min(LEAST_IMPORTANCE)
+    variance, mean = weights.variance, weights.mean
+    peak = variance.amax(1, keepdim=True)
+    if mean is not None:
+        peak = peak.maximum(mean.abs().amax(1, keepdim=True).square())
+    peak = torch.where(peak > 0, peak, 1.0)  # squares of float32 may be denormal
+    scaled = variance / peak
+    if mean is not None:
+        mean = mean / peak.sqrt()
+        unit = (scaled + mean.square()).mean(1, keepdim=True)
+        mean = mean / torch.where(unit > 0, unit, 1.0).sqrt()
+    else:
+        unit = scaled.mean(1, keepdim=True)
+    known = torch.where(unit > 0, scaled / unit, 1.0)
+    return RelativeWeights(known.clamp_min(LEAST_IMPORTANCE).sqrt(), mean, weights.parts)
 
 
 def _no_zero_point(name: str) -> str:
@@ -329,20 +408,26 @@ def positive_or_one(scale: Tensor) -> Tensor:
     return torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
 
 
-def squared_error(
-    rows: Tensor, scale: Tensor, fmt: Format, importance: Tensor | None = None
+def rounding_error(
+    rows: Tensor, scale: Tensor, fmt: Format, weights: RelativeWeights | None = None
 ) -> Tensor:
-    """Sum of squared errors of each row at `scale` `(n,)`, float32 `(n,)`.
+    """Root of the squared error of each row at `scale`, or of the error that the output has of it.
 
     Args:
         rows: float32 `(n, m)`.
-        scale: `(n,)`.
+        scale: `(n,)`, or `(candidates, n)`.
         fmt: The number format.
-        importance: What each square is multiplied with, `(n, m)` or `(1, m)`.
+        weights: What the errors count, if not all alike.
+
+    Returns:
+        float32, of the shape of `scale`.
     """
-    s = scale.unsqueeze(1)
-    squares = fmt.round_(rows / s).mul_(s).sub_(rows).square_()
-    return (squares if importance is None else squares.mul_(importance)).sum(1)
+    s = scale.unsqueeze(-1)
+    error = fmt.round_(rows / s).mul_(s).sub_(rows)
+    if weights is not None:
+        return weights.norm(error)
+    norm: Tensor = torch.linalg.vector_norm(error, dim=-1)
+    return norm
 
 
 def least(scales: Tensor, errors: Tensor) -> Tensor:

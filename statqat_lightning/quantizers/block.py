@@ -12,13 +12,15 @@ from torch import Tensor
 
 from statqat_lightning.formats import E4M3, E8M0, BlockFormat, Format, get_format
 from statqat_lightning.quantizers.base import (
+    ErrorWeights,
     Quantizer,
+    RelativeWeights,
     Statistics,
     least,
     near_one,
     power_of_two,
     relative,
-    squared_error,
+    rounding_error,
 )
 
 RULES = ("mse", "max")
@@ -67,21 +69,21 @@ class Block(Quantizer):
         return self._choose(rows, fmt, None)
 
     def from_weighted_rows(
-        self, rows: Tensor, fmt: Format, importance: Tensor, warm: Tensor | None = None
+        self, rows: Tensor, fmt: Format, weights: ErrorWeights, warm: Tensor | None = None
     ) -> Tensor:
-        return self._choose(rows, fmt, relative(importance))
+        return self._choose(rows, fmt, relative(weights))
 
-    def _choose(self, rows: Tensor, fmt: Format, importance: Tensor | None) -> Tensor:
+    def _choose(self, rows: Tensor, fmt: Format, weights: RelativeWeights | None) -> Tensor:
         assert isinstance(fmt, BlockFormat), "check_pairing has seen to it"
         amax, codes, scale_of, _ = _stored(rows, fmt)
         specified = torch.where(amax > 0, scale_of(codes), 1.0)
         if self.rule == "max":
             return specified
         near = [scale_of(codes + offset) for offset in _NEAR[fmt.scale_format]]
-        return _least_error(rows, amax, [specified, *near], fmt, importance)
+        return _least_error(rows, amax, [specified, *near], fmt, weights)
 
     def track(
-        self, rows: Tensor, fmt: Format, warm: Tensor, importance: Tensor | None = None
+        self, rows: Tensor, fmt: Format, warm: Tensor, weights: ErrorWeights | None = None
     ) -> Tensor:
         """The specified scale or the one in force, rounded to what can be stored now."""
         assert isinstance(fmt, BlockFormat), "check_pairing has seen to it"
@@ -89,9 +91,8 @@ class Block(Quantizer):
         specified = torch.where(amax > 0, scale_of(codes), 1.0)
         if self.rule == "max":
             return specified
-        if importance is not None:
-            importance = relative(importance)
-        return _least_error(rows, amax, [specified, scale_of(code_of(warm))], fmt, importance)
+        known = None if weights is None else relative(weights)
+        return _least_error(rows, amax, [specified, scale_of(code_of(warm))], fmt, known)
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
@@ -172,7 +173,7 @@ def _least_error(
     amax: Tensor,
     scales: list[Tensor],
     fmt: BlockFormat,
-    importance: Tensor | None = None,
+    weights: RelativeWeights | None = None,
 ) -> Tensor:
     """The scale of least squared error in each block; among equal ones the first."""
     specified, candidates = scales[0], torch.stack(scales)
@@ -180,5 +181,5 @@ def _least_error(
     valid = (amax > 0) & (candidates * fmt.max).isfinite()
     candidates = torch.where(valid, candidates, specified)
     rows, unit = near_one(rows, amax)
-    errors = [squared_error(rows, scale / unit, fmt, importance) for scale in candidates]
+    errors = [rounding_error(rows, scale / unit, fmt, weights) for scale in candidates]
     return least(candidates, torch.stack(errors))

@@ -12,7 +12,7 @@ from statqat_lightning.quantizers.base import (
     largest,
     near_one,
     positive_or_one,
-    squared_error,
+    rounding_error,
 )
 
 
@@ -43,10 +43,10 @@ class MSEGrid(Quantizer):
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
         rows, unit = near_one(rows, largest(rows, fmt))
         cap = positive_or_one(largest(rows, fmt) / fmt.max)
-        best, least_error = cap, squared_error(rows, cap, fmt)
+        best, least_error = cap, rounding_error(rows, cap, fmt)
         for number in range(1, self.num_candidates):
             scale = cap * (number / self.num_candidates)
-            error = squared_error(rows, scale, fmt)
+            error = rounding_error(rows, scale, fmt)
             best = torch.where(error < least_error, scale, best)
             least_error = torch.minimum(error, least_error)
         known = largest(rows, fmt) > 0

@@ -410,8 +410,8 @@ def test_a_layer_that_does_not_run_is_named() -> None:
     assert torch.equal(quantizer_of(module, "spare/input")(x), x)
 
 
-class EnergiesAtStart(Callback):
-    """Energies of the inputs of layers that the first step starts from, by layer."""
+class MomentsAtStart(Callback):
+    """Mean squares of the inputs of layers that the first step starts from, by layer."""
 
     def __init__(self) -> None:
         self.found: dict[str, Tensor] = {}
@@ -420,14 +420,14 @@ class EnergiesAtStart(Callback):
         self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
     ) -> None:
         for name in LAYERS if trainer.global_step == 0 else ():
-            energies = quantizer_of(pl_module, f"{name}/weight").input_energies
-            if energies is not None and energies.known:
-                self.found[name] = energies.mean[0].clone()
+            moments = quantizer_of(pl_module, f"{name}/weight").input_moments
+            if moments is not None and moments.known:
+                self.found[name] = moments.mean_square[0].clone()
 
 
 def test_weights_alone_are_calibrated_for_their_inputs() -> None:
     torch.manual_seed(0)
-    module, start = DigitsModule(), EnergiesAtStart()
+    module, start = DigitsModule(), MomentsAtStart()
     net = copy.deepcopy(module.net)  # the first batch runs in float, and in train mode
     callback = StatQATCallback(
         "int3", None, verbose=False, first_last_bits=None, calibration_batches=1
@@ -437,7 +437,7 @@ def test_weights_alone_are_calibrated_for_their_inputs() -> None:
     x, _ = next(iter(loader(shuffle=False)))
     with torch.no_grad():
         seen = net[:3](x)
-    assert start.found.keys() == {"net.3", "net.8"}  # the first layer has one input channel
+    assert start.found.keys() == set(LAYERS)
     torch.testing.assert_close(start.found["net.3"], seen.square().mean((0, 2, 3)))
 
 
@@ -447,14 +447,14 @@ def test_weights_alone_whose_data_is_read_once_follow_the_first_step(messages: M
             yield from digits()
 
     torch.manual_seed(0)
-    module, start = DigitsModule(), EnergiesAtStart()
+    module, start = DigitsModule(), MomentsAtStart()
     callback = StatQATCallback("int3", None, verbose=False, first_last_bits=None)
     data = torch.utils.data.DataLoader(Once(), batch_size=32)
     make_trainer(callback, start, limit_train_batches=1).fit(module, data, held_out())
     assert not start.found
-    energies = quantizer_of(module, "net.3/weight").input_energies
-    assert energies is not None
-    assert energies.known
-    assert energies.mean.all()
+    moments = quantizer_of(module, "net.3/weight").input_moments
+    assert moments is not None
+    assert moments.known
+    assert moments.mean_square.all()
     (note,) = [note for note in callback.report.notes if "no calibration" in note]  # type: ignore[union-attr]
     assert note.endswith("Scales of weights follow their inputs from the first step on.")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from statqat_lightning.callbacks.qat import StatQATWarning
-from statqat_lightning.input_energies import MOMENTUM
+from statqat_lightning.input_moments import MOMENTUM
 from statqat_lightning.insertion import prepare
 from statqat_lightning.quantized_model import load_quantizer_state
 from tests.callbacks.digits import assert_same
@@ -95,28 +95,27 @@ def test_they_know_what_a_single_process_knows(ranks: Known, single: Known, name
                     torch.testing.assert_close(
                         ours[key], values[key], rtol=1e-5, atol=1e-11, equal_nan=True
                     )
-            if "input_energies" in values:
-                mine, theirs = ours["input_energies"], values["input_energies"]
+            if "input_moments" in values:
+                mine, theirs = ours["input_moments"], values["input_moments"]
                 assert_same(mine["num_batches"], theirs["num_batches"])
                 assert mine["known"]
                 assert theirs["known"]
-                torch.testing.assert_close(mine["mean"], theirs["mean"], rtol=1e-5, atol=0.0)
+                for key in ("mean", "mean_square"):
+                    torch.testing.assert_close(mine[key], theirs[key], rtol=1e-5, atol=1e-6)
     for key, value in single[name][0]["weights"].items():
         torch.testing.assert_close(ranks[name][0]["weights"][key], value, rtol=1e-6, atol=1e-8)
 
 
-def test_energies_of_inputs_are_those_of_all_rows(ranks: Known) -> None:
+def test_moments_of_inputs_are_those_of_all_rows(ranks: Known) -> None:
     """Calibration is an even mean of the first batches of all ranks, whoever saw which rows."""
-    energies = ranks["unequal loaders"][0]["states"][0]["minmax/input"]
-    assert "input_energies" not in energies  # those belong to weights
-    body = ranks["plain"][0]["states"][0]["body.0/weight"]["input_energies"]
+    body = ranks["plain"][0]["states"][0]["body.0/weight"]["input_moments"]
     assert body["num_batches"].item() == STEPS  # and no search is due after the first step
     rows = [torch.cat([piece(step, part)["x"] for part in range(PARTS)]) for step in range(STEPS)]
     expected = torch.zeros(16)
     for number, x in enumerate(rows, start=1):
         weight = max(1 / number, MOMENTUM)
         expected = expected.lerp(x.float().square().mean(0), weight)
-    torch.testing.assert_close(body["mean"][0], expected, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(body["mean_square"][0], expected, rtol=1e-5, atol=0.0)
 
 
 def test_the_run_is_one_worth_comparing(ranks: Known) -> None:

