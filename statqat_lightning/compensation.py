@@ -3,8 +3,12 @@
 A layer's output does not care about the error of each weight but about `(W - W_hat) x`. Where input
 channels are correlated, the error of one column can be made up for by moving the others. Columns
 are rounded one after the other, and those not rounded yet move so that the expected error of the
-output is least: the recursion of GPTQ (E. Frantar et al., arXiv 2210.17323) in its Cholesky form,
-with the scales that are in force.
+output is least: the recursion of GPTQ (E. Frantar et al., arXiv 2210.17323) in its Cholesky form.
+
+What then remains of the error of a column is what no later column can make up for. It is the square
+of that error over the square of the column's entry on the factor's diagonal, and errors of columns
+add up: the scales of least error of the output are those of least weighted error of the weight,
+with these weights.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from statqat_lightning.quantized_layer import (
     kind_of,
 )
 from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.quantizers import ErrorWeights
 
 _BLOCK = 128  # columns that are rounded before all later ones are moved
 _PATCHES = 1 << 24  # elements of unfolded inputs at once
@@ -81,9 +86,11 @@ def compensate(
     """Move the weights of a prepared model, in place, so that rounding them costs outputs least.
 
     Layers are taken in the order in which they run, some at a time: later ones see inputs that
-    earlier ones make with their weights compensated. Scales stay as they are, so choose them first.
-    The weights are then on their grids, and quantizing them changes them no more. As a start for
-    training it is as good as any; where no training follows, it is post-training quantization.
+    earlier ones make with their weights compensated. Scales that are chosen by the error of the
+    output (see `TensorSpec.objective`) are chosen anew, by what compensation leaves of it; others
+    stay as they are. The weights are then on their grids, and quantizing them changes them no more.
+    As a start for training it is as good as any; where no training follows, it is post-training
+    quantization.
 
     Args:
         model: A model with quantizers, see `prepare`.
@@ -195,17 +202,38 @@ class _Target:
             return "its inputs held NaN or infinite values"
         if not moments.diagonal(dim1=1, dim2=2).any():
             return "its layer did not run"
+        weight = self._weight.detach().to(torch.float32)
+        rounding = InTurn(weight.view(self._parts, -1, self._columns), moments, damping)
         quantizer = self._quantizer
-        sharing, shape = quantizer.granularity, tuple(self._weight.shape)
-        wide = self._weight.detach().to(torch.float32)
-        view = sharing.view(wide)
-        scale = sharing.restore(quantizer.qparams.scale.expand(view.shape), shape)
-        size = (self._parts, -1, self._columns)
-        moved, signal, before, after = round_in_turn(
-            wide.reshape(size), scale.reshape(size), quantizer.fmt, moments, damping
-        )
-        self._weight.copy_(moved.view(shape))
+        scale, fmt = quantizer.qparams.scale, quantizer.fmt
+        signal = rounding.energy()
+        rounded, errors = rounding.at_once(self._of_each(scale), fmt)
+        before = after = float(errors.sum())
+        chosen = self._chosen(rounding) if quantizer.spec.weighs else scale
+        moved, errors = rounding.in_turn(self._of_each(chosen), fmt)
+        if float(errors.sum()) < before:
+            rounded, after = moved, float(errors.sum())
+            quantizer.scale.detach().copy_(chosen)
+        self._weight.copy_(rounded.view_as(weight))
         return CompensatedWeight(self.name, _decibels(signal, before), _decibels(signal, after))
+
+    def _of_each(self, scale: Tensor) -> Tensor:
+        """A scale as that of each element of the parts."""
+        sharing, shape = self._quantizer.granularity, tuple(self._weight.shape)
+        view = sharing.view(self._weight)
+        return sharing.restore(scale.expand(view.shape), shape).reshape(
+            self._parts, -1, self._columns
+        )
+
+    def _chosen(self, rounding: InTurn) -> Tensor:
+        """Scales of least error of the output once errors are made up for."""
+        quantizer, shape = self._quantizer, self._weight.shape
+        rows = quantizer.granularity.rows
+        cost = rounding.remaining().expand(-1, shape[0] // self._parts, -1).reshape(shape)
+        scale = quantizer.quantizer.from_weighted_rows(
+            rows(self._weight.detach().to(torch.float32)), quantizer.fmt, ErrorWeights(rows(cost))
+        )
+        return scale.view_as(quantizer.scale)
 
 
 def _targets(model: nn.Module) -> tuple[list[_Target], dict[str, str]]:
@@ -313,72 +341,96 @@ def _patches(module: Any, x: Tensor, groups: int) -> Iterator[Tensor]:
         yield split.permute(own).reshape(groups, -1, columns)
 
 
-def round_in_turn(
-    weight: Tensor, scale: Tensor, fmt: Format, moments: Tensor, damping: float
-) -> tuple[Tensor, float, float, float]:
-    """Round the columns of matrices one after the other, each making up for those before it.
+class InTurn:
+    """Rounding the columns of matrices one after the other, each making up for those before it.
 
-    Columns of large inputs come first: what they lose, the many smaller ones can make up for. Rows
-    that come out no better than rounded as they are, are.
+    Columns of large inputs come first: what they lose, the many smaller ones can make up for.
+    Parts of a weight whose inputs were never seen are rounded as they are.
 
     Args:
-        weight: float32 `(parts, n, m)`; parts without inputs stay as they are.
-        scale: Scale of each element, same shape.
-        fmt: The number format.
+        weight: float32 `(parts, n, m)`.
         moments: Second moments of the inputs up to a factor, float64 `(parts, m, m)`.
         damping: What is added to their diagonals, in units of these diagonals' mean.
-
-    Returns:
-        The rounded weights, same shape; the energy of the outputs, of their error when the given
-        weights are rounded, and of their error when the returned ones are.
     """
-    moved = weight.clone()
-    signal = before = after = 0.0
-    for number in range(len(weight)):
-        own, h = weight[number], moments[number]
-        if not h.diagonal().any():
-            continue
-        plain = fmt.round(own / scale[number]) * scale[number]
-        turned = _round_in_turn(own, scale[number], fmt, h, damping)
-        wide = own.to(torch.float64)
-        error = _energy(wide - plain, h)
-        error_turned = _energy(wide - turned, h)
-        better = (error_turned < error).unsqueeze(1)
-        moved[number] = torch.where(better, turned, plain)
-        signal += float(_energy(wide, h).sum())
-        before += float(error.sum())
-        after += float(error.minimum(error_turned).sum())
-    return moved, signal, before, after
+
+    def __init__(self, weight: Tensor, moments: Tensor, damping: float) -> None:
+        self._weight, self._moments = weight, moments
+        self._orders = moments.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
+        self._factors = [
+            _factor(h[order][:, order], damping).to(torch.float32) if h.diagonal().any() else None
+            for h, order in zip(moments, self._orders, strict=True)
+        ]
+
+    def remaining(self) -> Tensor:
+        """What a squared error of each column costs, if all later ones make up for it.
+
+        Returns:
+            float32 `(parts, 1, m)`: the squares of the factors' diagonals, inverted; ones where the
+            inputs were never seen.
+        """
+        remaining = torch.ones_like(self._weight[:, :1])
+        for number, factor in enumerate(self._factors):
+            if factor is not None:
+                remaining[number, 0, self._orders[number]] = factor.diagonal().square().reciprocal()
+        return remaining
+
+    def at_once(self, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+        """The weight rounded as it is.
+
+        Args:
+            scale: Scale of each element, in the shape of the weight.
+            fmt: The number format.
+
+        Returns:
+            The rounded weight; the energies of the errors that outputs have of it, `(parts, n)`.
+        """
+        rounded = fmt.round(self._weight / scale) * scale
+        return rounded, self._energies(self._weight - rounded)
+
+    def in_turn(self, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+        """Like `at_once`, but in turn; rows that come out no better than at once are at once."""
+        rounded, errors = self.at_once(scale, fmt)
+        turned = rounded.clone()
+        for number, (factor, order) in enumerate(zip(self._factors, self._orders, strict=True)):
+            if factor is not None:
+                own, scales = self._weight[number][:, order], scale[number][:, order]
+                turned[number, :, order] = _rounded_in_turn(own, scales, fmt, factor)
+        errors_turned = self._energies(self._weight - turned)
+        better = (errors_turned < errors).unsqueeze(2)
+        return torch.where(better, turned, rounded), errors_turned.minimum(errors)
+
+    def energy(self) -> float:
+        """The energy of the outputs."""
+        return float(self._energies(self._weight).sum())
+
+    def _energies(self, rows: Tensor) -> Tensor:
+        """`sum_jk r_j h_jk r_k` of each row, float64 `(parts, n)`."""
+        wide = rows.to(self._moments.dtype)
+        return (wide @ self._moments).mul_(wide).sum(2)
 
 
-def _energy(rows: Tensor, h: Tensor) -> Tensor:
-    """`sum_jk r_j h_jk r_k` of each row, float64 `(n,)`."""
-    return (rows.to(h.dtype) @ h).mul_(rows).sum(1)
+def _rounded_in_turn(weight: Tensor, scale: Tensor, fmt: Format, factor: Tensor) -> Tensor:
+    """Columns of a matrix rounded from the first to the last.
 
-
-def _round_in_turn(
-    weight: Tensor, scale: Tensor, fmt: Format, moments: Tensor, damping: float
-) -> Tensor:
-    """The rounded matrix of one part, see `round_in_turn`; float32 `(n, m)`."""
-    diagonal = moments.diagonal()
-    order = diagonal.argsort(descending=True)
-    upper = _factor(moments[order][:, order], damping).to(torch.float32)
-    rest, scale = weight[:, order], scale[:, order]
-    rounded = torch.empty_like(rest)
+    Args:
+        weight: float32 `(n, m)`.
+        scale: Scale of each element, same shape.
+        fmt: The number format.
+        factor: Upper Cholesky factor of the inverse of the second moments, float32 `(m, m)`.
+    """
+    rest, rounded = weight.clone(), torch.empty_like(weight)
     for start in range(0, rest.shape[1], _BLOCK):
         block = slice(start, min(start + _BLOCK, rest.shape[1]))
-        columns, factor = rest[:, block].clone(), upper[block, block]
+        columns, own = rest[:, block].clone(), factor[block, block]
         errors = torch.empty_like(columns)
         for j in range(columns.shape[1]):
             s = scale[:, start + j]
             q = fmt.round(columns[:, j] / s) * s
             rounded[:, start + j] = q
-            errors[:, j] = (columns[:, j] - q) / factor[j, j]
-            columns[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
-        rest[:, block.stop :].addmm_(errors, upper[block, block.stop :], alpha=-1)
-    result = torch.empty_like(rounded)
-    result[:, order] = rounded
-    return result
+            errors[:, j] = (columns[:, j] - q) / own[j, j]
+            columns[:, j + 1 :].addr_(errors[:, j], own[j, j + 1 :], alpha=-1)
+        rest[:, block.stop :].addmm_(errors, factor[block, block.stop :], alpha=-1)
+    return rounded
 
 
 def _factor(moments: Tensor, damping: float) -> Tensor:

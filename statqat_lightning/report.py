@@ -37,10 +37,35 @@ def snr_by_tensor(model: nn.Module) -> dict[str, float]:
             if activation.enabled:
                 names.append(activation.name)
                 energies.append(torch.stack(activation.mean_energies()))
+    return _decibels(names, energies)
+
+
+@torch.no_grad()
+def output_snr_by_weight(model: nn.Module) -> dict[str, float]:
+    """SNR in dB that the output of a layer has if its weight alone is rounded, by `{layer}/{role}`.
+
+    The weight's own SNR counts all errors alike, the output's by the inputs that they meet: their
+    running means and mean squares, with channels taken for independent, see `InputMoments`. Weights
+    whose inputs nobody has seen, or whose scales do not depend on them, are left out.
+    """
+    names: list[str] = []
+    energies: list[Tensor] = []
+    for _, module, quantizers in quantized_layers(model):
+        for name, weight in quantizers.weights.items():
+            moments = weight.input_moments
+            if weight.enabled and weight.ready and moments is not None and moments.known:
+                names.append(weight.name)
+                of_output = weight.energies(weight_of(module, name), of_output=True)
+                energies.append(torch.stack(of_output))
+    return _decibels(names, energies)
+
+
+def _decibels(names: Sequence[str], energies: Sequence[Tensor]) -> dict[str, float]:
+    """SNR by name, from energies of signal and noise `(2,)`: one transfer from the device."""
     if not energies:
         return {}
     decibels = {}
-    for name, (signal, noise) in zip(names, torch.stack(energies).tolist(), strict=True):
+    for name, (signal, noise) in zip(names, torch.stack([*energies]).tolist(), strict=True):
         if not math.isnan(signal) and signal > 0:
             decibels[name] = 10 * math.log10(signal / noise) if noise > 0 else math.inf
     return decibels

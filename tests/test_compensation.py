@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from statqat_lightning import QuantRecipe, QuantRule, TensorSpec, get_format, prepare
-from statqat_lightning.compensation import compensate, round_in_turn
+from statqat_lightning.compensation import InTurn, compensate
 from statqat_lightning.quantized_layer import attached
 from statqat_lightning.quantized_model import quantized_layers, refresh, set_enabled, set_observing
 
@@ -60,7 +60,7 @@ def test_columns_are_rounded_as_by_eliminating_them_one_by_one(fmt: str, columns
     scale = weight.abs().amax(2, keepdim=True).expand_as(weight) / get_format(fmt).max
     x = correlated(400, columns).double()
     moments = (x.T @ x).unsqueeze(0)
-    moved, *_ = round_in_turn(weight, scale, get_format(fmt), moments, 0.01)
+    moved, _ = InTurn(weight, moments, 0.01).in_turn(scale, get_format(fmt))
     expected = by_elimination(
         weight[0].double().numpy(), scale[0].double().numpy(), fmt, moments[0].numpy(), 0.01
     )
@@ -77,10 +77,11 @@ def test_uncorrelated_inputs_leave_nothing_to_make_up_for() -> None:
     scale = torch.full_like(weight, 0.3)
     moments = torch.diag(torch.rand(40, dtype=torch.float64)).unsqueeze(0)
     fmt = get_format("int4")
-    moved, signal, before, after = round_in_turn(weight, scale, fmt, moments, 0.01)
+    rounding = InTurn(weight, moments, 0.01)
+    moved, after = rounding.in_turn(scale, fmt)
     assert torch.equal(fmt.round(moved / scale), fmt.round(weight / scale))
-    assert before == after
-    assert signal == pytest.approx(
+    assert torch.equal(after, rounding.at_once(scale, fmt)[1])
+    assert rounding.energy() == pytest.approx(
         float((weight[0].double().square() * moments[0].diagonal()).sum())
     )
 

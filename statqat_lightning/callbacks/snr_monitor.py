@@ -9,9 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from statqat_lightning.quantized_model import quantized_layers
-from statqat_lightning.report import SNRSummary, snr_by_tensor
+from statqat_lightning.report import SNRSummary, output_snr_by_weight, snr_by_tensor
 
 PREFIX = "snr_db"
+OUTPUT_PREFIX = "output_snr_db"
 
 
 class SNRMonitorWarning(UserWarning):
@@ -26,6 +27,10 @@ class SNRMonitor(Callback):
     are in `trainer.callback_metrics` as tensors, for ModelCheckpoint, EarlyStopping and the
     progress bar, at that cadence and at the end of every epoch; `snr_db/worst_layer` is there as
     text.
+
+    `output_snr_db/{layer}/weight` says what rounding the weight does to the layer's output: errors
+    count there by the inputs that they meet, and scales are chosen by it. It may rise where the
+    weight's own SNR falls.
 
     The SNR says what quantization does to tensors, not how good the model is: choose checkpoints by
     a metric of the task, and watch the SNR beside it. In the name of a checkpoint file, Lightning
@@ -42,6 +47,7 @@ class SNRMonitor(Callback):
 
     Attributes:
         history: `(step, {"{layer}/{weight|input}": dB})` for each time it logged.
+        output_history: `(step, {"{layer}/weight": dB})`, at the outputs of layers.
         summary: The latest aggregates, None before the first.
     """
 
@@ -49,11 +55,14 @@ class SNRMonitor(Callback):
         self.prog_bar = prog_bar
         self.layers = layers
         self.history: list[tuple[int, dict[str, float]]] = []
+        self.output_history: list[tuple[int, dict[str, float]]] = []
         self.summary: SNRSummary | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A resumed run has logged its earlier steps already; a new fit starts anew.
-        self.history = [(step, row) for step, row in self.history if step < trainer.global_step]
+        done = trainer.global_step
+        self.history = [(step, row) for step, row in self.history if step < done]
+        self.output_history = [(step, row) for step, row in self.output_history if step < done]
         if not quantized_layers(pl_module):
             rank_zero_warn(
                 f"SNRMonitor: nothing will be logged: {type(pl_module).__name__} has no quantized "
@@ -76,10 +85,13 @@ class SNRMonitor(Callback):
         aggregates = {f"{PREFIX}/mean": summary.mean, f"{PREFIX}/min": summary.min}
         if at_cadence:
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            of_outputs = output_snr_by_weight(pl_module)
             self.history.append((step, decibels))
-            metrics = aggregates | {
-                f"{PREFIX}/{name}": value for name, value in decibels.items() if self.layers
-            }
+            self.output_history.append((step, of_outputs))
+            metrics = dict(aggregates)
+            if self.layers:
+                for prefix, row in ((PREFIX, decibels), (OUTPUT_PREFIX, of_outputs)):
+                    metrics |= {f"{prefix}/{name}": value for name, value in row.items()}
             for logger in trainer.loggers:
                 # Directly: `self.log` for hundreds of layers costs more than a training step.
                 logger.log_metrics(metrics, step=step)
@@ -95,7 +107,13 @@ class SNRMonitor(Callback):
             trainer.callback_metrics[f"{PREFIX}/worst_layer"] = summary.worst  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": [[step, dict(row)] for step, row in self.history]}
+        return {
+            "history": [[step, dict(row)] for step, row in self.history],
+            "output_history": [[step, dict(row)] for step, row in self.output_history],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = [(int(step), dict(row)) for step, row in state_dict["history"]]
+        self.history, self.output_history = (
+            [(int(step), dict(row)) for step, row in state_dict.get(name, ())]
+            for name in ("history", "output_history")
+        )

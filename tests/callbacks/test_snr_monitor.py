@@ -38,6 +38,7 @@ from tests.callbacks.digits import (
 from tests.wandb_file import read_finished_run
 
 KEYS = {f"snr_db/{layer}/{role}" for layer in LAYERS for role in ("weight", "input")}
+OUTPUT_KEYS = {f"output_snr_db/{layer}/weight" for layer in LAYERS}
 AGGREGATES = {"snr_db/mean", "snr_db/min"}
 Rows = dict[int, dict[str, float]]
 
@@ -182,10 +183,38 @@ def test_every_logger_gets_every_layer_at_the_cadence_of_the_trainer(
         for step, history in monitor.history:
             row = {key: value for key, value in own[step].items() if key.startswith("snr_db")}
             assert row.keys() == KEYS | AGGREGATES
+            assert {key for key in own[step] if key.startswith("output_")} == OUTPUT_KEYS
             for layer, value in history.items():
                 assert row[f"snr_db/{layer}"] == pytest.approx(value, rel=1e-6)
             assert row["snr_db/mean"] == pytest.approx(np.mean([*history.values()]), rel=1e-6)
             assert row["snr_db/min"] == pytest.approx(min(history.values()), rel=1e-6)
+        for step, history in monitor.output_history:
+            for layer, value in history.items():
+                assert own[step][f"output_snr_db/{layer}"] == pytest.approx(value, rel=1e-6)
+
+
+def test_the_snr_of_an_output_is_that_of_independent_channels_drawn_by_chance() -> None:
+    monitor, module = SNRMonitor(), DigitsModule()
+    train(statqat("int3", "int8"), monitor, module=module)
+    generator = np.random.default_rng(0)
+    row = monitor.output_history[-1][1]
+    assert row.keys() == {f"{layer}/weight" for layer in LAYERS}
+    for layer in LAYERS:
+        quantizer = quantizer_of(module, f"{layer}/weight")
+        weight = module.get_submodule(layer).weight.detach().double().numpy()
+        error = weight - quantizer.quantize(torch.tensor(weight).float()).double().numpy()
+        mean, square = (
+            getattr(quantizer.input_moments, name)[0].double().numpy()
+            for name in ("mean", "mean_square")
+        )
+        # Every place of a kernel sees a value of its own.
+        shape = (20_000, len(mean), weight[0].size // len(mean))
+        spread = np.sqrt(np.maximum(square - mean**2, 0))
+        x = generator.standard_normal(shape) * spread[:, None] + mean[:, None]
+        x = x.reshape(len(x), -1)
+        outputs, errors = (x @ w.reshape(len(w), -1).T for w in (weight, error))
+        measured = 10 * np.log10((outputs**2).sum() / (errors**2).sum())
+        assert row[f"{layer}/weight"] == pytest.approx(measured, abs=0.15), layer
 
 
 def test_without_a_logger_the_aggregates_are_there() -> None:
@@ -203,7 +232,7 @@ def test_without_a_logger_the_aggregates_are_there() -> None:
 def test_aggregates_alone(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     train(statqat(), SNRMonitor(layers=False), logger=logger)
-    keys = {key for row in from_csv(logger).values() for key in row if key.startswith("snr_db")}
+    keys = {key for row in from_csv(logger).values() for key in row if "snr_db" in key}
     assert keys == AGGREGATES
 
 
@@ -290,6 +319,8 @@ def test_history_survives_a_checkpoint(tmp_path: Path) -> None:
     steps = [step for step, _ in resumed.history]
     assert steps == [*range(2 * STEPS_PER_EPOCH)]
     assert resumed.history[:STEPS_PER_EPOCH] == whole.history[:STEPS_PER_EPOCH]
+    first = slice(0, STEPS_PER_EPOCH)
+    assert resumed.output_history[first] == whole.output_history[first]
 
 
 def test_aggregates_are_there_at_the_end_of_an_epoch_shorter_than_the_cadence(
