@@ -52,13 +52,14 @@ def draw(networks: dict[str, dict[str, Tensor]], path: Path) -> None:
     for axis, (title, energies) in zip(axes, networks.items(), strict=True):
         for number, energy in enumerate(energies.values()):
             descending = (energy / energy.mean()).sort(descending=True).values
-            share = torch.linspace(0, 100, len(descending))
             color = colormaps["viridis"](0.92 * number / max(len(energies) - 1, 1))
-            axis.plot(share, descending, color=color, linewidth=0.8, alpha=0.7)
+            rank = torch.arange(1, len(descending) + 1)
+            axis.plot(rank, descending, color=color, linewidth=0.8, alpha=0.7)
+        axis.set_xscale("log", base=10)
         axis.set_yscale("log", base=10)
-        axis.set_ylim(1e-3, 1e3)
+        axis.set_ylim(1e-4, 2e3)
         axis.set_title(title)
-        axis.set_xlabel("input channels, by energy (%)")
+        axis.set_xlabel("input channel, by energy")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("energy, in units of the layer's mean")
     save_figure(figure, path)
