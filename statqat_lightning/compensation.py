@@ -5,6 +5,9 @@ channels are correlated, the error of one column can be made up for by moving th
 are rounded one after the other, and those not rounded yet move so that the expected error of the
 output is least: the recursion of GPTQ (E. Frantar et al., arXiv 2210.17323) in its Cholesky form.
 
+In sequences every token counts alike, whatever its size: language models make tokens of a thousand
+times the energy of others, which would leave nothing to the rest, and normalize what layers add up.
+
 Correlations make up for errors of the mean, too, so scales are chosen by the mean squares of input
 channels alone. Scales by what remains of an error once all later columns make up for it, the square
 of the factor's diagonal inverted, give each layer 0.1 to 0.7 dB less error and are worse for a
@@ -47,7 +50,8 @@ class CompensatedWeight:
     Attributes:
         name: `{layer}/{role}`.
         before: SNR in dB of the layer's output when the weight is rounded as it was.
-        after: The same when it is rounded as it is now; on the inputs that were seen.
+        after: The same when it is rounded as it is now; on the inputs that were seen. The tokens of
+            sequences count alike.
     """
 
     name: str
@@ -147,7 +151,7 @@ class _Target:
         name: `{layer}/{role}`.
         layer: The quantizers of its layer.
         moments: Sums of products of the inputs of each part of the weight, float64
-            `(parts, m, m)`.
+            `(parts, m, m)`; of inputs of unit norm where they are sequences.
     """
 
     def __init__(
@@ -192,6 +196,8 @@ class _Target:
         if x.shape[-1] != self._columns:
             return  # subclasses of layers may take other inputs
         matrix = x.reshape(-1, self._columns).to(torch.float32)
+        if x.dim() > 2:
+            matrix = F.normalize(matrix, dim=1)
         self.moments[self._channels.roles.index(role)] += matrix.T @ matrix
 
     def finish(self, damping: float) -> CompensatedWeight | str:

@@ -152,14 +152,20 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 def output_snr(layer: nn.Module, exact: nn.Module, batches: list[Tensor]) -> float:
-    """SNR in dB of what a layer makes of batches, beside what another one makes, bias apart."""
+    """SNR in dB of what a layer makes of batches, beside what another one makes, bias apart.
+
+    In sequences it is that of tokens of unit norm.
+    """
     signal = noise = 0.0
+    tokens = isinstance(exact, nn.Linear) and batches[0].dim() > 2
     with torch.no_grad():
         for x in batches:
             bias = exact(torch.zeros_like(x))
             wanted = (exact(x) - bias).double()
-            signal += float(wanted.square().sum())
-            noise += float((layer(x).double() - bias - wanted).square().sum())
+            error = layer(x).double() - bias - wanted
+            counts = 1 / x.double().square().sum(-1, keepdim=True) if tokens else 1.0
+            signal += float((wanted.square() * counts).sum())
+            noise += float((error.square() * counts).sum())
     return 10 * math.log10(signal / noise)
 
 
@@ -205,6 +211,21 @@ def test_compensated_weights_lie_on_their_grids_and_quantizing_them_changes_noth
         turned = quantizer(layer.weight).detach()
         torch.testing.assert_close(turned, layer.weight.detach(), rtol=1e-6, atol=1e-7)
         refresh(layer, search=True)
+
+
+def test_no_token_of_a_sequence_takes_it_all() -> None:
+    torch.manual_seed(0)
+    exact = nn.Linear(48, 24)
+    ordinary = correlated(600, 48).view(30, 20, 48)
+    massive = 300 * correlated(30, 48, seed=1).view(30, 1, 48)
+    seen = torch.cat([massive, ordinary], 1)
+    found = {}
+    for name, x in {"sequences": seen, "rows": seen.flatten(0, 1)}.items():
+        layer = copy.deepcopy(exact)
+        prepare(layer, "int3", **ALONE)
+        compensate(layer, functools.partial(layer, x))
+        found[name] = output_snr(layer, exact, [ordinary])
+    assert found["sequences"] > found["rows"] + 1
 
 
 def test_layers_see_what_compensated_ones_before_them_make() -> None:
