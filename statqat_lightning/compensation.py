@@ -3,15 +3,11 @@
 A layer's output does not care about the error of each weight but about `(W - W_hat) x`. Where input
 channels are correlated, the error of one column can be made up for by moving the others. Columns
 are rounded one after the other, and those not rounded yet move so that the expected error of the
-output is least: the recursion of GPTQ (E. Frantar et al., arXiv 2210.17323) in its Cholesky form.
+output is least: the recursion of GPTQ (E. Frantar et al., arXiv 2210.17323) in its Cholesky form,
+with the scales that are in force.
 
 In sequences every token counts alike, whatever its size: language models make tokens of a thousand
 times the energy of others, which would leave nothing to the rest, and normalize what layers add up.
-
-Correlations make up for errors of the mean, too, so scales are chosen by the mean squares of input
-channels alone. Scales by what remains of an error once all later columns make up for it, the square
-of the factor's diagonal inverted, give each layer 0.1 to 0.7 dB less error and are worse for a
-language model as a whole; see `docs/evidence.md`.
 """
 
 from __future__ import annotations
@@ -36,7 +32,6 @@ from statqat_lightning.quantized_layer import (
     kind_of,
 )
 from statqat_lightning.quantized_model import quantized_layers
-from statqat_lightning.quantizers import ErrorWeights
 
 _BLOCK = 128  # columns that are rounded before all later ones are moved
 _PATCHES = 1 << 24  # elements of unfolded inputs at once
@@ -90,11 +85,9 @@ def compensate(
     """Move the weights of a prepared model, in place, so that rounding them costs outputs least.
 
     Layers are taken in the order in which they run, some at a time: later ones see inputs that
-    earlier ones make with their weights compensated. Scales that are chosen by the error of the
-    output (see `TensorSpec.objective`) are chosen anew, by the mean squares of the inputs; others
-    stay as they are. The weights are then on their grids, and quantizing them changes them no more.
-    As a start for training it is as good as any; where no training follows, it is post-training
-    quantization.
+    earlier ones make with their weights compensated. Scales stay as they are, so choose them first.
+    The weights are then on their grids, and quantizing them changes them no more. As a start for
+    training it is as good as any; where no training follows, it is post-training quantization.
 
     Args:
         model: A model with quantizers, see `prepare`.
@@ -211,16 +204,11 @@ class _Target:
         weight = self._weight.detach().to(torch.float32)
         rounding = InTurn(weight.view(self._parts, -1, self._columns), moments, damping)
         quantizer = self._quantizer
-        scale, fmt = quantizer.qparams.scale, quantizer.fmt
-        signal = rounding.energy()
-        rounded, errors = rounding.at_once(self._of_each(scale), fmt)
-        before = after = float(errors.sum())
-        chosen = self._chosen(moments) if quantizer.spec.weighs else scale
-        moved, errors = rounding.in_turn(self._of_each(chosen), fmt)
-        if float(errors.sum()) < before:
-            rounded, after = moved, float(errors.sum())
-            quantizer.scale.detach().copy_(chosen)
-        self._weight.copy_(rounded.view_as(weight))
+        scale, fmt = self._of_each(quantizer.qparams.scale), quantizer.fmt
+        signal, before = rounding.energy(), float(rounding.at_once(scale, fmt)[1].sum())
+        moved, errors = rounding.in_turn(scale, fmt)
+        self._weight.copy_(moved.view_as(weight))
+        after = float(errors.sum())
         return CompensatedWeight(self.name, _decibels(signal, before), _decibels(signal, after))
 
     def _of_each(self, scale: Tensor) -> Tensor:
@@ -230,20 +218,6 @@ class _Target:
         return sharing.restore(scale.expand(view.shape), shape).reshape(
             self._parts, -1, self._columns
         )
-
-    def _chosen(self, moments: Tensor) -> Tensor:
-        """Scales of least error of the output; errors of its mean are made up for anyhow."""
-        quantizer, shape = self._quantizer, self._weight.shape
-        rows = quantizer.granularity.rows
-        squares = moments.diagonal(dim1=1, dim2=2).unsqueeze(1)
-        squares = (squares / squares.amax()).to(torch.float32)  # sums may leave its range
-        variance = squares.expand(-1, shape[0] // self._parts, -1).reshape(shape)
-        scale = quantizer.quantizer.from_weighted_rows(
-            rows(self._weight.detach().to(torch.float32)),
-            quantizer.fmt,
-            ErrorWeights(rows(variance)),
-        )
-        return scale.view_as(quantizer.scale)
 
 
 def _targets(model: nn.Module) -> tuple[list[_Target], dict[str, str]]:

@@ -19,7 +19,6 @@ from statqat_lightning import QuantRecipe, QuantRule, TensorSpec, get_format, pr
 from statqat_lightning.compensation import InTurn, compensate
 from statqat_lightning.quantized_layer import attached
 from statqat_lightning.quantized_model import quantized_layers, refresh, set_enabled, set_observing
-from statqat_lightning.quantizers import get_quantizer
 
 PLAIN_FORMATS = ("int2", "int3", "int4", "fp4_e2m1", "nf4")
 ALONE: dict[str, Any] = {"activations": None, "first_last_bits": None}
@@ -71,36 +70,6 @@ def test_columns_are_rounded_as_by_eliminating_them_one_by_one(fmt: str, columns
     # follows in its row then differs.
     same = np.isclose(moved[0].numpy(), expected, rtol=1e-5, atol=1e-6).mean(1)
     assert np.median(same) == 1.0
-
-
-@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor", "per_group:16"])
-@pytest.mark.parametrize("fmt", ["int3", "int4", "fp4_e2m1"])
-def test_scales_are_chosen_anew_where_they_go_by_the_output(fmt: str, granularity: str) -> None:
-    torch.manual_seed(0)
-    exact = nn.Linear(64, 48)
-    seen = [correlated(512, 64, seed=n) for n in (0, 1)]
-    squares = torch.cat(seen).square().mean(0)
-    for objective in ("output", "weight"):
-        layer = copy.deepcopy(exact)
-        spec = TensorSpec(fmt, granularity, objective=objective)
-        prepare(layer, recipe=QuantRecipe([QuantRule("*", spec)]))
-        quantizer = attached(layer).weights["weight"]
-        set_enabled(layer, weights=False)
-        set_observing(layer, True)
-        for x in seen:
-            layer(x)
-        set_observing(layer, False)
-        set_enabled(layer, weights=True)
-        refresh(layer, search=True)
-        in_force = quantizer.scale.clone()
-        (row,) = compensate(layer, lambda layer=layer: [layer(x) for x in seen]).rows
-        assert torch.equal(quantizer.scale, in_force) == (objective == "weight")
-        assert row.after > row.before
-        if objective == "output":
-            expected = get_quantizer("analytic").choose_qparams(
-                exact.weight, get_format(fmt), granularity, 0, variance=squares
-            )
-            torch.testing.assert_close(quantizer.scale, expected.scale)
 
 
 def test_uncorrelated_inputs_leave_nothing_to_make_up_for() -> None:
@@ -230,7 +199,7 @@ def test_no_token_of_a_sequence_takes_it_all() -> None:
 
 def test_layers_see_what_compensated_ones_before_them_make() -> None:
     x = correlated(500, 24)
-    errors = np.zeros(3)  # of the output: rounded, compensated all at once, one after the other
+    errors = []  # of the output: rounded, compensated all at once, one after the other
     for seed in range(8):
         torch.manual_seed(seed)
         model = nn.Sequential(
@@ -252,8 +221,12 @@ def test_layers_see_what_compensated_ones_before_them_make() -> None:
         assert [row.name for row in report.rows] == ["0/weight", "2/weight", "4/weight"]
         with torch.no_grad():
             wanted = exact(x)
-            errors += [float((own(x) - wanted).square().mean()) for own in (model, once, apart)]
-    assert errors[2] < errors[1] < 0.5 * errors[0]
+            errors.append(
+                [float((own(x) - wanted).square().mean()) for own in (model, once, apart)]
+            )
+    rounded, together, in_turn = np.array(errors).T
+    assert (together < 0.5 * rounded).all()
+    assert np.median(in_turn / together) < 1
 
 
 def test_each_projection_of_attention_is_compensated_for_its_own_input() -> None:
