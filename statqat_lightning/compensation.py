@@ -201,23 +201,16 @@ class _Target:
             return "its inputs held NaN or infinite values"
         if not moments.diagonal(dim1=1, dim2=2).any():
             return "its layer did not run"
-        weight = self._weight.detach().to(torch.float32)
-        rounding = InTurn(weight.view(self._parts, -1, self._columns), moments, damping)
         quantizer = self._quantizer
-        scale, fmt = self._of_each(quantizer.qparams.scale), quantizer.fmt
-        signal, before = rounding.energy(), float(rounding.at_once(scale, fmt)[1].sum())
-        moved, errors = rounding.in_turn(scale, fmt)
-        self._weight.copy_(moved.view_as(weight))
-        after = float(errors.sum())
+        sharing, shape = quantizer.granularity, tuple(self._weight.shape)
+        wide = self._weight.detach().to(torch.float32)
+        scale = sharing.restore(quantizer.qparams.scale.expand(sharing.view(wide).shape), shape)
+        size = (self._parts, -1, self._columns)
+        rounding = InTurn(wide.reshape(size), moments, damping)
+        signal = rounding.energy()
+        moved, before, after = rounding.round(scale.reshape(size), quantizer.fmt)
+        self._weight.copy_(moved.view(shape))
         return CompensatedWeight(self.name, _decibels(signal, before), _decibels(signal, after))
-
-    def _of_each(self, scale: Tensor) -> Tensor:
-        """A scale as that of each element of the parts."""
-        sharing, shape = self._quantizer.granularity, tuple(self._weight.shape)
-        view = sharing.view(self._weight)
-        return sharing.restore(scale.expand(view.shape), shape).reshape(
-            self._parts, -1, self._columns
-        )
 
 
 def _targets(model: nn.Module) -> tuple[list[_Target], dict[str, str]]:
@@ -345,30 +338,26 @@ class InTurn:
             for h, order in zip(moments, self._orders, strict=True)
         ]
 
-    def at_once(self, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-        """The weight rounded as it is.
+    def round(self, scale: Tensor, fmt: Format) -> tuple[Tensor, float, float]:
+        """Round in turn; rows that come out no better than rounded as they are, are.
 
         Args:
             scale: Scale of each element, in the shape of the weight.
             fmt: The number format.
 
         Returns:
-            The rounded weight; the energies of the errors that outputs have of it, `(parts, n)`.
+            The rounded weight; the energies of the errors that outputs have when it is rounded as
+            it is, and when it is rounded like this.
         """
-        rounded = fmt.round(self._weight / scale) * scale
-        return rounded, self._energies(self._weight - rounded)
-
-    def in_turn(self, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-        """Like `at_once`, but in turn; rows that come out no better than at once are at once."""
-        rounded, errors = self.at_once(scale, fmt)
-        turned = rounded.clone()
+        plain = fmt.round(self._weight / scale) * scale
+        turned = plain.clone()
         for number, (factor, order) in enumerate(zip(self._factors, self._orders, strict=True)):
             if factor is not None:
                 own, scales = self._weight[number][:, order], scale[number][:, order]
                 turned[number, :, order] = _rounded_in_turn(own, scales, fmt, factor)
-        errors_turned = self._energies(self._weight - turned)
-        better = (errors_turned < errors).unsqueeze(2)
-        return torch.where(better, turned, rounded), errors_turned.minimum(errors)
+        before, after = (self._energies(self._weight - rounded) for rounded in (plain, turned))
+        rounded = torch.where((after < before).unsqueeze(2), turned, plain)
+        return rounded, float(before.sum()), float(after.minimum(before).sum())
 
     def energy(self) -> float:
         """The energy of the outputs."""

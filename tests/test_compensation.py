@@ -61,7 +61,7 @@ def test_columns_are_rounded_as_by_eliminating_them_one_by_one(fmt: str, columns
     scale = weight.abs().amax(2, keepdim=True).expand_as(weight) / get_format(fmt).max
     x = correlated(400, columns).double()
     moments = (x.T @ x).unsqueeze(0)
-    moved, _ = InTurn(weight, moments, 0.01).in_turn(scale, get_format(fmt))
+    moved, *_ = InTurn(weight, moments, 0.01).round(scale, get_format(fmt))
     expected = by_elimination(
         weight[0].double().numpy(), scale[0].double().numpy(), fmt, moments[0].numpy(), 0.01
     )
@@ -79,9 +79,9 @@ def test_uncorrelated_inputs_leave_nothing_to_make_up_for() -> None:
     moments = torch.diag(torch.rand(40, dtype=torch.float64)).unsqueeze(0)
     fmt = get_format("int4")
     rounding = InTurn(weight, moments, 0.01)
-    moved, after = rounding.in_turn(scale, fmt)
+    moved, before, after = rounding.round(scale, fmt)
     assert torch.equal(fmt.round(moved / scale), fmt.round(weight / scale))
-    assert torch.equal(after, rounding.at_once(scale, fmt)[1])
+    assert before == after
     assert rounding.energy() == pytest.approx(
         float((weight[0].double().square() * moments[0].diagonal()).sum())
     )
@@ -115,6 +115,9 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "Conv2d grouped": lambda: Case(nn.Conv2d(8, 12, 3, groups=2), 6, 8, 12, 12),
     "Conv2d depthwise": lambda: Case(nn.Conv2d(8, 8, 3, groups=8), 6, 8, 12, 12),
+    "Conv2d channels last": lambda: Case(
+        nn.Conv2d(8, 12, 3, padding=1).to(memory_format=torch.channels_last), 6, 8, 12, 12
+    ),
     "Conv2d without batch": lambda: Case(nn.Conv2d(8, 12, 3), 8, 24, 24),
     "Conv3d": lambda: Case(nn.Conv3d(4, 6, 2), 3, 4, 6, 7, 8),
 }
