@@ -89,6 +89,9 @@ def compensate(
     The weights are then on their grids, and quantizing them changes them no more. As a start for
     training it is as good as any; where no training follows, it is post-training quantization.
 
+    Inputs of linear layers with three dimensions or more are sequences, whose tokens count alike;
+    rows of a matrix, and places of an image, count by their energy.
+
     Args:
         model: A model with quantizers, see `prepare`.
         run: Runs the model on batches that stand for its data: `lambda: [model(x) for x in data]`.
