@@ -207,11 +207,12 @@ class _Target:
         quantizer = self._quantizer
         sharing, shape = quantizer.granularity, tuple(self._weight.shape)
         wide = self._weight.detach().to(torch.float32)
-        scale = sharing.restore(quantizer.qparams.scale.expand(sharing.view(wide).shape), shape)
+        view = sharing.view(wide)
+        scale = sharing.restore(quantizer.qparams.scale.expand(view.shape), shape)
         size = (self._parts, -1, self._columns)
-        rounding = InTurn(wide.reshape(size), moments, damping)
-        signal = rounding.energy()
-        moved, before, after = rounding.round(scale.reshape(size), quantizer.fmt)
+        moved, signal, before, after = round_in_turn(
+            wide.reshape(size), scale.reshape(size), quantizer.fmt, moments, damping
+        )
         self._weight.copy_(moved.view(shape))
         return CompensatedWeight(self.name, _decibels(signal, before), _decibels(signal, after))
 
@@ -321,79 +322,72 @@ def _patches(module: Any, x: Tensor, groups: int) -> Iterator[Tensor]:
         yield split.permute(own).reshape(groups, -1, columns)
 
 
-class InTurn:
-    """Rounding the columns of matrices one after the other, each making up for those before it.
+def round_in_turn(
+    weight: Tensor, scale: Tensor, fmt: Format, moments: Tensor, damping: float
+) -> tuple[Tensor, float, float, float]:
+    """Round the columns of matrices one after the other, each making up for those before it.
 
-    Columns of large inputs come first: what they lose, the many smaller ones can make up for.
-    Parts of a weight whose inputs were never seen are rounded as they are.
-
-    Args:
-        weight: float32 `(parts, n, m)`.
-        moments: Second moments of the inputs up to a factor, float64 `(parts, m, m)`.
-        damping: What is added to their diagonals, in units of these diagonals' mean.
-    """
-
-    def __init__(self, weight: Tensor, moments: Tensor, damping: float) -> None:
-        self._weight, self._moments = weight, moments
-        self._orders = moments.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
-        self._factors = [
-            _factor(h[order][:, order], damping).to(torch.float32) if h.diagonal().any() else None
-            for h, order in zip(moments, self._orders, strict=True)
-        ]
-
-    def round(self, scale: Tensor, fmt: Format) -> tuple[Tensor, float, float]:
-        """Round in turn; rows that come out no better than rounded as they are, are.
-
-        Args:
-            scale: Scale of each element, in the shape of the weight.
-            fmt: The number format.
-
-        Returns:
-            The rounded weight; the energies of the errors that outputs have when it is rounded as
-            it is, and when it is rounded like this.
-        """
-        plain = fmt.round(self._weight / scale) * scale
-        turned = plain.clone()
-        for number, (factor, order) in enumerate(zip(self._factors, self._orders, strict=True)):
-            if factor is not None:
-                own, scales = self._weight[number][:, order], scale[number][:, order]
-                turned[number, :, order] = _rounded_in_turn(own, scales, fmt, factor)
-        before, after = (self._energies(self._weight - rounded) for rounded in (plain, turned))
-        rounded = torch.where((after < before).unsqueeze(2), turned, plain)
-        return rounded, float(before.sum()), float(after.minimum(before).sum())
-
-    def energy(self) -> float:
-        """The energy of the outputs."""
-        return float(self._energies(self._weight).sum())
-
-    def _energies(self, rows: Tensor) -> Tensor:
-        """`sum_jk r_j h_jk r_k` of each row, float64 `(parts, n)`."""
-        wide = rows.to(self._moments.dtype)
-        return (wide @ self._moments).mul_(wide).sum(2)
-
-
-def _rounded_in_turn(weight: Tensor, scale: Tensor, fmt: Format, factor: Tensor) -> Tensor:
-    """Columns of a matrix rounded from the first to the last.
+    Columns of large inputs come first: what they lose, the many smaller ones can make up for. Rows
+    that come out no better than rounded as they are, are.
 
     Args:
-        weight: float32 `(n, m)`.
+        weight: float32 `(parts, n, m)`; parts without inputs stay as they are.
         scale: Scale of each element, same shape.
         fmt: The number format.
-        factor: Upper Cholesky factor of the inverse of the second moments, float32 `(m, m)`.
+        moments: Second moments of the inputs up to a factor, float64 `(parts, m, m)`.
+        damping: What is added to their diagonals, in units of these diagonals' mean.
+
+    Returns:
+        The rounded weights, same shape; the energy of the outputs, of their error when the given
+        weights are rounded, and of their error when the returned ones are.
     """
-    rest, rounded = weight.clone(), torch.empty_like(weight)
+    moved = weight.clone()
+    signal = before = after = 0.0
+    for number in range(len(weight)):
+        own, h = weight[number], moments[number]
+        if not h.diagonal().any():
+            continue
+        plain = fmt.round(own / scale[number]) * scale[number]
+        turned = _round_in_turn(own, scale[number], fmt, h, damping)
+        wide = own.to(torch.float64)
+        error = _energy(wide - plain, h)
+        error_turned = _energy(wide - turned, h)
+        better = (error_turned < error).unsqueeze(1)
+        moved[number] = torch.where(better, turned, plain)
+        signal += float(_energy(wide, h).sum())
+        before += float(error.sum())
+        after += float(error.minimum(error_turned).sum())
+    return moved, signal, before, after
+
+
+def _energy(rows: Tensor, h: Tensor) -> Tensor:
+    """`sum_jk r_j h_jk r_k` of each row, float64 `(n,)`."""
+    return (rows.to(h.dtype) @ h).mul_(rows).sum(1)
+
+
+def _round_in_turn(
+    weight: Tensor, scale: Tensor, fmt: Format, moments: Tensor, damping: float
+) -> Tensor:
+    """The rounded matrix of one part, see `round_in_turn`; float32 `(n, m)`."""
+    diagonal = moments.diagonal()
+    order = diagonal.argsort(descending=True)
+    upper = _factor(moments[order][:, order], damping).to(torch.float32)
+    rest, scale = weight[:, order], scale[:, order]
+    rounded = torch.empty_like(rest)
     for start in range(0, rest.shape[1], _BLOCK):
         block = slice(start, min(start + _BLOCK, rest.shape[1]))
-        columns, own = rest[:, block].clone(), factor[block, block]
+        columns, factor = rest[:, block].clone(), upper[block, block]
         errors = torch.empty_like(columns)
         for j in range(columns.shape[1]):
             s = scale[:, start + j]
             q = fmt.round(columns[:, j] / s) * s
             rounded[:, start + j] = q
-            errors[:, j] = (columns[:, j] - q) / own[j, j]
-            columns[:, j + 1 :].addr_(errors[:, j], own[j, j + 1 :], alpha=-1)
-        rest[:, block.stop :].addmm_(errors, factor[block, block.stop :], alpha=-1)
-    return rounded
+            errors[:, j] = (columns[:, j] - q) / factor[j, j]
+            columns[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
+        rest[:, block.stop :].addmm_(errors, upper[block, block.stop :], alpha=-1)
+    result = torch.empty_like(rounded)
+    result[:, order] = rounded
+    return result
 
 
 def _factor(moments: Tensor, damping: float) -> Tensor:

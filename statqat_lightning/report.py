@@ -60,12 +60,12 @@ def output_snr_by_weight(model: nn.Module) -> dict[str, float]:
     return _decibels(names, energies)
 
 
-def _decibels(names: Sequence[str], energies: Sequence[Tensor]) -> dict[str, float]:
+def _decibels(names: list[str], energies: list[Tensor]) -> dict[str, float]:
     """SNR by name, from energies of signal and noise `(2,)`: one transfer from the device."""
     if not energies:
         return {}
     decibels = {}
-    for name, (signal, noise) in zip(names, torch.stack([*energies]).tolist(), strict=True):
+    for name, (signal, noise) in zip(names, torch.stack(energies).tolist(), strict=True):
         if not math.isnan(signal) and signal > 0:
             decibels[name] = 10 * math.log10(signal / noise) if noise > 0 else math.inf
     return decibels
