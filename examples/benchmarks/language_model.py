@@ -1,76 +1,132 @@
-"""Bits per byte of a small GPT with quantized weights: StatQAT beside min-max and learned scales.
+"""A pretrained Llama that trains with quantized weights: StatQAT beside its peers, and distilled.
 
-A byte-level GPT is trained in float on the source files of Python's standard library. From there,
-every method quantizes it at once (post-training) and trains it on for some steps, on the same data
-in the same order with the same optimizer; so does float training, the base line of the losses. All
-bits per byte are on files that were held out. What was done is kept in the output folder, and a
-command that is started again goes on where it was stopped.
+`smollm2.py` says which packages hold the model and the text. As published, its weights lie on a
+grid of 4 bits in blocks of 32, so the float model first trains on for some steps. There all methods
+start: what rounding costs at once is measured, then they train for the same steps, on the same
+text in the same order, by the same optimizer; so does the float model, the base line of the losses.
+All linear layers but the head are quantized.
+
+Figures are of held-out text: nats a token; the Kullback-Leibler divergence from the float model
+where all started, in nats; and how often both find the same token most likely. What was done is
+kept in the output folder, and a command that is started again goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import json
-import platform
 import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
-from byte_gpt import ByteGPT, LanguageModel, TrainingText, even_windows, standard_library
+import peers
+import pretrained_language_model as rounding
+import smollm2
 from common import positive
-from measuring import code_digest, versions_text, write_json, write_results
+from measuring import (
+    add_sizes,
+    code_digest,
+    versions_text,
+    with_sizes,
+    write_json,
+    write_results,
+)
 
-from statqat_lightning import QuantRecipe, StatQATCallback, TensorSpec, prepare
-from statqat_lightning.quantized_model import refresh, set_observing
+from statqat_lightning import DistillationCallback, StatQATCallback, TensorSpec
+from statqat_lightning.quantized_model import quantized_layers
+
+Figures = dict[str, float]
 
 
-class Formats(NamedTuple):
+class Row(NamedTuple):
     """What a row of the table quantizes to.
 
     Attributes:
-        weights, inputs: Names of formats; inputs stay in float where there is none.
-        granularity: Of weights.
-        ends: Least bits of the first and the last layer; 0 for any.
+        weights, granularity: Of the weights.
+        inputs: A format, or None for float.
     """
 
     weights: str
-    inputs: str | None = None
     granularity: str = "per_channel"
-    ends: int = 8
+    inputs: str | None = None
 
 
-PER_TENSOR = "INT4-tensor"
-FORMATS = {
-    "INT4": Formats("int4"),
-    PER_TENSOR: Formats("int4", granularity="per_tensor", ends=0),
-    "FP4": Formats("fp4_e2m1"),
-    "INT3": Formats("int3"),
-    "W4A8": Formats("int4", "int8"),
+ROWS = {
+    "INT4": Row("int4"),
+    "INT4, blocks of 128": Row("int4", "per_block:128"),
+    "INT4, per tensor": Row("int4", "per_tensor"),
+    "INT3": Row("int3"),
+    "FP4": Row("fp4_e2m1"),
+    "NF4": Row("nf4"),
+    "SF4": Row("sf4"),
+    "W4A8": Row("int4", inputs="int8"),
 }
-METHODS = {  # name in the table: rule for weights, for inputs
-    "StatQAT": (None, None),
-    "min-max": ("minmax", "moving_average"),
-    "LSQ": ("lsq", "lsq"),
+
+
+class Method(NamedTuple):
+    """How scales are chosen, and what else is done.
+
+    Attributes:
+        quantizer: Of weights and of inputs; None for ours.
+        gradient: Straight-through gradient.
+        compensated: Whether training starts where rounding errors have been made up for.
+        statistical: Whether learned scales start at ours.
+        distilled: Whether the float model takes the place of the next tokens.
+        peer: Whether all is done by torchao.
+    """
+
+    quantizer: str | None = None
+    gradient: str = "clipped"
+    compensated: bool = False
+    statistical: bool = False
+    distilled: bool = False
+    peer: bool = False
+
+    def missing(self, row: Row) -> str | None:
+        """Why it has no form for a row, here or at all."""
+        if self.peer:
+            if reason := peers.missing("torchao"):
+                return reason
+            if row.weights not in ("int3", "int4") or row.granularity == "per_tensor":
+                return "torchao's weights in training: integers, per channel or in groups"
+            if row.inputs is not None:
+                return "torchao's inputs have a scale for each token"
+            if row.granularity != "per_channel":
+                return "torchao's groups have to divide 576 columns"
+        if self.quantizer == "octav" and row.weights in ("nf4", "sf4"):
+            return "OCTAV has no codebooks"
+        return None
+
+
+OURS = "StatQAT"
+METHODS = {
+    OURS: Method(),
+    "StatQAT compensated": Method(compensated=True),
+    "StatQAT distilled": Method(distilled=True),
+    "StatQAT compensated, distilled": Method(compensated=True, distilled=True),
+    "min-max": Method("minmax"),
+    "OCTAV": Method("octav", "magnitude"),  # its paper brings a gradient of its own
+    "LSQ": Method("lsq"),
+    "LSQ from our scales": Method("lsq", statistical=True),
+    "torchao": Method(peer=True),
 }
-OURS, BASELINE = "StatQAT", "min-max"
-WITH_AIM = ("INT4", PER_TENSOR)
-STEPS_BETWEEN_SAVES = 100  # of float training, which goes on from the last one
-AIM = 0.5  # of what min-max loses
-LEAST_LOSS = 0.002  # bits per byte; of less, no share is taken: a seed makes 0.001
 
 
 @dataclass(frozen=True)
@@ -78,321 +134,307 @@ class Setting:
     """Sizes of everything; the fields are options of the command line.
 
     Attributes:
-        layers, width, heads, context: Of the model; the context in bytes.
-        batch_size: Windows of a context in a step.
         float_steps, steps: Of float training, and of quantization-aware training after it.
+        batch_size: Windows of a step, of 512 tokens each.
         float_lr, lrs: Highest learning rates; of each method the best of `lrs` counts.
         scale_lr: Learning rate of learned scales by that of the weights.
-        seeds: Orders of the data after float training.
-        eval_bytes: Held-out bytes that are predicted.
+        seeds: Orders of the text in quantization-aware training.
+        windows: Held-out ones.
+        seen: Windows on which inputs are seen, and errors made up for.
     """
 
-    layers: int = 4
-    width: int = 256
-    heads: int = 4
-    context: int = 128
-    batch_size: int = 8
-    float_steps: int = 1000
-    steps: int = 30
-    float_lr: float = 2e-3
-    lrs: tuple[float, ...] = (3e-4,)
+    float_steps: int = 200
+    steps: int = 32
+    batch_size: int = 1
+    float_lr: float = 2e-5
+    lrs: tuple[float, ...] = (2e-5,)
     scale_lr: float = 1.0
     seeds: int = 1
-    eval_bytes: int = 1 << 15
+    windows: int = 4
+    seen: int = 10
 
 
 SETTINGS = {
     "short": Setting(),
     "long": Setting(
-        layers=6,
-        width=384,
-        heads=6,
-        context=512,
-        batch_size=64,
-        float_steps=10_000,
-        steps=1_000,
-        lrs=(1e-4, 3e-4, 1e-3),
+        float_steps=1000,
+        steps=900,  # an epoch
+        lrs=(1e-5, 2e-5, 5e-5),
         seeds=3,
-        eval_bytes=1 << 20,
+        windows=64,
     ),
 }
 
 
-class Journal:
-    """Results by key, written to a file whenever one is added."""
+class Language(L.LightningModule):
+    """Cross entropy of the next token, AdamW, a learning rate that rises and falls linearly."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: dict[str, dict[str, float]] = {}
-        if path.exists():
-            self.entries = json.loads(path.read_text(encoding="utf-8"))
+    def __init__(self, model: nn.Module, lr: float, scale_lr: float = 1.0) -> None:
+        super().__init__()
+        self.model, self.lr, self.scale_lr = model, lr, scale_lr
 
-    def add(self, key: str, entry: dict[str, float]) -> None:
-        self.entries[key] = entry
-        write_json(self.path, self.entries)
+    def training_step(self, tokens: Tensor, batch_index: int) -> Tensor:
+        logits = self.model(tokens).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    def configure_optimizers(self) -> Any:
+        scales = [p for n, p in self.named_parameters() if n.endswith("_scale")]
+        rest = [p for n, p in self.named_parameters() if not n.endswith("_scale")]
+        groups = [{"params": rest}, {"params": scales, "lr": self.lr * self.scale_lr}]
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], self.lr, betas=(0.9, 0.95), weight_decay=0.0
+        )
+        steps = self.trainer.max_steps
+        rise = max(1, steps // 10)
+
+        def factor(step: int) -> float:
+            return min((step + 1) / rise, max(steps - step, 0) / max(steps - rise, 1))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def chosen_formats(args: argparse.Namespace) -> dict[str, Formats]:
-    """The rows of the table, with what the command line puts in place of their own.
+class AtTheStart(L.Callback):
+    """Does something to the module before the first step, when scales have been chosen."""
 
-    The row that is per tensor by its name stays so.
-    """
-    given = {"granularity": args.granularity, "ends": args.first_last_bits}
-    given = {name: value for name, value in given.items() if value is not None}
-    return {
-        name: FORMATS[name] if name == PER_TENSOR else FORMATS[name]._replace(**given)
-        for name in args.formats
-    }
+    def __init__(self, what: Callable[[nn.Module], None]) -> None:
+        self.what = what
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == 0:
+            training = module.training
+            module.eval()
+            self.what(module.model)
+            module.train(training)
 
 
-def recipe(formats: Formats, method: str) -> QuantRecipe:
-    """Which quantizers a run gets; all methods share granularity and the layers with 8 bits."""
-    inputs, (weight_rule, input_rule) = formats.inputs, METHODS[method]
-    adaptive = inputs is not None and inputs.startswith("int")
-    return QuantRecipe.default(
-        TensorSpec(formats.weights, formats.granularity, weight_rule),
-        None
-        if inputs is None
-        else TensorSpec(inputs, None, input_rule, unsigned_if_nonnegative=adaptive),
-        first_last_bits=formats.ends or None,
-    )
+@torch.no_grad()
+def log_probabilities(model: Any, held_out: Tensor) -> Tensor:
+    """Of every token at every place, `(windows, tokens, words)`."""
+    rows = [model(row[None]).logits[0].float().log_softmax(-1) for row in held_out]
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def figures(model: Any, held_out: Tensor, reference: Tensor) -> Figures:
+    """Nats a token, divergence from the log-probabilities of another model, agreement with it."""
+    sums = dict.fromkeys(("nats", "kl", "agreement"), 0.0)
+    for row, wanted in zip(held_out, reference, strict=True):
+        found = log_probabilities(model, row[None])[0]
+        sums["nats"] += float(F.nll_loss(found[:-1], row[1:]))
+        sums["kl"] += float(F.kl_div(found, wanted, reduction="batchmean", log_target=True))
+        sums["agreement"] += float((found.argmax(-1) == wanted.argmax(-1)).float().mean())
+    return {name: total / len(held_out) for name, total in sums.items()}
 
 
 class Benchmark:
-    """The text, the float model, and the runs from it.
-
-    Args:
-        args: The command line.
-        setting: Sizes.
-    """
+    """The text, the float model where all start, and the runs from it."""
 
     def __init__(self, args: argparse.Namespace, setting: Setting) -> None:
-        self.args, self.setting, self.code = args, setting, code_digest()
-        self.formats = chosen_formats(args)
-        self.train, self.held_out = standard_library(args.text)
+        self.args, self.setting = args, setting
+        published, self.train, held_out = smollm2.load(args)
+        self.held_out = smollm2.windows(held_out, setting.windows)
+        self.seen = smollm2.spread_windows(self.train, setting.seen)
         args.output.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(
-            args.output / f"runs_{self._key()}_{setting.eval_bytes}_{args.accelerator}.json"
-        )
+        s = setting
+        of = (s.float_steps, s.batch_size, s.float_lr, args.seed, args.precision, smollm2.CONTEXT)
+        weights = next(published.parameters()).detach().numpy().tobytes()
+        text = self.train.numpy().tobytes() + self.held_out.numpy().tobytes()
+        self.key = hashlib.sha256(repr(of).encode() + weights + text).hexdigest()[:12]
+        self.path = args.output / f"runs_{self.key}.json"
+        self.runs: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            self.runs = json.loads(self.path.read_text(encoding="utf-8"))
+        self.start = self._float_model(published)
+        self.reference = log_probabilities(self.start, self.held_out)
+        self.before = figures(self.start, self.held_out, self.reference)
 
-    def _key(self) -> str:
-        """A short name of all that the float weights depend on."""
-        s = self.setting
-        text = hashlib.sha256(self.train.numpy().tobytes() + b"|" + self.held_out.numpy().tobytes())
-        parts = (
-            *(s.layers, s.width, s.heads, s.context, s.batch_size, s.float_steps, s.float_lr),
-            *(self.args.seed, text.hexdigest()),
-        )
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+    def _float_model(self, published: nn.Module) -> nn.Module:
+        path = self.args.output / f"float_{self.key}.pt"
+        if not path.exists():
+            print(f"float training, {self.setting.float_steps} steps", flush=True)
+            self.fit(published, self.setting.float_steps, self.setting.float_lr, self.args.seed)
+            torch.save(published.state_dict(), path)
+        published.load_state_dict(torch.load(path, weights_only=True))
+        return published.eval()
 
-    def trainer(self, steps: int, *callbacks: L.Callback) -> L.Trainer:
-        return common.make_trainer(
+    def fit(
+        self, model: nn.Module, steps: int, lr: float, seed: int, *callbacks: L.Callback
+    ) -> None:
+        """Train on windows of the text at places that follow from the seed."""
+        generator = torch.Generator().manual_seed(seed)
+        size, length = self.setting.batch_size, smollm2.CONTEXT
+        places = torch.randint(
+            len(self.train) - length, (steps * size,), generator=generator
+        ).tolist()
+        text = [self.train[place : place + length] for place in places]
+        trainer = common.make_trainer(
             self.args.output,
             -1,
             quiet=True,
             max_steps=steps,
             callbacks=[*callbacks],
             accelerator=self.args.accelerator,
-            enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+            precision=self.args.precision,
+            gradient_clip_val=1.0,
         )
-
-    def text(self, steps: int, seed: int) -> TrainingText:
-        return TrainingText(self.train, self.setting.context, self.setting.batch_size, steps, seed)
-
-    def bits_per_byte(self, module: LanguageModel) -> float:
-        """On the held-out text; the module is evaluated as it is, quantized or not."""
-        s = self.setting
-        windows = even_windows(self.held_out, s.eval_bytes, s.context)
-        loader = windows.loader(min(s.batch_size, len(windows)))
-        tested = self.trainer(1).test(module, loader, verbose=False)
-        return float(tested[0]["bits_per_byte"])
-
-    def module(self, state: dict[str, Tensor] | None, lr: float) -> LanguageModel:
-        s = self.setting
-        model = ByteGPT(s.layers, s.width, s.heads, s.context)
-        if state is not None:
-            model.load_state_dict(state)
-        return LanguageModel(model, lr, scale_lr=s.scale_lr)
-
-    def float_state(self) -> dict[str, Tensor]:
-        """Weights after float training, which is done once for a setting, and can be stopped."""
-        steps = self.setting.float_steps
-        path = self.args.output / f"float_{self._key()}.ckpt"
-        L.seed_everything(self.args.seed, verbose=False)
-        module = self.module(None, self.setting.float_lr)
-        if "float" not in self.journal.entries:
-            print(f"float training, {steps} steps", flush=True)
-            keep = ModelCheckpoint(
-                path.parent,
-                path.stem,
-                every_n_train_steps=STEPS_BETWEEN_SAVES,
-                enable_version_counter=False,
-            )
-            text = self.text(steps, self.args.seed)
-            start = time.perf_counter()
-            known = path if path.exists() else None
-            trainer = self.trainer(steps, keep)
-            trainer.fit(module, datamodule=text, ckpt_path=known)
-            trainer.save_checkpoint(path)
-            seconds = time.perf_counter() - start
-            bits = self.bits_per_byte(module)
-            self.journal.add("float", {"bits_per_byte": bits, "seconds": seconds})
-        module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-        return module.model.state_dict()
-
-    def continued(self, state: dict[str, Tensor], lr: float, seed: int) -> dict[str, float]:
-        """Float training for as many steps as quantization-aware training gets."""
-        steps = self.setting.steps
-        return self._once(
-            f"float continued, {steps} steps, lr {lr:g}, seed {seed}",
-            lambda: self._trained(self.module(state, lr), seed),
-        )
-
-    def quantized(
-        self, state: dict[str, Tensor], formats: str, method: str, lr: float, seed: int
-    ) -> dict[str, float]:
-        """A run of quantization-aware training."""
-        chosen = recipe(self.formats[formats], method)
-        # Learned scales are learned to the end, as published.
-        freeze_at = None if method == "LSQ" else 0.9
-        callback = StatQATCallback(recipe=chosen, freeze_at=freeze_at, verbose=False)
-        learned = f", scales {self.setting.scale_lr:g}" if method == "LSQ" else ""
-        key = f"{self._quantized_key(formats, method)}, {self.setting.steps} steps, lr {lr:g}"
-        return self._once(
-            f"{key}{learned}, seed {seed}",
-            lambda: self._trained(self.module(state, lr), seed, callback),
-        )
-
-    def post_training(
-        self, state: dict[str, Tensor], formats: str, method: str
-    ) -> dict[str, float]:
-        """Quantized without training; inputs are calibrated on 8 batches."""
-
-        def run() -> dict[str, float]:
-            module = self.module(state, 1.0)
-            prepare(module, recipe=recipe(self.formats[formats], method))
-            if self.formats[formats].inputs is not None:
-                set_observing(module, True)
-                with torch.no_grad():
-                    for batch in self.text(8, self.args.seed).train_dataloader():
-                        module(batch[:, :-1].long())
-                        refresh(module, search=True)
-                set_observing(module, False)
-            return {"bits_per_byte": self.bits_per_byte(module), "seconds": 0.0}
-
-        return self._once(f"{self._quantized_key(formats, method)}, post-training", run)
-
-    def _quantized_key(self, formats: str, method: str) -> str:
-        _, _, granularity, ends = self.formats[formats]
-        made_by = f"code {self.code}, torch {torch.__version__}"
-        return f"{formats} {granularity}, ends {ends}, {method}, {made_by}"
-
-    def _trained(
-        self, module: LanguageModel, seed: int, *callbacks: L.Callback
-    ) -> dict[str, float]:
-        steps, seed = self.setting.steps, 1000 + seed  # not the text of float training again
         L.seed_everything(seed, verbose=False)
-        start = time.perf_counter()
-        self.trainer(steps, *callbacks).fit(module, datamodule=self.text(steps, seed))
-        seconds = time.perf_counter() - start
-        return {"bits_per_byte": self.bits_per_byte(module), "seconds": seconds}
+        model.train()
+        trainer.fit(Language(model, lr, self.setting.scale_lr), DataLoader(text, size))  # type: ignore[arg-type]
+        model.cpu().eval()
 
-    def _once(self, key: str, run: Any) -> dict[str, float]:
-        if key not in self.journal.entries:
-            self.journal.add(key, run())
-            print(f"{key}: {self.journal.entries[key]['bits_per_byte']:.4f}", flush=True)
-        return self.journal.entries[key]
+    def control(self, lr: float, seed: int) -> dict[str, Any]:
+        """The float model, trained for as many steps as the quantized ones."""
+
+        def run() -> dict[str, Any]:
+            model = copy.deepcopy(self.start)
+            self.fit(model, self.setting.steps, lr, 1000 + seed)
+            return {"after": figures(model, self.held_out, self.reference)}
+
+        return self._once(f"float, {self.setting.steps} steps, lr {lr:g}, seed {seed}", run)
+
+    def quantized(self, row: Row, name: str, lr: float, seed: int) -> dict[str, Any]:
+        """Figures before the first step and after the last one."""
+
+        def run() -> dict[str, Any]:
+            method, before = METHODS[name], Figures()
+            model, callbacks = self.prepared(row, method)
+
+            def measure(model: nn.Module) -> None:
+                before.update(figures(model, self.held_out, self.reference))
+
+            start = time.perf_counter()
+            self.fit(model, self.setting.steps, lr, 1000 + seed, *callbacks, AtTheStart(measure))
+            seconds = time.perf_counter() - start
+            after = figures(model, self.held_out, self.reference)
+            return {"before": before, "after": after, "seconds": seconds}
+
+        s = self.setting
+        learned = f", scales {s.scale_lr:g}" if METHODS[name].quantizer == "lsq" else ""
+        made_by = f"code {code_digest(Path(__file__))}, torch {torch.__version__}"
+        key = f"{tuple(row)}, {name}, {s.steps} steps, lr {lr:g}{learned}, seed {seed}, {s.seen}"
+        return self._once(f"{key}, {made_by}", run)
+
+    def prepared(self, row: Row, method: Method) -> tuple[nn.Module, list[L.Callback]]:
+        """A copy of the float model, and the callbacks that make a run of a method of it."""
+        model = copy.deepcopy(self.start)
+        if method.peer:
+            quantize_by_torchao(model, row)
+            return model, []
+        if method.compensated:
+            ours = rounding.Method(None, "output", compensates=True)
+            spec = TensorSpec(row.weights, row.granularity)
+            model.load_state_dict(rounding.rounded(model, spec, ours, self.seen).state_dict())
+        weights = TensorSpec(
+            row.weights, row.granularity, method.quantizer, gradient=method.gradient
+        )
+        inputs = None
+        if row.inputs is not None:
+            rule = "moving_average" if method.quantizer == "minmax" else method.quantizer
+            inputs = TensorSpec(row.inputs, None, rule, gradient=method.gradient)
+        callbacks: list[L.Callback] = [
+            StatQATCallback(
+                recipe=smollm2.all_but_the_head(weights, inputs),
+                calibration_batches=self.setting.seen,
+                freeze_at=None if method.quantizer == "lsq" else 0.9,
+                verbose=False,
+            )
+        ]
+        if method.statistical:
+            spec = TensorSpec(row.weights, row.granularity)
+            ours = rounding.Method(None, "output")
+            scales = chosen_scales(rounding.rounded(model, spec, ours, self.seen))
+            callbacks.append(AtTheStart(lambda model: set_learned_scales(model, scales)))
+        if method.distilled:
+            callbacks.append(DistillationCallback())
+        return model, callbacks
+
+    def _once(self, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if key not in self.runs:
+            self.runs[key] = run()
+            write_json(self.path, self.runs)
+            print(f"{key}: {self.runs[key]['after']['nats']:.4f}", flush=True)
+        return self.runs[key]
 
 
-def mean_of_best(runs: dict[float, list[float]]) -> tuple[float, float]:
-    """The learning rate of least mean bits per byte, and that mean."""
-    means = {lr: statistics.fmean(values) for lr, values in runs.items()}
-    best = min(means, key=lambda lr: means[lr])
-    return best, means[best]
+def chosen_scales(model: nn.Module) -> dict[str, Tensor]:
+    """Scales of the weights of a prepared model, by the name of the layer."""
+    return {
+        name: layer.weights["weight"].scale.clone() for name, _, layer in quantized_layers(model)
+    }
 
 
-def compare(benchmark: Benchmark, methods: list[str]) -> dict[str, Any]:
+@torch.no_grad()
+def set_learned_scales(model: nn.Module, scales: dict[str, Tensor]) -> None:
+    """Give the learned scales of weights these values."""
+    for name, module, _ in quantized_layers(model):
+        module.weight_scale.copy_(scales[name].view_as(module.weight_scale))
+
+
+def quantize_by_torchao(model: nn.Module, row: Row) -> None:
+    """Fake quantization of weights by torchao: min-max, in every forward."""
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+    dtype = {"int3": torch.int3, "int4": torch.int4}[row.weights]
+    weights = IntxFakeQuantizeConfig(dtype, row.granularity)
+    quantize_(
+        model,
+        QATConfig(weight_config=weights, step="prepare"),
+        lambda module, name: isinstance(module, nn.Linear) and name != smollm2.HEAD,
+    )
+
+
+def mean_of(runs: list[dict[str, Any]], when: str) -> Figures:
+    """Mean figures of runs that differ in their seed."""
+    return {name: statistics.fmean(run[when][name] for run in runs) for name in runs[0][when]}
+
+
+def compare(benchmark: Benchmark, rows: list[str], methods: list[str]) -> dict[str, Any]:
     """All runs of a setting, and the rows of the table."""
     s = benchmark.setting
-    state = benchmark.float_state()
-    start = benchmark.journal.entries["float"]["bits_per_byte"]
-    seeds = range(s.seeds)
-    continued = {
-        lr: [benchmark.continued(state, lr, seed)["bits_per_byte"] for seed in seeds]
-        for lr in s.lrs
-    }
-    floor_lr, floor = mean_of_best(continued)
-    rows = []
-    for name, (_, _, granularity, ends) in benchmark.formats.items():
-        for method in methods:
-            at_once = benchmark.post_training(state, name, method)["bits_per_byte"]
-            runs = {
-                lr: [benchmark.quantized(state, name, method, lr, seed) for seed in seeds]
-                for lr in s.lrs
-            }
-            bits = {lr: [run["bits_per_byte"] for run in of_lr] for lr, of_lr in runs.items()}
-            lr, trained = mean_of_best(bits)
-            losses = [
-                own - float_bits
-                for own, float_bits in zip(bits[lr], continued[floor_lr], strict=True)
-            ]
-            rows.append(
-                {
-                    "formats": name,
-                    "granularity": granularity,
-                    "first_last_bits": ends,
-                    "method": method,
-                    "post_training": at_once,
-                    "post_training_loss": at_once - start,
-                    "trained": trained,
-                    "trained_loss": trained - floor,
-                    "trained_losses": losses,
-                    "lr": lr,
-                    "seconds": statistics.fmean(run["seconds"] for run in runs[lr]),
-                }
+
+    def best(run: Callable[[float, int], dict[str, Any]]) -> tuple[float, list[dict[str, Any]]]:
+        by_lr = {lr: [run(lr, seed) for seed in range(s.seeds)] for lr in s.lrs}
+        lr = min(by_lr, key=lambda lr: mean_of(by_lr[lr], "after")["nats"])
+        return lr, by_lr[lr]
+
+    lr, runs = best(benchmark.control)
+    results: dict[str, Any] = {"float": benchmark.before, "trained_float": mean_of(runs, "after")}
+    results["lr_of_float"] = lr
+    results["rows"] = []
+    for row in rows:
+        for name in methods:
+            line: dict[str, Any] = {"row": row, "method": name}
+            results["rows"].append(line)
+            if reason := METHODS[name].missing(ROWS[row]):
+                line["missing"] = reason
+                continue
+            lr, runs = best(
+                lambda lr, seed, row=row, name=name: benchmark.quantized(ROWS[row], name, lr, seed)
             )
-    return {"float": start, "float_continued": floor, "rows": rows}
+            line |= {"lr": lr, "seconds": statistics.fmean(run["seconds"] for run in runs)}
+            line |= {when: mean_of(runs, when) for when in ("before", "after")}
+            line["nats_by_seed"] = [run["after"]["nats"] for run in runs]
+    return results
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """One line for each run; losses are in thousandths of a bit per byte."""
-    print(
-        f"\nfloat {results['float']:.4f} bits per byte, trained further "
-        f"{results['float_continued']:.4f}"
-    )
-    print(
-        f"{'':22}{'post-training':>24}{'trained':>20}{'':7}{'of min-max':>12}{'lr':>8}{'s':>7}"
-        "   losses in 0.001 bits per byte, with the standard error of seeds"
-    )
-    base = {row["formats"]: row for row in results["rows"] if row["method"] == BASELINE}
-    for row in results["rows"]:
-        share = error = ""
-        losses = [1e3 * loss for loss in row["trained_losses"]]
-        if len(losses) > 1:
-            error = f" ±{statistics.stdev(losses) / len(losses) ** 0.5:.1f}"
-        if (other := base.get(row["formats"])) and other["trained_loss"] >= LEAST_LOSS:
-            share = f"{row['trained_loss'] / other['trained_loss']:.2f}"
-        print(
-            f"{row['formats']:12}{row['method']:10}"
-            f"{row['post_training']:12.4f} {1e3 * row['post_training_loss']:+11.1f}"
-            f"{row['trained']:10.4f} {1e3 * row['trained_loss']:+9.1f}{error:7}"
-            f"{share:>12}{row['lr']:8.0e}{row['seconds']:7.0f}"
-        )
+    """One line for each row and method."""
 
+    def text(found: Figures) -> str:
+        return f"{found['nats']:8.3f}{found['kl']:8.3f}{100 * found['agreement']:7.1f}%"
 
-def verdict(results: dict[str, Any], formats: str) -> str | None:
-    """Whether the aim holds: at most half of what min-max loses after training."""
-    loss = {r["method"]: r["trained_loss"] for r in results["rows"] if r["formats"] == formats}
-    if not {OURS, BASELINE} <= loss.keys():
-        return None
-    if loss[BASELINE] < LEAST_LOSS:
-        return (
-            f"{formats}: min-max loses {loss[BASELINE]:.4f} bits per byte here, which is noise; "
-            "there is nothing to halve."
-        )
-    share = loss[OURS] / loss[BASELINE]
-    holds = "holds" if share <= AIM else "does not hold"
-    return f"{formats}: {OURS} loses {share:.2f} of what min-max loses; at most {AIM}: {holds}."
+    print(f"\n{'':46}{'at once':>8}{'KL':>8}{'top-1':>8}{'trained':>9}{'KL':>8}{'top-1':>8}")
+    print(f"{'float':46}{text(results['float'])} {text(results['trained_float'])}")
+    for line in results["rows"]:
+        name = f"{line['row']:14}{line['method']:32}"
+        if "missing" in line:
+            print(f"{name} {line['missing']}")
+        else:
+            print(f"{name:46}{text(line['before'])} {text(line['after'])}")
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Setting]:
@@ -402,61 +444,30 @@ def parse_arguments() -> tuple[argparse.Namespace, Setting]:
     parser.add_argument(
         "--setting", choices=tuple(SETTINGS), default="short", help="short: a core; long: a GPU"
     )
-    parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=[*FORMATS])
+    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=[*ROWS])
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=[*METHODS])
-    parser.add_argument("--granularity", help=f"of weights, but for {PER_TENSOR}")
-    parser.add_argument(
-        "--first-last-bits", type=int, help="least bits of first and last layer, likewise; 0: any"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the float training")
-    parser.add_argument("--threads", type=positive, default=1, help="threads of torch")
+    parser.add_argument("--seed", type=int, default=0, help="of the float training")
+    parser.add_argument("--threads", type=positive, default=2, help="threads of torch")
     parser.add_argument("--accelerator", default="auto", help="auto, cpu, gpu, ...")
-    parser.add_argument("--text", type=Path, help="folder of .py files in place of Python's own")
+    parser.add_argument("--precision", default="32-true", help="of the Trainer")
+    smollm2.add_arguments(parser)
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/language_model"), help="folder for results"
     )
-    sizes = parser.add_argument_group("sizes, in place of those of the setting")
-    for size in dataclasses.fields(Setting):
-        many = isinstance(size.default, tuple)
-        kind = float if many else type(size.default)
-        sizes.add_argument(
-            f"--{size.name.replace('_', '-')}",
-            type=positive if kind is int else float,
-            nargs="+" if many else None,
-            default=argparse.SUPPRESS,
-        )
+    add_sizes(parser, Setting)
     args = parser.parse_args()
-    given = {
-        size.name: getattr(args, size.name)
-        for size in dataclasses.fields(Setting)
-        if hasattr(args, size.name)
-    }
-    if "lrs" in given:
-        given["lrs"] = tuple(given["lrs"])
-    return args, dataclasses.replace(SETTINGS[args.setting], **given)
+    return args, with_sizes(SETTINGS[args.setting], args)
 
 
 def main() -> None:
     args, setting = parse_arguments()
     torch.set_num_threads(args.threads)
-    # Trainers of a few steps, one for each evaluation.
+    # Trainers of a few steps.
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
-    # The order of the data is that of an uninterrupted run, which Lightning cannot know.
-    warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
     benchmark = Benchmark(args, setting)
-    parameters = sum(p.numel() for p in benchmark.module(None, 1.0).model.parameters())
-    print(
-        f"{parameters / 1e6:.2f} million parameters, {len(benchmark.train) / 1e6:.1f} MB of text "
-        f"and {len(benchmark.held_out) / 1e6:.1f} MB held out, Python {platform.python_version()}, "
-        f"{versions_text()}"
-    )
-    start = time.perf_counter()
-    results = compare(benchmark, args.methods)
+    print(f"{dataclasses.asdict(setting)}, {versions_text()}", flush=True)
+    results = compare(benchmark, args.rows, args.methods)
     print_table(results)
-    for name in WITH_AIM:
-        if line := verdict(results, name):
-            print(line)
-    print(f"{time.perf_counter() - start:.0f} s")
     path = args.output / "results.json"
     write_results(path, setting=dataclasses.asdict(setting), **results)
     print(f"results: {path}")

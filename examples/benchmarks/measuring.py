@@ -7,6 +7,8 @@ warm.
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -18,15 +20,40 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import peers
 import torch
+from common import positive
 
 import statqat_lightning
 from statqat_lightning.export.files import replacing
 
 Seconds = dict[str, list[float]]
+Sizes = TypeVar("Sizes")
+"""A dataclass of ints, floats, and tuples of floats."""
+
+
+def add_sizes(parser: argparse.ArgumentParser, setting: type[Any]) -> None:
+    """An option for each field of a dataclass of sizes; what is not given stays as it is there."""
+    group = parser.add_argument_group("sizes, in place of those of the setting")
+    for size in dataclasses.fields(setting):
+        many = isinstance(size.default, tuple)
+        kind = float if many else type(size.default)
+        group.add_argument(
+            f"--{size.name.replace('_', '-')}",
+            type=positive if kind is int else float,
+            nargs="+" if many else None,
+            default=argparse.SUPPRESS,
+        )
+
+
+def with_sizes(setting: Sizes, args: argparse.Namespace) -> Sizes:
+    """The sizes of a setting, with those that the command line gives in their place."""
+    names = {size.name for size in dataclasses.fields(setting)}  # type: ignore[arg-type]
+    given = {name: value for name, value in vars(args).items() if name in names}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return dataclasses.replace(setting, **given)  # type: ignore[type-var]
 
 
 def measure(

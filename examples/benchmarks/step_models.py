@@ -74,7 +74,7 @@ def vit(batch_size: int) -> Workload:
 
 
 def gpt(batch_size: int) -> Workload:
-    """The network of `language_model.py`, smaller, on random bytes."""
+    """The network of `byte_language_model.py`, smaller, on random bytes."""
     texts = [torch.randint(256, (batch_size, CONTEXT + 1)) for _ in range(NUM_BATCHES)]
     batches = [(text[:, :-1], text[:, 1:]) for text in texts]
     return Workload("GPT", ByteGPT(layers=4, width=128, heads=4, context=CONTEXT).train(), batches)

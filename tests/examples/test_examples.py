@@ -26,6 +26,7 @@ COMMANDS = (
     "cifar10_resnet20.py",
     "image_folder.py",
     "benchmarks/language_model.py",
+    "benchmarks/byte_language_model.py",
     "benchmarks/pretrained_language_model.py",
     "benchmarks/ranks.py",
     "benchmarks/scale_quality.py",

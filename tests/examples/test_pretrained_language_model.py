@@ -40,9 +40,8 @@ class Toy(nn.Module):
 @pytest.fixture
 def benchmark(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(repository / "examples" / "benchmarks")
-    module = importlib.import_module("pretrained_language_model")
-    monkeypatch.setattr(module, "CONTEXT", CONTEXT)
-    return module
+    monkeypatch.setattr(importlib.import_module("smollm2"), "CONTEXT", CONTEXT)
+    return importlib.import_module("pretrained_language_model")
 
 
 @pytest.fixture
@@ -105,8 +104,8 @@ def test_a_run_goes_on_where_it_was_stopped(
     def tokenizer(text: str) -> Any:
         return SimpleNamespace(input_ids=[ord(letter) % WORDS for letter in text])
 
-    monkeypatch.setattr(benchmark, "load_model", lambda folder: (model, tokenizer))
-    monkeypatch.setattr(benchmark, "articles", lambda folder: ["abcdefg hijklm " * 20] * 20)
+    monkeypatch.setattr(benchmark.smollm2, "load_model", lambda folder: (model, tokenizer))
+    monkeypatch.setattr(benchmark.smollm2, "articles", lambda folder: ["abcdefg hijklm " * 20] * 20)
     command = ["x", "--model", ".", "--text", ".", "--output", str(tmp_path), "--seen", "3"]
     command += ["--formats", "int4", "--granularities", "per_channel", "--methods", "min-max"]
     monkeypatch.setattr(sys, "argv", command)
