@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
 import peers
-import pretrained_language_model as rounding
 import smollm2
 from common import positive
 from measuring import (
@@ -48,6 +47,8 @@ from measuring import (
     write_json,
     write_results,
 )
+from rounding import METHODS as ROUNDED
+from rounding import OURS, rounded
 
 from statqat_lightning import DistillationCallback, StatQATCallback, TensorSpec
 from statqat_lightning.quantized_model import quantized_layers
@@ -115,7 +116,6 @@ class Method(NamedTuple):
         return None
 
 
-OURS = "StatQAT"
 METHODS = {
     OURS: Method(),
     "StatQAT compensated": Method(compensated=True),
@@ -324,9 +324,7 @@ class Benchmark:
             quantize_by_torchao(model, row)
             return model, []
         if method.compensated:
-            ours = rounding.Method(None, "output", compensates=True)
-            spec = TensorSpec(row.weights, row.granularity)
-            model.load_state_dict(rounding.rounded(model, spec, ours, self.seen).state_dict())
+            model.load_state_dict(self.rounded(row, "StatQAT, compensated").state_dict())
         weights = TensorSpec(
             row.weights, row.granularity, method.quantizer, gradient=method.gradient
         )
@@ -343,13 +341,17 @@ class Benchmark:
             )
         ]
         if method.statistical:
-            spec = TensorSpec(row.weights, row.granularity)
-            ours = rounding.Method(None, "output")
-            scales = chosen_scales(rounding.rounded(model, spec, ours, self.seen))
+            scales = chosen_scales(self.rounded(row, OURS))
             callbacks.append(AtTheStart(lambda model: set_learned_scales(model, scales)))
         if method.distilled:
             callbacks.append(DistillationCallback())
         return model, callbacks
+
+    def rounded(self, row: Row, name: str) -> nn.Module:
+        """The float model, its weights rounded without training by one of `rounding.METHODS`."""
+        method = ROUNDED[name]
+        recipe = smollm2.all_but_the_head(method.spec(row.weights, row.granularity))
+        return rounded(self.start, recipe, method, self.seen.split(1))
 
     def _once(self, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if key not in self.runs:

@@ -9,13 +9,12 @@ What was done is kept in the output folder, and a command that is started again 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,34 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import smollm2
 from common import positive
 from measuring import code_digest, versions_text, write_json, write_results
+from rounding import METHODS, Method, rounded
 from smollm2 import CONTEXT, all_but_the_head, spread_windows, windows
 
-from statqat_lightning import TensorSpec, compensate, prepare
-from statqat_lightning.quantized_model import refresh, set_enabled, set_observing
-
-
-class Method(NamedTuple):
-    """How scales are chosen.
-
-    Attributes:
-        quantizer: Its name, None for ours.
-        objective: Of ours.
-        compensates: Whether rounding errors are made up for.
-    """
-
-    quantizer: str | None
-    objective: str | None = None
-    compensates: bool = False
-
-
-METHODS = {
-    "StatQAT": Method(None, "output"),
-    "StatQAT, compensated": Method(None, "output", compensates=True),
-    "least error of the weight": Method(None, "weight"),
-    "min-max": Method("minmax"),
-    "MSE grid": Method("mse_grid"),
-    "OCTAV": Method("octav"),
-}
 FORMATS = ("int4", "int3", "fp4_e2m1", "nf4")
 # The last block of a row is shorter where 128 does not divide it.
 GRANULARITIES = ("per_channel", "per_tensor", "per_block:128")
@@ -64,28 +38,6 @@ def nats(model: Any, held_out: Tensor) -> float:
     """Mean negative logarithm of the probability of each next token."""
     losses = [F.cross_entropy(model(row[None]).logits[0, :-1], row[1:]) for row in held_out]
     return float(torch.stack(losses).mean())
-
-
-@torch.no_grad()
-def rounded(model: nn.Module, spec: TensorSpec, method: Method, seen: Tensor) -> nn.Module:
-    """A copy of a model with its linear layers but the head rounded."""
-    model = copy.deepcopy(model)
-    prepare(model, recipe=all_but_the_head(spec))
-
-    def run() -> None:
-        for row in seen:
-            model(row[None])
-
-    if method.objective == "output":
-        set_enabled(model, weights=False)
-        set_observing(model, True)
-        run()
-        set_observing(model, False)
-        refresh(model, search=True)
-        set_enabled(model, weights=True)
-    if method.compensates:
-        compensate(model, run)
-    return model
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -139,11 +91,11 @@ def _cell(
 ) -> dict[str, float]:
     """Nats of one way to round; NaN where a method has no form for the format."""
     try:
-        spec = TensorSpec(fmt, granularity, method.quantizer, objective=method.objective)
+        recipe = all_but_the_head(method.spec(fmt, granularity))
     except ValueError as error:
         print(error)
         return {"nats": math.nan}
-    return {"nats": nats(rounded(model, spec, method, seen), shown)}
+    return {"nats": nats(rounded(model, recipe, method, seen.split(1)), shown)}
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ COMMANDS = (
     "benchmarks/language_model.py",
     "benchmarks/byte_language_model.py",
     "benchmarks/pretrained_language_model.py",
+    "benchmarks/image_rounding.py",
     "benchmarks/ranks.py",
     "benchmarks/scale_quality.py",
     "benchmarks/step_time.py",

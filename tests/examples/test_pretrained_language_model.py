@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning import get_format
+from statqat_lightning.quantized_model import set_enabled
 
 CONTEXT, WORDS, WIDTH = 16, 40, 24
 
@@ -76,12 +77,13 @@ def test_windows_come_from_all_over_the_text(benchmark: Any) -> None:
 def test_all_linear_layers_but_the_head_are_rounded(benchmark: Any, model: Toy, name: str) -> None:
     method = benchmark.METHODS[name]
     before = copy.deepcopy(model.state_dict())
-    spec = benchmark.TensorSpec("int3", "per_channel", method.quantizer, objective=method.objective)
-    rounded = benchmark.rounded(model, spec, method, benchmark.spread_windows(tokens(1), 6))
+    recipe = benchmark.all_but_the_head(method.spec("int3", "per_channel"))
+    seen = benchmark.spread_windows(tokens(1), 6).split(1)
+    rounded = benchmark.rounded(model, recipe, method, seen)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     shown = benchmark.windows(tokens(2), 4)
     assert benchmark.nats(rounded, shown) != benchmark.nats(model, shown)
-    benchmark.set_enabled(rounded, weights=False)
+    set_enabled(rounded, weights=False)
     same = benchmark.nats(rounded, shown) == benchmark.nats(model, shown)
     assert same != method.compensates  # which moves the weights themselves
     names = [name for name, module in rounded.named_modules() if hasattr(module, "_statqat")]
