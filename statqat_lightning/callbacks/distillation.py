@@ -37,6 +37,7 @@ from statqat_lightning.isolated_copy import CannotCopy, ReachesOriginal
 from statqat_lightning.module_names import plain_name
 
 _MODULE = "LightningModule"
+_LOGGED_AS = "distillation_loss"
 _TIMED = range(1, 9)  # steps whose time is measured; the first one is another than those to come
 
 
@@ -51,6 +52,10 @@ class DistillationCallback(Callback):
 
     where `distillation` is the loss between outputs of layers, the mean over all layers and their
     calls. It is logged as `distillation_loss`. The user's module needs no change.
+
+    A Trainer may have several, for other layers and losses: each takes what comes out of those
+    before it as the loss, runs a teacher of its own, and logs by its number, `distillation_loss_2`
+    the second one.
 
     Labels say less than the float network knows, and a short training on few data can lose what
     that network has learned from many; that is why the labels count for nothing by default
@@ -113,6 +118,14 @@ class DistillationCallback(Callback):
         self._hooks = WrappedHooks()
         self._run: _Run | None = None
         self._saved: dict[str, Tensor] | None = None
+        self._logged_as = _LOGGED_AS
+
+    @property
+    def state_key(self) -> str:
+        if self.layers is None and self.loss == "kl":
+            return super().state_key
+        loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", "own")
+        return self._generate_state_key(layers=self.layers and [*self.layers], loss=loss)
 
     @property
     def _copies(self) -> bool:
@@ -129,6 +142,9 @@ class DistillationCallback(Callback):
                 "of its training_step is what it minimises. Add the loss of distillation there, or "
                 "leave the callback out."
             )
+        others = [c for c in trainer.callbacks if isinstance(c, DistillationCallback)]  # type: ignore[attr-defined]
+        number = others.index(self) + 1
+        self._logged_as = _LOGGED_AS if number == 1 else f"{_LOGGED_AS}_{number}"
         strategy = trainer.strategy
         if self._copies and not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
             raise ValueError(
@@ -177,7 +193,7 @@ class DistillationCallback(Callback):
         result, distillation = run.step(training_step, *args, **kw)
         if distillation is None:
             return result
-        pl_module.log("distillation_loss", distillation.detach())
+        pl_module.log(self._logged_as, distillation.detach())
         if isinstance(result, Tensor):
             return (1 - self.weight) * result + self.weight * distillation
         loss = (1 - self.weight) * result["loss"] + self.weight * distillation

@@ -35,7 +35,8 @@ class WrappedHook:
     """A module's hook with something before or after it, put on the instance.
 
     A hook that somebody else has put on the instance runs inside it, and is given back when this
-    one is taken off. Another wrapper of ours is replaced: there is one for each hook.
+    one is taken off. Another wrapper of ours is replaced: there is one for each hook, but for those
+    that run around it, which lie in one another.
 
     Unlike a closure it can be pickled, and its deep copy belongs to the copied module.
 
@@ -58,7 +59,9 @@ class WrappedHook:
 
     def __post_init__(self) -> None:
         there = self.pl_module.__dict__.get(self.name)
-        self.own = there.own if isinstance(there, WrappedHook) else there
+        while isinstance(there, WrappedHook) and not (self.around and there.around):
+            there = there.own
+        self.own = there
         self.pl_module.__dict__[self.name] = self
 
     def take_off(self) -> None:
@@ -70,17 +73,23 @@ class WrappedHook:
         self.before = self.after = self.around = None
         if self.pl_module.__dict__.get(self.name) is not self:
             return
-        if self.own is None:
+        own = self.own
+        while isinstance(own, WrappedHook) and not own.around:  # taken off meanwhile
+            own = own.own
+        if own is None:
             del self.pl_module.__dict__[self.name]
         else:
-            self.pl_module.__dict__[self.name] = self.own
+            self.pl_module.__dict__[self.name] = own
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         # Lightning follows this name when it asks whether a hook is overridden, and what arguments
         # it takes.
-        if self.own is not None:
-            return self.own
+        own = self.own
+        while isinstance(own, WrappedHook):
+            own = own.own
+        if own is not None:
+            return own
         hook: Callable[..., Any] = getattr(type(self.pl_module), self.name)
         return hook
 
@@ -98,4 +107,4 @@ class WrappedHook:
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self.own is not None:
             return self.own(*args, **kwargs)
-        return self.__wrapped__(self.pl_module, *args, **kwargs)
+        return getattr(type(self.pl_module), self.name)(self.pl_module, *args, **kwargs)

@@ -250,6 +250,37 @@ def test_features_of_named_layers() -> None:
     assert witness.losses == [pytest.approx(sum(expected) / 4, rel=1e-5)]
 
 
+@pytest.mark.filterwarnings("ignore:.*Please add the following callbacks.*ModelCheckpo")
+def test_logits_and_features_in_one_fit(tmp_path: Path) -> None:
+    """Each callback takes the loss as those before it left it."""
+    module, teacher = module_of(1), module_of(2)
+
+    def both(teacher: Any = None) -> list[Any]:
+        features = DistillationCallback(teacher, layers=["net.3"], loss="mse", weight=0.25)
+        return [DistillationCallback(teacher, weight=0.5), features]
+
+    torch.manual_seed(0)
+    x, y = next(iter(loader(shuffle=False)))
+    first, second = copy.deepcopy(module.net).train(), copy.deepcopy(teacher.net).eval()
+    with torch.no_grad():
+        mse = (first[:4](x) - second[:4](x)).square().mean()
+        torch.manual_seed(0)  # of the dropout
+        logits, wanted = first(x), second(x)
+    kl = kl_divergence(logits, wanted, 2.0, -1)
+    expected = 0.75 * (0.5 * F.cross_entropy(logits, y) + 0.5 * kl) + 0.25 * mse
+    trainer, witness = fit(module, *both(teacher), limit_train_batches=1)
+    assert witness.losses == [pytest.approx(float(expected), rel=1e-4)]
+    logged = trainer.callback_metrics
+    assert float(logged["distillation_loss"]) == pytest.approx(float(kl), rel=1e-4)
+    assert float(logged["distillation_loss_2"]) == pytest.approx(float(mse), rel=1e-4)
+
+    checkpoints = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    _, whole = fit(module_of(1), statqat(), *both(), checkpoints, max_epochs=2)
+    first_epoch = tmp_path / "epoch=0.ckpt"
+    _, rest = fit(module_of(9), statqat(), *both(), max_epochs=2, ckpt_path=first_epoch)
+    assert rest.losses == whole.losses[STEPS_PER_EPOCH:]
+
+
 class Segmenter(DigitsModule):
     """Its classes are in dimension 1, and its labels in every place."""
 
