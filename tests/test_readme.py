@@ -43,7 +43,8 @@ def test_commands_of_the_readme_run() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     section = readme.partition("## Export\n")[2].partition("\n## ")[0]
     (block,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
-    commands = [shlex.split(line) for line in block.splitlines()]
+    lines = block.replace("\\\n", "").splitlines()
+    commands = [shlex.split(line) for line in lines]
     assert {tuple(command[:2]) for command in commands} == {
         ("statqat", name) for name in ("export", "inspect", "compare")
     }
