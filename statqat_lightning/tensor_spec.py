@@ -117,7 +117,7 @@ class TensorSpec:
         if objective == OUTPUT_ERROR and not self.weight_quantizer().weighs:
             raise ValueError(
                 f"TensorSpec: got objective={objective!r} with quantizer {quantizer!r}, which "
-                "weighs all errors alike; expected none, 'analytic' or 'block', or "
+                "weighs all errors alike; expected none, 'analytic', 'iterative' or 'block', or "
                 f"objective={WEIGHT_ERROR!r}."
             )
 

@@ -14,24 +14,26 @@ from statqat_lightning.error_analysis.densities import GeneralizedNormal
 from statqat_lightning.error_analysis.spectrum import EnergySpectrum, bin_edges
 from statqat_lightning.formats import Format
 from statqat_lightning.quantizers.base import (
-    SMALLEST,
     TOLERANCE,
     ErrorWeights,
     Quantizer,
     RelativeWeights,
     Statistics,
     checked_tolerance,
-    covering_scale,
     least,
     positive_or_one,
     relative,
     rounding_error,
 )
+from statqat_lightning.quantizers.row_search import (
+    by_parts,
+    elements_at_once,
+    least_squares_step,
+)
 
 AUTO = "auto"
 
 _SHAPES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 12.0)
-_LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
 _LEAST_SPAN = 1 / 1.4  # the lowest candidate is no larger: some values are always clipped
 _LOWEST_START = 0.9  # times the scale of a normal density, which of all priors clips most
 _LEAST_START = 2.0**-24
@@ -82,13 +84,13 @@ class Analytic(Quantizer):
         self.rests = refine and tolerance > 0
 
     def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
-        return _by_parts(self._search if self.refine else self._closed_form, rows, fmt, warm)
+        return by_parts(self._search if self.refine else self._closed_form, rows, fmt, warm)
 
     def from_weighted_rows(
         self, rows: Tensor, fmt: Format, weights: ErrorWeights, warm: Tensor | None = None
     ) -> Tensor:
         choose = self._search if self.refine else self._closed_form
-        return _by_parts(choose, rows, fmt, warm, relative(weights))
+        return by_parts(choose, rows, fmt, warm, relative(weights))
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
@@ -136,91 +138,18 @@ class Analytic(Quantizer):
 
         if not fmt.is_signed:
             rows = rows.clamp_min(0.0)  # every scale loses what is negative
-        at_once = max(1, _elements_at_once(rows.device) // rows.numel())
+        at_once = max(1, elements_at_once(rows.device) // rows.numel())
         tried = torch.split(scales, at_once)
         errors = torch.cat([rounding_error(rows, some, fmt, weights) for some in tried])
         best = scales.gather(0, errors.topk(2, dim=0, largest=False).indices)
         for _ in range(_STEPS):
-            best, error = _step(rows, best, fmt, weights)
+            best, error = least_squares_step(rows, best, fmt, weights)
         found = torch.where(errors[0] > 0, least(best, error), 1.0)  # max|x| may be exact, or all 0
         if warm is None:
             return found
         most = math.sqrt(1 + self.tolerance) * error.amin(0)
         rests = (errors[len(known) - 1] <= most) & (errors[0] > 0)
         return torch.where(rests, warm, found)
-
-
-def _by_parts(
-    choose: Callable[[Tensor, Format, Tensor | None, RelativeWeights | None], Tensor],
-    rows: Tensor,
-    fmt: Format,
-    warm: Tensor | None,
-    weights: RelativeWeights | None = None,
-) -> Tensor:
-    """Scales chosen by `choose` from rows in units of `max|x| / fmt.max`.
-
-    In these units no square overflows or underflows. On CPU a part of the rows at a time is worked
-    on, one that stays in the cache.
-
-    Args:
-        choose: From rows, format, scales in force and weights of errors to scales, all in these
-            units.
-        rows: float32 `(n, m)`.
-        fmt: The number format.
-        warm: Scales in force, `(n,)`.
-        weights: What the errors count, if not all alike.
-    """
-    num_rows = max(1, _elements_at_once(rows.device) // rows.shape[1])
-    if len(rows) <= 2 * num_rows:
-        num_rows = len(rows)
-    parts = []
-    for start in range(0, len(rows), num_rows):
-        part = rows[start : start + num_rows]
-        cap = covering_scale(part, fmt)
-        force = None if warm is None else warm[start : start + num_rows]
-        known = None if force is None else force / cap
-        own = None if weights is None else weights.rows(slice(start, start + num_rows))
-        chosen = choose(part / cap.unsqueeze(1), fmt, known, own)
-        scale = (cap * chosen).clamp(SMALLEST, _LARGEST)
-        if force is not None and known is not None:
-            scale = torch.where(chosen == known, force, scale)  # to the last bit
-        parts.append(scale)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _step(
-    rows: Tensor, scales: Tensor, fmt: Format, weights: RelativeWeights | None
-) -> tuple[Tensor, Tensor]:
-    """A fixed-point step from each candidate, without temporary copies where possible.
-
-    Args:
-        rows: float32 `(n, m)`.
-        scales: float32 `(candidates, n)`.
-        fmt: The number format.
-        weights: What the errors count, if not all alike.
-
-    Returns:
-        The scales `<x, q> / <q, q>`, and the root of the squared error that they have with the
-        codes of the candidates, an upper bound of their own: no candidate's error is below it.
-    """
-    q = fmt.round_(rows / scales.unsqueeze(2))
-    sums: tuple[Tensor, Tensor] | None = None
-    if weights is not None:
-        if weights.mean is not None:
-            sums = weights.sums(rows), weights.sums(q)
-        q, rows = q.mul_(weights.root), rows * weights.root
-    product = (rows * q).sum(2)
-    squares = torch.linalg.vector_norm(q, dim=2).square_()
-    if sums is not None:
-        product += (sums[0] * sums[1]).sum(2)
-        squares += sums[1].square().sum(2)
-    steps = product / squares
-    steps = torch.where(product > 0, steps, scales)
-    s = steps.unsqueeze(2)
-    error: Tensor = torch.linalg.vector_norm(q.mul_(s).sub_(rows), dim=2)
-    if sums is not None:
-        error = torch.hypot(error, torch.linalg.vector_norm(sums[1] * s - sums[0], dim=2))
-    return steps, error
 
 
 def _cover(absmax: Tensor, fmt: Format) -> Tensor:
@@ -247,12 +176,6 @@ def _mean_of(magnitudes: Tensor, weights: RelativeWeights | None) -> Tensor:
         return magnitudes.mean(1)
     importance = weights.root.square()
     return (magnitudes * importance).sum(1) / importance.sum(1)
-
-
-def _elements_at_once(device: torch.device) -> int:
-    # On CPU what stays in the cache, and in memory that need not be fetched from the system, costs
-    # a fraction of what does not (a sixteenth, for a weight of 4096 x 4096).
-    return 1 << 17 if device.type == "cpu" else 1 << 26
 
 
 @lru_cache(maxsize=256)

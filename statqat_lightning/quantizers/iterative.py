@@ -12,12 +12,22 @@ from statqat_lightning.error_analysis.spectrum import CANDIDATES_PER_OCTAVE
 from statqat_lightning.formats import Format, IntFormat
 from statqat_lightning.quantizers.base import (
     TOLERANCE,
+    ErrorWeights,
     Quantizer,
+    RelativeWeights,
     Statistics,
     checked_tolerance,
     largest,
+    least,
     near_one,
     positive_or_one,
+    relative,
+    rounding_error,
+)
+from statqat_lightning.quantizers.row_search import (
+    by_parts,
+    elements_at_once,
+    least_squares_step,
 )
 
 _ROWS_AT_ONCE = 256
@@ -31,6 +41,11 @@ _PLANS = (
 )
 _CONDENSED_LENGTH = 1024  # the plan for rows whose close values are put together
 _FINALISTS = 2
+# Scales that are tried where errors count by what they do to outputs: binary logarithms, in units
+# of the scale that covers the row, and how many an octave. Then how many are kept, and in how many
+# parts the width around those is searched.
+_LOWEST_OCTAVE, _HIGHEST_OCTAVE, _PER_OCTAVE = -8, 2, 24
+_WEIGHTED_ROUNDS = ((16, 16), (4, 8))
 _AFFINE_ROWS_AT_ONCE = 16  # a curve over scales and zero points takes some megabytes
 _AFFINE_STARTS, _AFFINE_KEPT, _AFFINE_ROUNDS = 256, 8, 3
 # Short rows: how many of the curve's scales are looked at closely, at how many places and zero
@@ -47,6 +62,9 @@ class Iterative(Quantizer):
     curve over all scales comes first, from the energy spectrum. Its best candidates are compared by
     their errors on the values themselves and searched around; the iteration only finishes.
 
+    Where errors count by what the layer makes of them there is no such curve, as errors of a row's
+    elements add up before they are squared: scales are compared on the values from the start.
+
     Args:
         tolerance: Share by which the squared error of the scale in force may exceed the least one
             before another scale takes its place, see `Analytic`.
@@ -55,6 +73,7 @@ class Iterative(Quantizer):
 
     name = "iterative"
     needs_spectrum = True
+    weighs = True
     has_zero_point = True
 
     def __init__(self, tolerance: float = TOLERANCE, max_iterations: int = 3) -> None:
@@ -82,6 +101,44 @@ class Iterative(Quantizer):
             found.append(self._search(rows[few], fmt, None if warm is None else warm[few]))
         scale = positive_or_one(torch.cat(found) * unit)
         return torch.where(peak > 0, scale, 1.0)
+
+    def from_weighted_rows(
+        self, rows: Tensor, fmt: Format, weights: ErrorWeights, warm: Tensor | None = None
+    ) -> Tensor:
+        return by_parts(self._weighted_search, rows, fmt, warm, relative(weights))
+
+    def _weighted_search(
+        self, rows: Tensor, fmt: Format, warm: Tensor | None, weights: RelativeWeights | None
+    ) -> Tensor:
+        """Scales of rows in units of `max|x| / fmt.max`, the first of all candidates."""
+        rows = rows if fmt.is_signed else rows.clamp_min(0)
+        octaves = _HIGHEST_OCTAVE - _LOWEST_OCTAVE
+        exponents = torch.linspace(
+            _LOWEST_OCTAVE, _HIGHEST_OCTAVE, octaves * _PER_OCTAVE + 1, device=rows.device
+        )
+        ones = rows.new_ones(1, len(rows))
+        known = [ones] if warm is None else [ones, warm.unsqueeze(0)]
+        scales = torch.cat([*known, torch.exp2(exponents).unsqueeze(1).expand(-1, len(rows))])
+        errors = _errors_at(rows, scales, fmt, weights)
+        width = 1.0 / _PER_OCTAVE
+        for kept, parts in _WEIGHTED_ROUNDS:
+            few = errors.topk(kept, 0, largest=False, sorted=False).indices
+            base = scales.gather(0, few)
+            offsets = torch.linspace(-0.5, 0.5, parts, device=rows.device) * width
+            near = (base.unsqueeze(1) * torch.exp2(offsets).view(1, -1, 1)).flatten(0, 1)
+            scales = torch.cat([scales, near])
+            errors = torch.cat([errors, _errors_at(rows, near, fmt, weights)])
+            width /= parts - 1
+        steps = scales.gather(0, errors.topk(_FINALISTS, 0, largest=False).indices)
+        for _ in range(self.max_iterations):
+            steps, _ = least_squares_step(rows, steps, fmt, weights)
+        scales = torch.cat([scales, steps])
+        errors = torch.cat([errors, _errors_at(rows, steps, fmt, weights)])
+        found = torch.where(errors[0] > 0, least(scales, errors), 1.0)  # max|x| exact, or all 0
+        if warm is None:
+            return found
+        most = math.sqrt(1 + self.tolerance) * errors.amin(0)
+        return torch.where((errors[1] <= most) & (errors[0] > 0), warm, found)
 
     def _search(self, rows: Tensor, fmt: Format, warm: Tensor | None) -> Tensor:
         curve = EnergySpectrum.of_rows(rows, keep=False, check=False).error_curve(fmt)
@@ -214,3 +271,12 @@ class Iterative(Quantizer):
             scale, zero = torch.where(stays, warm[0], scale), torch.where(stays, warm[1], zero)
         some = spectrum.power > 0
         return torch.where(some, scale, 1.0), torch.where(some, zero, 0.0)
+
+
+def _errors_at(
+    rows: Tensor, scales: Tensor, fmt: Format, weights: RelativeWeights | None
+) -> Tensor:
+    """Roots of the errors of rows `(n, m)` at scales `(candidates, n)`, some of these at a time."""
+    at_once = max(1, elements_at_once(rows.device) // rows.numel())
+    parts = [rounding_error(rows, some, fmt, weights) for some in torch.split(scales, at_once)]
+    return torch.cat(parts)

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from statqat_lightning.error_analysis import EnergySpectrum
 from statqat_lightning.formats import Format, get_format
-from statqat_lightning.quantizers import Analytic, Iterative, MinMax, Statistics, analytic
+from statqat_lightning.quantizers import (
+    Analytic,
+    Iterative,
+    MinMax,
+    Statistics,
+    analytic,
+    row_search,
+)
 from tests.reference import ALL_FORMATS, ErrorOf
 
 INT4 = get_format("int4")
@@ -183,7 +190,8 @@ def test_parts_of_a_large_weight_are_rows_like_any(monkeypatch: pytest.MonkeyPat
     whole = quantizer.from_rows(rows, INT4)
     warmed = quantizer.from_rows(rows, INT4, 1.1 * whole)
     for at_once in (1, 250, 400):
-        monkeypatch.setattr(analytic, "_elements_at_once", lambda device, n=at_once: n)
+        for module in (analytic, row_search):
+            monkeypatch.setattr(module, "elements_at_once", lambda device, n=at_once: n)
         assert torch.equal(quantizer.from_rows(rows, INT4), whole)
         assert torch.equal(quantizer.from_rows(rows, INT4, 1.1 * whole), warmed)
 

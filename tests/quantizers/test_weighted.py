@@ -54,17 +54,21 @@ def problem(kind: str, columns: int = 96) -> tuple[Tensor, Tensor]:
     return x, energies
 
 
+@pytest.mark.parametrize("rule", ["analytic", "iterative"])
 @pytest.mark.parametrize("kind", ["outliers", "small weights", "each row"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_scales_have_the_least_weighted_error(name: str, kind: str) -> None:
+def test_scales_have_the_least_weighted_error(name: str, kind: str, rule: str) -> None:
     x, energies = problem(kind)
     fmt = get_format(name)
-    scale = get_quantizer("analytic").from_weighted_rows(x, fmt, ErrorWeights(energies))
+    scale = get_quantizer(rule).from_weighted_rows(x, fmt, ErrorWeights(energies))
     found = errors(x, fmt.round(x / scale[:, None]) * scale[:, None], energies)
     least = by_brute_force(x, name, energies)
     # Where 6 of 96 elements carry the error, it ripples as that of so short a row.
-    assert (found <= 1.5 * least).all()
-    assert found.sum() <= 1.12 * least.sum()
+    worst, most = (1.5, 1.12) if rule == "analytic" else (1.01, 1.01)
+    if name == "int8":  # finer ripples than either looks for
+        worst = 1.8
+    assert (found <= worst * least).all()
+    assert found.sum() <= most * least.sum()
     # On no row worse than min-max, and well below what equal weights give.
     for other, most in ((MinMax(), 1 + 1e-6), (get_quantizer("analytic"), 1.0 + 1e-3)):
         scale = other.from_rows(x, fmt)
@@ -74,16 +78,17 @@ def test_scales_have_the_least_weighted_error(name: str, kind: str) -> None:
         assert found.sum() <= most * theirs.sum()
 
 
+@pytest.mark.parametrize("rule", ["analytic", "iterative"])
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("name", FORMATS)
 def test_errors_that_add_up_under_inputs_of_one_sign_count_as_they_do(
-    name: str, parts: int
+    name: str, parts: int, rule: str
 ) -> None:
     """Inputs with means, as after a ReLU: against brute force in float64."""
     x, variance = problem("outliers")
     torch.manual_seed(4)
     mean = torch.rand(1, 96) * variance.sqrt()
-    fmt, quantizer = get_format(name), get_quantizer("analytic")
+    fmt, quantizer = get_format(name), get_quantizer(rule)
     grid = fmt.values.double().numpy()
     middles = (grid[1:] + grid[:-1]) / 2
     rows, v, m = x.double().numpy(), variance.double().numpy(), mean.double().numpy()
@@ -109,7 +114,7 @@ def test_errors_that_add_up_under_inputs_of_one_sign_count_as_they_do(
     assert found["of output"].sum() <= (0.7 if fmt.bits < 8 else 0.9) * found["of weight"].sum()
     # Its error has a kink wherever one of the values moves to another level, and sums of few large
     # ones meet zero in between: the least of 4000 scales is far from the next.
-    assert np.median(found["of output"] / least) <= 2.0
+    assert np.median(found["of output"] / least) <= (2.0 if rule == "analytic" else 1.01)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -139,12 +144,12 @@ def test_equal_importances_are_none(prior: str, refine: bool) -> None:
         assert torch.allclose(scale, plain, rtol=1e-5)
 
 
-@pytest.mark.parametrize("quantizer", ["analytic", "block"])
+@pytest.mark.parametrize("quantizer", ["analytic", "iterative", "block"])
 def test_only_ratios_of_importances_matter(quantizer: str) -> None:
     x, energies = problem("outliers")
-    fmt = get_format("int4" if quantizer == "analytic" else "mxfp4")
-    rows = x if quantizer == "analytic" else x.view(-1, 32)
-    energies = energies if quantizer == "analytic" else energies.expand(x.shape).reshape(-1, 32)
+    fmt = get_format("mxfp4" if quantizer == "block" else "int4")
+    rows = x.view(-1, 32) if quantizer == "block" else x
+    energies = energies.expand(x.shape).reshape(-1, 32) if quantizer == "block" else energies
     rule = get_quantizer(quantizer)
     scale = rule.from_weighted_rows(rows, fmt, ErrorWeights(energies))
     for factor in (2.0**-100, 2.0**80):
@@ -162,9 +167,10 @@ def test_channels_without_energy_still_count_a_little() -> None:
     assert (fmt.round(x / scale[:, None]) * scale[:, None])[:, 0].min() > 5
 
 
-def test_a_scale_in_force_rests_by_its_weighted_error() -> None:
+@pytest.mark.parametrize("rule", ["analytic", "iterative"])
+def test_a_scale_in_force_rests_by_its_weighted_error(rule: str) -> None:
     x, energies = problem("outliers")
-    fmt, quantizer = get_format("int4"), get_quantizer("analytic")
+    fmt, quantizer = get_format("int4"), get_quantizer(rule)
     best = quantizer.from_weighted_rows(x, fmt, ErrorWeights(energies))
     assert torch.equal(quantizer.from_weighted_rows(x, fmt, ErrorWeights(energies), best), best)
     plain = quantizer.from_rows(x, fmt)
