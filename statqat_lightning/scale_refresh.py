@@ -6,18 +6,21 @@ not a few for each layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, WeightFakeQuantizer
-from statqat_lightning.formats import BlockFormat
+from statqat_lightning.formats import BlockFormat, Format
 from statqat_lightning.observers import HIGH, PEAKED, Reduce, fold, statistics_of
 from statqat_lightning.quantizers import ErrorWeights
 
-_MAX_GROUP = 1 << 20  # weights up to this many elements are refreshed together
+# A weight of more elements keeps a processor busy by itself, and what errors of its rows count is
+# known by column, without a copy for each row.
+_MAX_STACKED = 1 << 17
+_MAX_STACK = 1 << 20  # elements that are stacked at once: each takes the memory of some copies
 
 
 @torch.no_grad()
@@ -33,21 +36,7 @@ def refresh_weights(
             start are left alone.
         search: Whether all are searched for, due or not.
     """
-    kinds: dict[tuple[Any, ...], list[_Rows]] = {}
-    for number, (quantizer, weight) in enumerate(weights):
-        if quantizer.quantizer.learned and quantizer.ready:
-            continue
-        rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
-        errors = quantizer.error_weights(weight)
-        fmt = quantizer.fmt
-        whole = isinstance(fmt, BlockFormat) and fmt.has_tensor_scale  # scales depend on all rows
-        alone = number if whole or rows.numel() > _MAX_GROUP else -1
-        spec = quantizer.spec
-        known = None if errors is None else (errors.mean is not None, errors.parts)
-        kind = (spec.quantizer, spec.options, rows.shape[1], rows.device, known, alone)
-        key = (fmt, quantizer.ready, search or quantizer.is_due, *kind)
-        kinds.setdefault(key, []).append((quantizer, rows, errors))
-    for (fmt, ready, searched, *_), group in kinds.items():
+    for fmt, ready, searched, group in _groups(weights, search):
         quantizers = [quantizer for quantizer, *_ in group]
         rows, errors = _stacked(group)
         warm = torch.cat([q.scale.flatten() for q in quantizers])
@@ -69,6 +58,36 @@ def refresh_weights(
 
 _Rows = tuple[WeightFakeQuantizer, Tensor, ErrorWeights | None]
 """A quantizer, the rows of its weight, and what their errors count."""
+
+
+def _groups(
+    weights: Sequence[tuple[WeightFakeQuantizer, Tensor]], search: bool
+) -> Iterator[tuple[Format, bool, bool, list[_Rows]]]:
+    """Weights that are refreshed together: format, whether they are ready and searched for, rows.
+
+    Large ones come alone and at once, so that no more than one of them is copied.
+    """
+    stacks: dict[tuple[Any, ...], list[_Rows]] = {}
+    for quantizer, weight in weights:
+        if quantizer.quantizer.learned and quantizer.ready:
+            continue
+        rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
+        errors = quantizer.error_weights(weight)
+        fmt, spec = quantizer.fmt, quantizer.spec
+        what = (fmt, quantizer.ready, search or quantizer.is_due)
+        whole = isinstance(fmt, BlockFormat) and fmt.has_tensor_scale  # scales depend on all rows
+        if whole or rows.numel() > _MAX_STACKED:
+            yield *what, [(quantizer, rows, errors)]
+            continue
+        known = None if errors is None else (errors.mean is not None, errors.parts)
+        key = (*what, spec.quantizer, spec.options, rows.shape[1], rows.device, known)
+        stack = stacks.setdefault(key, [])
+        if stack and sum(own.numel() for _, own, _ in stack) + rows.numel() > _MAX_STACK:
+            yield *what, stack
+            stacks[key] = stack = []
+        stack.append((quantizer, rows, errors))
+    for (fmt, ready, searched, *_), stack in stacks.items():
+        yield fmt, ready, searched, stack
 
 
 def _stacked(group: list[_Rows]) -> tuple[Tensor, ErrorWeights | None]:

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from statqat_lightning import QuantRecipe, QuantRule, TensorSpec, prepare
@@ -468,3 +470,37 @@ def test_an_embedding_and_the_head_that_shares_its_weight_have_one_scale() -> No
     first, second = (attached(layer).weights["weight"] for layer in model)
     assert first.input_moments is second.input_moments is None
     assert torch.equal(first.scale, second.scale)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements that a new tensor has."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x._base is None:
+                self.most = max(self.most, x.numel())
+        return result
+
+
+def test_a_refresh_of_many_layers_needs_little_memory_and_finds_what_each_alone_does() -> None:
+    torch.manual_seed(0)
+    sizes = [(256, 256)] * 40 + [(1024, 256)] * 2  # 3.1 million weights
+    model = nn.ModuleList([nn.Linear(n, m) for m, n in sizes])
+    alone = [copy.deepcopy(nn.Sequential(layer)) for layer in model]
+    prepare(model, "int4", None, first_last_bits=None)
+    x = torch.randn(64, 256).abs()
+    for layer, single in zip(model, alone, strict=True):
+        prepare(single, "int4", None, first_last_bits=None)
+        for part, run in ((model, layer), (single, single)):
+            set_observing(part, True)
+            run(x)
+        refresh(single, search=True)
+    with Largest() as largest:
+        refresh(model, search=True)
+    assert largest.most <= 1 << 20
+    for layer, single in zip(model, alone, strict=True):
+        own, other = (attached(m).weights["weight"].scale for m in (layer, single[0]))
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=0)

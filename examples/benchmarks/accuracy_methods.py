@@ -22,6 +22,7 @@ from statqat_lightning.formats import BlockFormat, FloatFormat, Format, IntForma
 
 ENDS = ("conv1", "linear")  # first and last layer
 LEAST_BITS = 8  # of those
+TEMPERATURE = 8.0  # of distillation: ten classes
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,10 @@ def ours(
             freeze_at=freeze_at,
             verbose=False,
         )
-        return network, [callback, *([DistillationCallback()] if distilled else [])]
+        return network, [
+            callback,
+            *([DistillationCallback(temperature=TEMPERATURE)] if distilled else []),
+        ]
 
     return build
 

@@ -71,7 +71,9 @@ class DistillationCallback(Callback):
             dimension 1 of convolutions), "mse" for features, or a function of the student's and the
             teacher's output, of one shape, that returns a scalar.
         weight: Of the distillation, above 0 and at most 1.
-        temperature: Of "kl", above 0; higher ones let the less likely classes count more.
+        temperature: Of "kl", above 0; higher ones let the less likely classes count more, up to the
+            mean square of the logits' differences. With ten classes and 2 bits 8 is better than
+            the default of 2 (`docs/evidence.md`); words of a language want a low one.
 
     Raises:
         ValueError: For an argument out of its range; at the start of a fit for manual optimization,
