@@ -19,7 +19,35 @@ OutputLoss = Callable[[Tensor, Tensor], Tensor]
 """Of the output of the network that learns and that of its teacher, of one shape; a scalar."""
 
 
-def kl_divergence(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
+SPREADS = 4.0
+"""Temperature by how far logits differ, see `fitting_temperature`."""
+
+
+def fitting_temperature(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
+    """A temperature that is high while the logits are far apart and falls as they come together.
+
+    By `SPREADS` times the root mean square of their differences, each about its mean over the
+    classes, no logit is so far off that the divergence saturates: with all differences small
+    beside the temperature, it is half their variance under the teacher's distribution, so every
+    class says how far its logit has to move. Near the teacher a lower temperature lets those
+    classes count that decide. Never below 1.
+
+    Args:
+        student: Logits of any shape and floating dtype.
+        teacher: Logits of the same shape.
+        dim: The dimension of the classes.
+
+    Returns:
+        A scalar without gradient.
+    """
+    difference = in_float(teacher.detach()) - in_float(student.detach())
+    difference = difference - difference.mean(dim, keepdim=True)
+    return (SPREADS * difference.square().mean().sqrt()).clamp_min(1.0)
+
+
+def kl_divergence(
+    student: Tensor, teacher: Tensor, temperature: float | Tensor, dim: int
+) -> Tensor:
     """Kullback-Leibler divergence of the student's distribution from the teacher's, in nats.
 
     Args:

@@ -22,7 +22,6 @@ from statqat_lightning.formats import BlockFormat, FloatFormat, Format, IntForma
 
 ENDS = ("conv1", "linear")  # first and last layer
 LEAST_BITS = 8  # of those
-TEMPERATURE = 8.0  # of distillation: ten classes
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def ours(
         )
         return network, [
             callback,
-            *([DistillationCallback(temperature=TEMPERATURE)] if distilled else []),
+            *([DistillationCallback(temperature="auto")] if distilled else []),
         ]
 
     return build

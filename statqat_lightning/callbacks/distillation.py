@@ -27,6 +27,7 @@ from statqat_lightning.distillation import (
     LayerOutputs,
     OutputLoss,
     class_dimension,
+    fitting_temperature,
     in_float,
     kl_divergence,
     last_layer,
@@ -38,6 +39,7 @@ from statqat_lightning.module_names import plain_name
 
 _MODULE = "LightningModule"
 _LOGGED_AS = "distillation_loss"
+AUTO = "auto"
 _TIMED = range(1, 9)  # steps whose time is measured; the first one is another than those to come
 
 
@@ -71,9 +73,11 @@ class DistillationCallback(Callback):
             dimension 1 of convolutions), "mse" for features, or a function of the student's and the
             teacher's output, of one shape, that returns a scalar.
         weight: Of the distillation, above 0 and at most 1.
-        temperature: Of "kl", above 0; higher ones let the less likely classes count more, up to the
-            mean square of the logits' differences. With ten classes and 2 bits 8 is better than
-            the default of 2 (`docs/evidence.md`); words of a language want a low one.
+        temperature: Of "kl", above 0: the higher it is, the more do the less likely classes count.
+            "auto" follows the logits, see `distillation.fitting_temperature`: high while they are
+            far from the teacher's, lower as they come near. That is better than the default of 2
+            where few bits leave much to learn and there is data to learn it from, and worse on a
+            few hundred images, see `docs/evidence.md`.
 
     Raises:
         ValueError: For an argument out of its range; at the start of a fit for manual optimization,
@@ -86,7 +90,7 @@ class DistillationCallback(Callback):
         layers: Sequence[str] | Mapping[str, str] | None = None,
         loss: str | OutputLoss = "kl",
         weight: float = 1.0,
-        temperature: float = 2.0,
+        temperature: float | str = 2.0,
     ) -> None:
         if not (teacher is None or isinstance(teacher, (str, Path)) or is_a(teacher, _MODULE)):
             raise ValueError(
@@ -108,9 +112,11 @@ class DistillationCallback(Callback):
             raise ValueError(
                 f"DistillationCallback: got weight={weight}; expected above 0 and at most 1."
             )
-        if not 0 < temperature < float("inf"):
+        by_number = not isinstance(temperature, str)
+        if not (0 < temperature < float("inf") if by_number else temperature == AUTO):  # type: ignore[operator]
             raise ValueError(
-                f"DistillationCallback: got temperature={temperature}; expected above 0."
+                f"DistillationCallback: got temperature={temperature!r}; expected {AUTO!r} or a "
+                "number above 0."
             )
         self.teacher = teacher
         self.layers = layers
@@ -355,15 +361,17 @@ class _Run:
 
     def _loss_for(self, module: torch.nn.Module) -> OutputLoss:
         if self._callback.loss == "kl":
-            return functools.partial(
-                kl_divergence,
-                temperature=self._callback.temperature,
-                dim=class_dimension(module),
-            )
+            return functools.partial(self._divergence, dim=class_dimension(module))
         if self._callback.loss == "mse":
             return lambda student, teacher: F.mse_loss(in_float(student), in_float(teacher))
         assert not isinstance(self._callback.loss, str)
         return self._callback.loss
+
+    def _divergence(self, student: Tensor, teacher: Tensor, dim: int) -> Tensor:
+        temperature: Any = self._callback.temperature
+        if temperature == AUTO:
+            temperature = fitting_temperature(student, teacher, dim)
+        return kl_divergence(student, teacher, temperature, dim)
 
     def _teach(self, *args: Any, **kw: Any) -> None:
         batch, *_ = args
@@ -391,7 +399,7 @@ class _Run:
         count = sum(p.numel() for p in parameters)
         size = sum(p.numel() * p.element_size() for p in parameters)
         loss = self._callback.loss if isinstance(self._callback.loss, str) else "own loss"
-        heat = f" at temperature {self._callback.temperature:g}" if loss == "kl" else ""
+        heat = f" at temperature {self._callback.temperature}" if loss == "kl" else ""
         names = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if layers[3:] else "")
         return (
             f"{loss}{heat} on the output of {names}, weight {self._callback.weight:g}; the "

@@ -17,7 +17,7 @@ from scipy.special import log_softmax
 from torch import Tensor, nn
 
 from statqat_lightning import DistillationCallback, ExportCallback, StatQATCallback
-from statqat_lightning.distillation import kl_divergence
+from statqat_lightning.distillation import fitting_temperature, kl_divergence
 from statqat_lightning.quantized_model import quantized_layers
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
@@ -50,20 +50,24 @@ def fit(
 
 
 def by_hand(
-    module: DigitsModule, teacher: DigitsModule, steps: int, weight: float, temperature: float
+    module: DigitsModule, teacher: DigitsModule, steps: int, weight: float, temperature: Any
 ) -> list[float]:
     """A plain loop in PyTorch; the module is trained, the losses are returned."""
     teacher.eval()
     module.train()
     optimizer = module.configure_optimizers()
-    losses = []
+    losses, given = [], temperature
     for step, (x, y) in enumerate(loader(shuffle=False)):
         if step == steps:
             break
         torch.manual_seed(step)
         student = module.net(x)
         with torch.no_grad():
-            wanted = F.softmax(teacher.net(x) / temperature, 1)
+            of_teacher = teacher.net(x)
+        if given == "auto":  # four times the spread of the differences
+            apart = (student.detach() - of_teacher).double().numpy()
+            temperature = max(1.0, 4 * math.sqrt(apart.var(axis=1).mean()))
+        wanted = F.softmax(of_teacher / temperature, 1)
         cross = -(wanted * F.log_softmax(student / temperature, 1)).sum(1).mean()
         entropy = -(wanted * wanted.log()).sum(1).mean()
         loss = (1 - weight) * F.cross_entropy(student, y)
@@ -87,8 +91,26 @@ def test_the_divergence_is_that_of_numpy(temperature: float, dim: int) -> None:
     assert float(kl_divergence(p, p, temperature, dim)) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("weight", "temperature"), [(1.0, 2.0), (0.3, 1.0)])
-def test_training_is_that_of_a_loop_by_hand(weight: float, temperature: float) -> None:
+def test_a_temperature_that_follows_the_logits() -> None:
+    """Four times the spread, which a shift of all logits does not touch; never below 1."""
+    teacher = torch.randn(4, 5, 6)
+    student = (teacher + 2 * torch.randn(4, 5, 6) + 7).requires_grad_()
+    apart = (student.detach() - teacher).double().numpy()
+    found = fitting_temperature(student, teacher, 1)
+    assert float(found) == pytest.approx(4 * math.sqrt(apart.var(axis=1).mean()), rel=1e-5)
+    assert not found.requires_grad
+    assert fitting_temperature(teacher + 0.01, teacher, 1) == 1.0
+    assert fitting_temperature(teacher.bfloat16(), teacher.bfloat16(), -1).dtype == torch.float32
+    # Far apart, it is half the variance of the differences under the teacher's distribution.
+    close, target = torch.randn(6).double(), torch.randn(6).double()
+    p = (target / 50).softmax(0)
+    mean = (p * (close - target)).sum()
+    variance = float((p * (close - target - mean).square()).sum())
+    assert float(kl_divergence(close, target, 50.0, 0)) == pytest.approx(variance / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(1.0, 2.0), (0.3, 1.0), (0.6, "auto")])
+def test_training_is_that_of_a_loop_by_hand(weight: float, temperature: Any) -> None:
     """With dropout and BatchNorm in the module, and another teacher than itself."""
     expected, module, teacher = module_of(1), module_of(1), module_of(2)
     kept = copy.deepcopy(teacher)
@@ -338,7 +360,7 @@ def test_it_helps_a_narrow_network_and_is_told(messages: Messages) -> None:
             distances.append(float(kl_divergence(own.eval()(images), wanted, 1.0, 1)))
     assert distances[1] < 0.8 * distances[0]
     (told,) = messages.about("Distillation: ")
-    assert "kl at temperature 2 on the output of net.8, weight 1" in told
+    assert "kl at temperature 2.0 on the output of net.8, weight 1" in told
     assert "M parameters (0.0 MB). It took " in told
 
 
@@ -437,7 +459,8 @@ def test_what_cannot_be_is_refused_by_name(
         ({"loss": "ce"}, "got loss='ce'; expected 'kl', 'mse' or a function"),
         ({"weight": 0.0}, "got weight=0.0; expected above 0 and at most 1"),
         ({"weight": 1.5}, "got weight=1.5"),
-        ({"temperature": 0.0}, "got temperature=0.0; expected above 0"),
+        ({"temperature": 0.0}, "got temperature=0.0; expected 'auto' or a number above 0"),
+        ({"temperature": "Auto"}, "got temperature='Auto'"),
         ({"temperature": float("nan")}, "got temperature=nan"),
     ],
 )
