@@ -212,9 +212,10 @@ class AtTheStart(L.Callback):
 
 @torch.no_grad()
 def log_probabilities(model: Any, held_out: Tensor) -> Tensor:
-    """Of every token at every place, `(windows, tokens, words)`."""
-    rows = [model(row[None]).logits[0].float().log_softmax(-1) for row in held_out]
-    return torch.stack(rows)
+    """Of every token at every place, `(windows, tokens, words)`, on the CPU."""
+    device = next(model.parameters()).device
+    rows = [model(row[None].to(device)).logits[0].float().log_softmax(-1) for row in held_out]
+    return torch.stack([row.cpu() for row in rows])
 
 
 @torch.no_grad()
@@ -248,8 +249,9 @@ class Benchmark:
         if self.path.exists():
             self.runs = json.loads(self.path.read_text(encoding="utf-8"))
         self.start = self._float_model(published)
-        self.reference = log_probabilities(self.start, self.held_out)
-        self.before = figures(self.start, self.held_out, self.reference)
+        self.device = self.trainer(1).strategy.root_device
+        self.reference = log_probabilities(self.start.to(self.device), self.held_out)
+        self.before = self.figures(self.start)
 
     def _float_model(self, published: nn.Module) -> nn.Module:
         path = self.args.output / f"float_{self.key}.pt"
@@ -259,6 +261,24 @@ class Benchmark:
             torch.save(published.state_dict(), path)
         published.load_state_dict(torch.load(path, weights_only=True))
         return published.eval()
+
+    def trainer(self, steps: int, *callbacks: L.Callback) -> L.Trainer:
+        return common.make_trainer(
+            self.args.output,
+            -1,
+            quiet=True,
+            max_steps=steps,
+            callbacks=[*callbacks],
+            accelerator=self.args.accelerator,
+            precision=self.args.precision,
+            gradient_clip_val=1.0,
+        )
+
+    def figures(self, model: nn.Module) -> Figures:
+        """Those of a model, which is on the CPU afterwards."""
+        found = figures(model.to(self.device), self.held_out, self.reference)
+        model.cpu()
+        return found
 
     def fit(
         self, model: nn.Module, steps: int, lr: float, seed: int, *callbacks: L.Callback
@@ -270,16 +290,7 @@ class Benchmark:
             len(self.train) - length, (steps * size,), generator=generator
         ).tolist()
         text = [self.train[place : place + length] for place in places]
-        trainer = common.make_trainer(
-            self.args.output,
-            -1,
-            quiet=True,
-            max_steps=steps,
-            callbacks=[*callbacks],
-            accelerator=self.args.accelerator,
-            precision=self.args.precision,
-            gradient_clip_val=1.0,
-        )
+        trainer = self.trainer(steps, *callbacks)
         L.seed_everything(seed, verbose=False)
         model.train()
         trainer.fit(Language(model, lr, self.setting.scale_lr), DataLoader(text, size))  # type: ignore[arg-type]
@@ -291,7 +302,7 @@ class Benchmark:
         def run() -> dict[str, Any]:
             model = copy.deepcopy(self.start)
             self.fit(model, self.setting.steps, lr, 1000 + seed)
-            return {"after": figures(model, self.held_out, self.reference)}
+            return {"after": self.figures(model)}
 
         return self._once(f"float, {self.setting.steps} steps, lr {lr:g}, seed {seed}", run)
 
@@ -308,7 +319,7 @@ class Benchmark:
             start = time.perf_counter()
             self.fit(model, self.setting.steps, lr, 1000 + seed, *callbacks, AtTheStart(measure))
             seconds = time.perf_counter() - start
-            after = figures(model, self.held_out, self.reference)
+            after = self.figures(model)
             return {"before": before, "after": after, "seconds": seconds}
 
         s = self.setting
