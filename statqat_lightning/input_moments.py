@@ -114,7 +114,7 @@ class InputMoments:
             x = x.to(torch.float32) if x.dtype == torch.float64 or not others else x
             if others:
                 values += x.sum(others, dtype=torch.float32)
-                squares += torch.linalg.vector_norm(x, dim=others, dtype=torch.float32).square_()
+                squares += _sum_of_squares(x, others, axis)
             else:
                 values += x
                 squares += x.square()
@@ -173,6 +173,19 @@ class InputMoments:
             own = getattr(self, name)
             own.zero_() if state is None else own.copy_(state[name])
         self.known = state is not None and bool(state["known"])
+
+
+def _sum_of_squares(x: Tensor, dims: list[int], axis: int) -> Tensor:
+    """Sums of squares over all axes but one, float32 `(channels,)`, without a copy of the squares.
+
+    Over what lies together in memory first: that takes a fifth of the time for images.
+    """
+    inner = [dim for dim in dims if dim > axis]
+    if not inner or not x.is_contiguous():
+        inner = dims
+    squares: Tensor = torch.linalg.vector_norm(x, dim=inner, dtype=torch.float32).square_()
+    outer = [dim for dim in dims if dim not in inner]
+    return squares.sum(outer) if outer else squares
 
 
 def sums_of(moments: Sequence[InputMoments]) -> Tensor:
