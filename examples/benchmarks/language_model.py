@@ -355,7 +355,8 @@ class Benchmark:
             scales = chosen_scales(self.rounded(row, OURS))
             callbacks.append(AtTheStart(lambda model: set_learned_scales(model, scales)))
         if method.distilled:
-            callbacks.append(DistillationCallback())
+            # Not what the fit begins with: that may be compensated, and knows no more.
+            callbacks.append(DistillationCallback(Language(self.start, lr=0.0)))
         return model, callbacks
 
     def rounded(self, row: Row, name: str) -> nn.Module:

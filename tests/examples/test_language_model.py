@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from statqat_lightning import DistillationCallback
+
 CONTEXT, WORDS, WIDTH = 16, 40, 24
 
 
@@ -105,6 +107,26 @@ def test_every_method_trains_from_one_start(
     ours, learned = rows["INT3", "StatQAT"], rows["INT3", "LSQ from our scales"]
     assert learned["before"]["nats"] == pytest.approx(ours["before"]["nats"], rel=1e-3)
     assert rows["INT3", "LSQ"]["before"]["nats"] != pytest.approx(ours["before"]["nats"], rel=1e-3)
+
+
+def test_the_teacher_is_the_float_model_whatever_the_training_starts_from(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    teachers = []
+
+    class Noted(DistillationCallback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            teachers.append(self._run.state())
+            super().on_train_end(trainer, pl_module)
+
+    monkeypatch.setattr(benchmark, "DistillationCallback", Noted)
+    methods = ("StatQAT distilled", "StatQAT compensated, distilled")
+    run(benchmark, monkeypatch, tmp_path, "--rows", "INT3", "--methods", *methods)
+    (path,) = tmp_path.glob("float_*.pt")
+    start = {f"model.{name}": value for name, value in torch.load(path).items()}
+    assert len(teachers) == 2
+    for teacher in teachers:
+        torch.testing.assert_close(teacher, start, rtol=0, atol=0)
 
 
 def test_it_goes_on_where_it_was_stopped(
