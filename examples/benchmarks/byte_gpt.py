@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from measuring import rising_and_falling
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -110,14 +111,7 @@ class LanguageModel(L.LightningModule):
             {"params": scales, "weight_decay": 0.0, "lr": lr * self.hparams["scale_lr"]},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr, betas=(0.9, 0.95))
-        steps = self.trainer.max_steps
-        rise = max(1, round(steps * self.hparams["warm_up"]))
-
-        def factor(step: int) -> float:
-            return min((step + 1) / rise, max(steps - step, 0) / max(steps - rise, 1))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return rising_and_falling(optimizer, self.trainer.max_steps, self.hparams["warm_up"])
 
 
 class Windows(Dataset[Tensor]):

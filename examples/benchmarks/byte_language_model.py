@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
 import platform
 import statistics
 import sys
@@ -33,11 +32,11 @@ import common
 from byte_gpt import ByteGPT, LanguageModel, TrainingText, even_windows, standard_library
 from common import positive
 from measuring import (
+    Journal,
     add_sizes,
     code_digest,
     versions_text,
     with_sizes,
-    write_json,
     write_results,
 )
 
@@ -123,20 +122,6 @@ SETTINGS = {
         eval_bytes=1 << 20,
     ),
 }
-
-
-class Journal:
-    """Results by key, written to a file whenever one is added."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: dict[str, dict[str, float]] = {}
-        if path.exists():
-            self.entries = json.loads(path.read_text(encoding="utf-8"))
-
-    def add(self, key: str, entry: dict[str, float]) -> None:
-        self.entries[key] = entry
-        write_json(self.path, self.entries)
 
 
 def chosen_formats(args: argparse.Namespace) -> dict[str, Formats]:

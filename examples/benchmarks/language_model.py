@@ -17,7 +17,6 @@ import argparse
 import copy
 import dataclasses
 import hashlib
-import json
 import statistics
 import sys
 import time
@@ -40,11 +39,12 @@ import peers
 import smollm2
 from common import positive
 from measuring import (
+    Journal,
     add_sizes,
     code_digest,
+    rising_and_falling,
     versions_text,
     with_sizes,
-    write_json,
     write_results,
 )
 from rounding import METHODS as ROUNDED
@@ -184,14 +184,7 @@ class Language(L.LightningModule):
         optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], self.lr, betas=(0.9, 0.95), weight_decay=0.0
         )
-        steps = self.trainer.max_steps
-        rise = max(1, steps // 10)
-
-        def factor(step: int) -> float:
-            return min((step + 1) / rise, max(steps - step, 0) / max(steps - rise, 1))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return rising_and_falling(optimizer, self.trainer.max_steps, 0.1)
 
 
 class AtTheStart(L.Callback):
@@ -244,10 +237,7 @@ class Benchmark:
         weights = next(published.parameters()).detach().numpy().tobytes()
         text = self.train.numpy().tobytes() + self.held_out.numpy().tobytes()
         self.key = hashlib.sha256(repr(of).encode() + weights + text).hexdigest()[:12]
-        self.path = args.output / f"runs_{self.key}.json"
-        self.runs: dict[str, dict[str, Any]] = {}
-        if self.path.exists():
-            self.runs = json.loads(self.path.read_text(encoding="utf-8"))
+        self.journal = Journal(args.output / f"runs_{self.key}.json")
         self.start = self._float_model(published)
         self.device = self.trainer(1).strategy.root_device
         self.reference = log_probabilities(self.start.to(self.device), self.held_out)
@@ -366,11 +356,10 @@ class Benchmark:
         return rounded(self.start, recipe, method, self.seen.split(1))
 
     def _once(self, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if key not in self.runs:
-            self.runs[key] = run()
-            write_json(self.path, self.runs)
-            print(f"{key}: {self.runs[key]['after']['nats']:.4f}", flush=True)
-        return self.runs[key]
+        if key not in self.journal.entries:
+            self.journal.add(key, run())
+            print(f"{key}: {self.journal.entries[key]['after']['nats']:.4f}", flush=True)
+        return self.journal.entries[key]
 
 
 def chosen_scales(model: nn.Module) -> dict[str, Tensor]:

@@ -130,6 +130,17 @@ def _cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
+def rising_and_falling(optimizer: torch.optim.Optimizer, steps: int, rise: float) -> Any:
+    """What `configure_optimizers` returns: rates rise for a share of the steps, then fall to 0."""
+    rising = max(1, round(steps * rise))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / rising, max(steps - step, 0) / max(steps - rising, 1))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def digest(*paths: Path) -> str:
     """Begin of the SHA-256 of files."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
@@ -152,6 +163,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise SystemExit(f"error: --output: {error.strerror}") from error
+
+
+class Journal:
+    """Results by key, written to a file whenever one is added."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            self.entries = json.loads(path.read_text(encoding="utf-8"))
+
+    def add(self, key: str, entry: dict[str, Any]) -> None:
+        self.entries[key] = entry
+        write_json(self.path, self.entries)
 
 
 def write_results(path: Path | None, **results: Any) -> None:

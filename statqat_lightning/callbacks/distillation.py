@@ -112,8 +112,8 @@ class DistillationCallback(Callback):
             raise ValueError(
                 f"DistillationCallback: got weight={weight}; expected above 0 and at most 1."
             )
-        by_number = not isinstance(temperature, str)
-        if not (0 < temperature < float("inf") if by_number else temperature == AUTO):  # type: ignore[operator]
+        fixed = temperature if isinstance(temperature, (int, float)) else 0.0
+        if temperature != AUTO and not 0 < fixed < float("inf"):
             raise ValueError(
                 f"DistillationCallback: got temperature={temperature!r}; expected {AUTO!r} or a "
                 "number above 0."
@@ -399,7 +399,9 @@ class _Run:
         count = sum(p.numel() for p in parameters)
         size = sum(p.numel() * p.element_size() for p in parameters)
         loss = self._callback.loss if isinstance(self._callback.loss, str) else "own loss"
-        heat = f" at temperature {self._callback.temperature}" if loss == "kl" else ""
+        degree = self._callback.temperature
+        degree = degree if isinstance(degree, str) else f"{degree:g}"
+        heat = f" at temperature {degree}" if loss == "kl" else ""
         names = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if layers[3:] else "")
         return (
             f"{loss}{heat} on the output of {names}, weight {self._callback.weight:g}; the "

@@ -59,9 +59,7 @@ class WrappedHook:
 
     def __post_init__(self) -> None:
         there = self.pl_module.__dict__.get(self.name)
-        while isinstance(there, WrappedHook) and not (self.around and there.around):
-            there = there.own
-        self.own = there
+        self.own = _beneath(there, but_around=self.around is not None)
         self.pl_module.__dict__[self.name] = self
 
     def take_off(self) -> None:
@@ -73,9 +71,7 @@ class WrappedHook:
         self.before = self.after = self.around = None
         if self.pl_module.__dict__.get(self.name) is not self:
             return
-        own = self.own
-        while isinstance(own, WrappedHook) and not own.around:  # taken off meanwhile
-            own = own.own
+        own = _beneath(self.own, but_around=True)  # others may have been taken off meanwhile
         if own is None:
             del self.pl_module.__dict__[self.name]
         else:
@@ -85,13 +81,8 @@ class WrappedHook:
     def __wrapped__(self) -> Callable[..., Any]:
         # Lightning follows this name when it asks whether a hook is overridden, and what arguments
         # it takes.
-        own = self.own
-        while isinstance(own, WrappedHook):
-            own = own.own
-        if own is not None:
-            return own
-        hook: Callable[..., Any] = getattr(type(self.pl_module), self.name)
-        return hook
+        hook: Callable[..., Any] | None = _beneath(self.own)
+        return getattr(type(self.pl_module), self.name) if hook is None else hook
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.before is not None:
@@ -108,3 +99,10 @@ class WrappedHook:
         if self.own is not None:
             return self.own(*args, **kwargs)
         return getattr(type(self.pl_module), self.name)(self.pl_module, *args, **kwargs)
+
+
+def _beneath(hook: Any, but_around: bool = False) -> Any:
+    """What lies beneath our wrappers, or beneath those that run around nothing."""
+    while isinstance(hook, WrappedHook) and not (but_around and hook.around):
+        hook = hook.own
+    return hook

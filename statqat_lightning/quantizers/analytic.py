@@ -23,11 +23,10 @@ from statqat_lightning.quantizers.base import (
     least,
     positive_or_one,
     relative,
-    rounding_error,
 )
 from statqat_lightning.quantizers.row_search import (
     by_parts,
-    elements_at_once,
+    errors_at,
     least_squares_step,
 )
 
@@ -138,9 +137,7 @@ class Analytic(Quantizer):
 
         if not fmt.is_signed:
             rows = rows.clamp_min(0.0)  # every scale loses what is negative
-        at_once = max(1, elements_at_once(rows.device) // rows.numel())
-        tried = torch.split(scales, at_once)
-        errors = torch.cat([rounding_error(rows, some, fmt, weights) for some in tried])
+        errors = errors_at(rows, scales, fmt, weights)
         best = scales.gather(0, errors.topk(2, dim=0, largest=False).indices)
         for _ in range(_STEPS):
             best, error = least_squares_step(rows, best, fmt, weights)

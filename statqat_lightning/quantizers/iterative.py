@@ -22,11 +22,10 @@ from statqat_lightning.quantizers.base import (
     near_one,
     positive_or_one,
     relative,
-    rounding_error,
 )
 from statqat_lightning.quantizers.row_search import (
     by_parts,
-    elements_at_once,
+    errors_at,
     least_squares_step,
 )
 
@@ -119,7 +118,7 @@ class Iterative(Quantizer):
         ones = rows.new_ones(1, len(rows))
         known = [ones] if warm is None else [ones, warm.unsqueeze(0)]
         scales = torch.cat([*known, torch.exp2(exponents).unsqueeze(1).expand(-1, len(rows))])
-        errors = _errors_at(rows, scales, fmt, weights)
+        errors = errors_at(rows, scales, fmt, weights)
         width = 1.0 / _PER_OCTAVE
         for kept, parts in _WEIGHTED_ROUNDS:
             few = errors.topk(kept, 0, largest=False, sorted=False).indices
@@ -127,13 +126,13 @@ class Iterative(Quantizer):
             offsets = torch.linspace(-0.5, 0.5, parts, device=rows.device) * width
             near = (base.unsqueeze(1) * torch.exp2(offsets).view(1, -1, 1)).flatten(0, 1)
             scales = torch.cat([scales, near])
-            errors = torch.cat([errors, _errors_at(rows, near, fmt, weights)])
+            errors = torch.cat([errors, errors_at(rows, near, fmt, weights)])
             width /= parts - 1
         steps = scales.gather(0, errors.topk(_FINALISTS, 0, largest=False).indices)
         for _ in range(self.max_iterations):
             steps, _ = least_squares_step(rows, steps, fmt, weights)
         scales = torch.cat([scales, steps])
-        errors = torch.cat([errors, _errors_at(rows, steps, fmt, weights)])
+        errors = torch.cat([errors, errors_at(rows, steps, fmt, weights)])
         found = torch.where(errors[0] > 0, least(scales, errors), 1.0)  # max|x| exact, or all 0
         if warm is None:
             return found
@@ -271,12 +270,3 @@ class Iterative(Quantizer):
             scale, zero = torch.where(stays, warm[0], scale), torch.where(stays, warm[1], zero)
         some = spectrum.power > 0
         return torch.where(some, scale, 1.0), torch.where(some, zero, 0.0)
-
-
-def _errors_at(
-    rows: Tensor, scales: Tensor, fmt: Format, weights: RelativeWeights | None
-) -> Tensor:
-    """Roots of the errors of rows `(n, m)` at scales `(candidates, n)`, some of these at a time."""
-    at_once = max(1, elements_at_once(rows.device) // rows.numel())
-    parts = [rounding_error(rows, some, fmt, weights) for some in torch.split(scales, at_once)]
-    return torch.cat(parts)

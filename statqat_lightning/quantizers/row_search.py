@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.formats import Format
-from statqat_lightning.quantizers.base import SMALLEST, RelativeWeights, covering_scale
+from statqat_lightning.quantizers.base import (
+    SMALLEST,
+    RelativeWeights,
+    covering_scale,
+    rounding_error,
+)
 
 _LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
 
@@ -49,6 +54,13 @@ def by_parts(
             scale = torch.where(chosen == known, force, scale)  # to the last bit
         parts.append(scale)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def errors_at(rows: Tensor, scales: Tensor, fmt: Format, weights: RelativeWeights | None) -> Tensor:
+    """Roots of the errors of rows `(n, m)` at scales `(candidates, n)`, some of these at a time."""
+    at_once = max(1, elements_at_once(rows.device) // rows.numel())
+    parts = [rounding_error(rows, some, fmt, weights) for some in torch.split(scales, at_once)]
+    return torch.cat(parts)
 
 
 def least_squares_step(

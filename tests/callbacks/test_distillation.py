@@ -360,7 +360,7 @@ def test_it_helps_a_narrow_network_and_is_told(messages: Messages) -> None:
             distances.append(float(kl_divergence(own.eval()(images), wanted, 1.0, 1)))
     assert distances[1] < 0.8 * distances[0]
     (told,) = messages.about("Distillation: ")
-    assert "kl at temperature 2.0 on the output of net.8, weight 1" in told
+    assert "kl at temperature 2 on the output of net.8, weight 1" in told
     assert "M parameters (0.0 MB). It took " in told
 
 

@@ -14,25 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from statqat_lightning import DistillationCallback
-
-CONTEXT, WORDS, WIDTH = 16, 40, 24
-
-
-class Toy(nn.Module):
-    """Predicts the next token from the one before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(WORDS, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
-        self.lm_head = nn.Linear(WIDTH, WORDS)
-
-    def forward(self, tokens: Tensor) -> Any:
-        x = self.embedding(tokens)
-        return SimpleNamespace(logits=self.lm_head(x + self.down(self.up(x).relu())))
+from tests.examples.test_pretrained_language_model import CONTEXT, WORDS, Toy
 
 
 @pytest.fixture
@@ -56,6 +40,7 @@ def benchmark(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def run(benchmark: Any, monkeypatch: pytest.MonkeyPatch, output: Path, *options: str) -> Any:
     command = ["language_model.py", "--model", ".", "--text", ".", "--output", str(output)]
     command += ["--float-steps", "4", "--steps", "6", "--accelerator", "cpu", "--lrs", "0.002"]
+    command += ["--threads", "1"]
     monkeypatch.setattr(sys, "argv", [*command, *options])
     benchmark.main()
     return json.loads((output / "results.json").read_text())

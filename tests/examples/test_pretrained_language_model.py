@@ -109,6 +109,7 @@ def test_a_run_goes_on_where_it_was_stopped(
     monkeypatch.setattr(benchmark.smollm2, "load_model", lambda folder: (model, tokenizer))
     monkeypatch.setattr(benchmark.smollm2, "articles", lambda folder: ["abcdefg hijklm " * 20] * 20)
     command = ["x", "--model", ".", "--text", ".", "--output", str(tmp_path), "--seen", "3"]
+    command += ["--threads", "1"]
     command += ["--formats", "int4", "--granularities", "per_channel", "--methods", "min-max"]
     monkeypatch.setattr(sys, "argv", command)
     benchmark.main()

@@ -21,7 +21,6 @@ from statqat_lightning.quantizers import (
     Iterative,
     MinMax,
     Statistics,
-    analytic,
     row_search,
 )
 from tests.reference import ALL_FORMATS, ErrorOf
@@ -190,8 +189,7 @@ def test_parts_of_a_large_weight_are_rows_like_any(monkeypatch: pytest.MonkeyPat
     whole = quantizer.from_rows(rows, INT4)
     warmed = quantizer.from_rows(rows, INT4, 1.1 * whole)
     for at_once in (1, 250, 400):
-        for module in (analytic, row_search):
-            monkeypatch.setattr(module, "elements_at_once", lambda device, n=at_once: n)
+        monkeypatch.setattr(row_search, "elements_at_once", lambda device, n=at_once: n)
         assert torch.equal(quantizer.from_rows(rows, INT4), whole)
         assert torch.equal(quantizer.from_rows(rows, INT4, 1.1 * whole), warmed)
 
