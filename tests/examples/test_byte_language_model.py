@@ -27,6 +27,7 @@ TINY = (
 @pytest.fixture
 def load(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """A module of the benchmarks, by name."""
+    monkeypatch.syspath_prepend(repository / "examples")
     monkeypatch.syspath_prepend(repository / "examples" / "benchmarks")
     return importlib.import_module
 

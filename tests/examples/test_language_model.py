@@ -21,6 +21,7 @@ from tests.examples.test_pretrained_language_model import CONTEXT, WORDS, Toy
 
 @pytest.fixture
 def benchmark(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(repository / "examples")
     monkeypatch.syspath_prepend(repository / "examples" / "benchmarks")
     module = importlib.import_module("language_model")
     monkeypatch.setattr(module.smollm2, "CONTEXT", CONTEXT)

@@ -40,6 +40,7 @@ class Toy(nn.Module):
 
 @pytest.fixture
 def benchmark(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(repository / "examples")
     monkeypatch.syspath_prepend(repository / "examples" / "benchmarks")
     monkeypatch.setattr(importlib.import_module("smollm2"), "CONTEXT", CONTEXT)
     return importlib.import_module("pretrained_language_model")
