@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from statqat_lightning.fake_quantizer import WeightFakeQuantizer
 from statqat_lightning.formats import Format
+from statqat_lightning.functional import fake_quantize
 from statqat_lightning.input_moments import InputChannels
+from statqat_lightning.observers import Reduce
 from statqat_lightning.quantized_layer import (
     LayerQuantizers,
     is_sharded,
@@ -81,6 +83,7 @@ def compensate(
     *,
     damping: float = 0.05,
     memory: int = 1 << 30,
+    reduce: Reduce | None = None,
 ) -> CompensationReport:
     """Move the weights of a prepared model, in place, so that rounding them costs outputs least.
 
@@ -101,6 +104,8 @@ def compensate(
             little the correlations seen in few batches are trusted.
         memory: Bytes that matrices of second moments may take at once. With less of it, `run` is
             called more often.
+        reduce: Reduction over ranks, each of which runs its own batches, see `observers.Reduce`;
+            None for a single process. All ranks end with the same weights.
 
     Returns:
         Which weights were moved, with the SNR of their layers' outputs, and which not and why.
@@ -119,13 +124,13 @@ def compensate(
             f"compensate: {type(model).__name__} has no quantized weights; call prepare first."
         )
     rows: dict[str, CompensatedWeight] = {}
-    for group in _in_groups(_in_order(targets, run), memory):
+    for group in _in_groups(_in_order(targets, run, reduce), memory):
         for target in group:
             target.start()
         with _watched([(t.layer, t.add) for t in group]):
             run()
         for target in group:
-            row = target.finish(damping)
+            row = target.finish(damping, reduce)
             if isinstance(row, str):
                 skipped[target.name] = row
             else:
@@ -138,6 +143,18 @@ def compensate(
             "compensate: no layer with a quantized weight ran; expected `run` to call the model."
         )
     return CompensationReport(tuple(rows[t.name] for t in targets if t.name in rows), skipped)
+
+
+@torch.no_grad()
+def share_on_grid(model: nn.Module) -> float:
+    """Share, 0 to 1, of the quantized weights that rounding leaves as they are."""
+    found = [
+        torch.allclose(fake_quantize(weight, quantizer.qparams, quantizer.fmt), weight)
+        for _, module, layer in quantized_layers(model)
+        for role, quantizer in layer.weights.items()
+        if quantizer.ready and (weight := module._parameters.get(role)) is not None
+    ]
+    return sum(found) / max(len(found), 1)
 
 
 class _Target:
@@ -171,6 +188,11 @@ class _Target:
         self.moments: Tensor | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self._weight.device
+
+    @property
     def bytes(self) -> int:
         """Memory of `moments`."""
         return 8 * self._parts * self._columns**2
@@ -191,15 +213,17 @@ class _Target:
             return
         if x.shape[-1] != self._columns:
             return  # subclasses of layers may take other inputs
-        matrix = x.reshape(-1, self._columns).to(torch.float32)
+        matrix = _at_least_float32(x.reshape(-1, self._columns))
         if x.dim() > 2:
             matrix = F.normalize(matrix, dim=1)
         self.moments[self._channels.roles.index(role)] += matrix.T @ matrix
 
-    def finish(self, damping: float) -> CompensatedWeight | str:
+    def finish(self, damping: float, reduce: Reduce | None) -> CompensatedWeight | str:
         """Move the weight; what came of it, or why it stays as it is."""
         moments, self.moments = self.moments, None
         assert moments is not None, "it has started"
+        if reduce is not None:
+            moments = reduce(moments, "sum")
         if not moments.isfinite().all():
             return "its inputs held NaN or infinite values"
         if not moments.diagonal(dim1=1, dim2=2).any():
@@ -213,6 +237,8 @@ class _Target:
         moved, signal, before, after = round_in_turn(
             wide.reshape(size), scale.reshape(size), quantizer.fmt, moments, damping
         )
+        if reduce is not None:
+            moved = reduce(moved, "max")  # ranks whose factorizations differ in the last bit agree
         self._weight.copy_(moved.view(shape))
         return CompensatedWeight(self.name, _decibels(signal, before), _decibels(signal, after))
 
@@ -269,16 +295,24 @@ def _watched(watchers: list[tuple[LayerQuantizers, Callable[[str, Any], None]]])
             layer.watchers = ()
 
 
-def _in_order(targets: list[_Target], run: Callable[[], Any]) -> list[_Target]:
-    """Those that run, in the order in which they do first."""
-    seen: dict[str, _Target] = {}
+def _in_order(
+    targets: list[_Target], run: Callable[[], Any], reduce: Reduce | None
+) -> list[_Target]:
+    """Those that run, on whatever rank, in the order in which they do first."""
+    seen: dict[str, int] = {}
 
     def note(target: _Target, role: str, x: Any) -> None:
-        seen.setdefault(target.name, target)
+        seen.setdefault(target.name, len(seen))
 
     with _watched([(target.layer, partial(note, target)) for target in targets]):
         run()
-    return list(seen.values())
+    never = len(targets)
+    places = [seen.get(target.name, never) for target in targets]
+    if reduce is not None and targets:
+        own = torch.tensor(places, dtype=torch.float64, device=targets[0].device)
+        places = (-reduce(-own, "max")).tolist()
+    order = sorted(range(len(targets)), key=places.__getitem__)
+    return [targets[number] for number in order if places[number] < never]
 
 
 def _in_groups(targets: list[_Target], memory: int) -> Iterator[list[_Target]]:
@@ -296,7 +330,7 @@ def _in_groups(targets: list[_Target], memory: int) -> Iterator[list[_Target]]:
 
 
 def _patches(module: Any, x: Tensor, groups: int) -> Iterator[Tensor]:
-    """What the rows of a convolution's weight are multiplied with, float32 `(groups, places, m)`.
+    """What the rows of a convolution's weight are multiplied with, `(groups, places, m)`.
 
     Args:
         module: The convolution.
@@ -304,7 +338,7 @@ def _patches(module: Any, x: Tensor, groups: int) -> Iterator[Tensor]:
         groups: Its groups.
     """
     kernel = len(module.kernel_size)
-    x = x.to(torch.float32)
+    x = _at_least_float32(x)
     x = x.unsqueeze(0) if x.dim() == kernel + 1 else x
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
@@ -408,6 +442,10 @@ def _factor(moments: Tensor, damping: float) -> Tensor:
                 factor: Tensor = upper
                 return factor
         damping *= 10
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _decibels(signal: float, noise: float) -> float:

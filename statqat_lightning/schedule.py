@@ -120,6 +120,11 @@ class QuantSchedule:
         """Whether scales and statistics stay as they are."""
         return self.freeze_at is not None and reached(self.freeze_at, progress)
 
+    @property
+    def quantizes_weights_at_once(self) -> bool:
+        """Whether weights have the formats of their own from the first step on."""
+        return reached(self.weights_at, Progress(0, 0.0, 0.0)) and not self.widths
+
     def moments(self) -> dict[str, When]:
         """The moments at which something changes, by what they are called."""
         found: dict[str, When] = {

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import gc
 import hashlib
 import statistics
 import sys
@@ -324,8 +325,6 @@ class Benchmark:
         if method.peer:
             quantize_by_torchao(model, row)
             return model, []
-        if method.compensated:
-            model.load_state_dict(self.rounded(row, "StatQAT, compensated").state_dict())
         weights = TensorSpec(
             row.weights, row.granularity, method.quantizer, gradient=method.gradient
         )
@@ -338,26 +337,23 @@ class Benchmark:
                 recipe=smollm2.all_but_the_head(weights, inputs),
                 calibration_batches=self.setting.seen,
                 freeze_at=None if method.quantizer == "lsq" else 0.9,
+                compensate=method.compensated,
                 verbose=False,
             )
         ]
         if method.statistical:
-            scales = chosen_scales(self.rounded(row, OURS))
+            ours = ROUNDED[OURS]
+            recipe = smollm2.all_but_the_head(ours.spec(row.weights, row.granularity))
+            scales = chosen_scales(rounded(self.start, recipe, ours, self.seen.split(1)))
             callbacks.append(AtTheStart(lambda model: set_learned_scales(model, scales)))
         if method.distilled:
-            # Not what the fit begins with: that may be compensated, and knows no more.
-            callbacks.append(DistillationCallback(Language(self.start, lr=0.0)))
+            callbacks.append(DistillationCallback())
         return model, callbacks
-
-    def rounded(self, row: Row, name: str) -> nn.Module:
-        """The float model, its weights rounded without training by one of `rounding.METHODS`."""
-        method = ROUNDED[name]
-        recipe = smollm2.all_but_the_head(method.spec(row.weights, row.granularity))
-        return rounded(self.start, recipe, method, self.seen.split(1))
 
     def _once(self, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if key not in self.journal.entries:
             self.journal.add(key, run())
+            gc.collect()  # a Trainer and its module hold each other, and with them 2.7 GB
             print(f"{key}: {self.journal.entries[key]['after']['nats']:.4f}", flush=True)
         return self.journal.entries[key]
 

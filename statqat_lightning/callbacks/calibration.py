@@ -1,4 +1,4 @@
-"""Batches for calibration that the training run never notices."""
+"""Batches for calibration and compensation that the training run never notices."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.callbacks.trial_copy import running, trial_copy
+from statqat_lightning.compensation import CompensationReport, compensate
 from statqat_lightning.dataflow import Dataflow, record
 from statqat_lightning.insertion import remove
 from statqat_lightning.isolated_copy import CannotCopy, ReachesOriginal
 from statqat_lightning.observers import Reduce
 from statqat_lightning.quantized_model import (
     load_quantizer_state,
+    quantized_layers,
     quantizer_state,
     refresh,
     set_enabled,
@@ -57,6 +59,67 @@ def calibrate(
         CannotCalibrate: With the reason; nothing has changed then.
     """
     _run_isolated(trainer, pl_module, lambda: _calibrate(trainer, pl_module, num_batches, reduce))
+
+
+def compensate_weights(
+    trainer: Trainer, pl_module: LightningModule, num_batches: int, reduce: Reduce | None
+) -> CompensationReport:
+    """Make up for the rounding errors of weights, on training batches of the quantized model.
+
+    Like `calibrate`, this runs a copy of the module, and only the weights of the module itself
+    change: see `compensate`.
+
+    Args:
+        trainer: The Trainer, at the start of training.
+        pl_module: The module, with scales chosen and everything quantized.
+        num_batches: Largest number of batches.
+        reduce: Reduction over ranks.
+
+    Returns:
+        Which weights were moved, and which not and why.
+
+    Raises:
+        CannotCalibrate: With the reason; nothing has changed then.
+    """
+    found: list[CompensationReport] = []
+
+    def run() -> Exception | None:
+        trial = trial_copy(trainer, pl_module)
+        title = "StatQAT compensation"
+
+        def run_batches() -> None:
+            steps = _steps(trainer, pl_module, trial, num_batches, title, observing=False)
+            if failure := _run_all(trainer, steps, reduce, lambda: None):
+                raise failure
+
+        try:
+            report = compensate(trial, run_batches, reduce=reduce)
+        except Exception as error:
+            return error
+        _take_weights(pl_module, trial, [row.name for row in report.rows])
+        found.append(report)
+        return None
+
+    _run_isolated(trainer, pl_module, run)
+    return found[0]
+
+
+@torch.no_grad()
+def _take_weights(pl_module: LightningModule, trial: LightningModule, names: list[str]) -> None:
+    """Copy weights, named `{layer}/{role}`, from a copy of the module."""
+    own, moved = (
+        {
+            quantizer.name: module._parameters[role]
+            for _, module, layer in quantized_layers(model)
+            for role, quantizer in layer.weights.items()
+        }
+        for model in (pl_module, trial)
+    )
+    for name in names:
+        weight, value = own[name], moved[name]
+        assert weight is not None, "weights that are made of others are not moved"
+        assert value is not None, "weights that are made of others are not moved"
+        weight.copy_(value)
 
 
 def record_batch(

@@ -14,15 +14,17 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from statqat_lightning.callbacks.calibration import step_arguments
 from statqat_lightning.callbacks.hooks import WrappedHooks
+from statqat_lightning.callbacks.input_warnings import StatQATWarning
 from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.callbacks.trial_copy import running, trial_copy
+from statqat_lightning.compensation import share_on_grid
 from statqat_lightning.distillation import (
     LayerOutputs,
     OutputLoss,
@@ -162,6 +164,14 @@ class DistillationCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._let_go()
+        if self.teacher is None and self._saved is None and share_on_grid(pl_module) > 0.5:
+            rank_zero_warn(
+                "DistillationCallback: the weights that the fit begins with are rounded already, "
+                "as `compensate` leaves them, and a network that is its own teacher learns "
+                "nothing. Give the float network: teacher=<a LightningModule or a checkpoint>; or "
+                "let StatQATCallback(compensate=True) round them after the teacher was copied.",
+                category=StatQATWarning,
+            )
         teacher = self._make_teacher(trainer, pl_module)
         self._run = _Run(self, pl_module, teacher)
         self._hooks.wrap(pl_module, "training_step", around=_Around(self))

@@ -15,6 +15,7 @@ from statqat_lightning.callbacks.averaging import Averaging
 from statqat_lightning.callbacks.calibration import (
     CannotCalibrate,
     calibrate,
+    compensate_weights,
     reestimate_batch_norm,
 )
 from statqat_lightning.callbacks.checkpoint import QuantizerEntry, give_back_scales, read_entry
@@ -31,6 +32,7 @@ from statqat_lightning.callbacks.input_warnings import StatQATWarning as StatQAT
 from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.callbacks.refusals import refuse_trainer
+from statqat_lightning.compensation import CompensationReport
 from statqat_lightning.export.stale import remember_weights
 from statqat_lightning.insertion import prepare, remove, rows_in_use
 from statqat_lightning.insertion_report import InsertionReport
@@ -114,8 +116,14 @@ class StatQATCallback(Callback):
             checkpoint remembers. At the end of the fit, scales and biases move a little, to where
             the runtime computes the same codes as the model, see `placement.settle`. Formats
             without integer kernels stay as they are.
+        compensate: True makes up for the rounding errors of weights before the first step, on the
+            batches that calibrate, see `compensate`: training starts at a better model. It costs
+            some more passes over these batches and, for each layer, a matrix of the size of its
+            inputs. A teacher of `DistillationCallback` is the float model all the same. A resumed
+            run, or a second fit, goes on with its weights as they are.
 
     Attributes:
+        compensation: What was done to which weight for `compensate`; None before, and without.
         report: What was done to each layer, None before.
         placed: The recipe for what really runs: with a rule for each place that the target needs,
             and without quantizers that nothing reaches. None before, and where it is the recipe as
@@ -143,6 +151,7 @@ class StatQATCallback(Callback):
         enabled: bool = True,
         verbose: bool = True,
         target: str | None = None,
+        compensate: bool = False,
     ) -> None:
         if isinstance(weights, QuantRecipe):
             raise TypeError("StatQATCallback: got a QuantRecipe as weights; pass it as recipe=....")
@@ -172,12 +181,20 @@ class StatQATCallback(Callback):
                 "recipe=place(model, recipe, lambda: model(example), target).recipe."
             )
         self.placed: QuantRecipe | None = None
+        self.compensation: CompensationReport | None = None
         self.missed: list[str] = []
         self._kernels: tuple[IntegerKernel, ...] = ()
         self.calibration_batches = calibration_batches
         self.schedule = schedule or QuantSchedule(
             freeze_at=0.9 if freeze_at == DEFAULT else freeze_at
         )
+        if compensate and not (enabled and self.schedule.quantizes_weights_at_once):
+            raise ValueError(
+                "StatQATCallback: got compensate=True, but weights are not quantized by their own "
+                "formats from the first step on; leave out enabled=False, and weights_at and "
+                "widths of the schedule, or compensate."
+            )
+        self.compensate = compensate
         self.phases = Phases(self.schedule)
         self.averaging = Averaging()
         self.refresh_every = refresh_every
@@ -408,6 +425,8 @@ class StatQATCallback(Callback):
                 if activation_quantizers(pl_module)
                 else "Scales of weights follow their inputs from the first step on."
             )
+            if self.compensate:
+                raise self._cannot_compensate(reason) from reason
             note = f"StatQAT: no calibration ahead of training: {reason}. {until}"
             rank_zero_info(note)
             self._add_notes([note])
@@ -415,6 +434,25 @@ class StatQATCallback(Callback):
         self._prepare(pl_module)  # by now the signs of formats are known
         self._warnings.of_idle_layers(pl_module)
         self._warnings.of_negatives(pl_module)
+        if self.compensate:
+            self._compensate(trainer, pl_module)
+
+    def _compensate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        try:
+            self.compensation = compensate_weights(
+                trainer, pl_module, self.calibration_batches, _reduction(trainer)
+            )
+        except CannotCalibrate as reason:
+            raise self._cannot_compensate(reason) from reason
+        if self.verbose:
+            rank_zero_info(f"StatQAT: {self.compensation}")
+
+    def _cannot_compensate(self, reason: CannotCalibrate) -> ValueError:
+        return ValueError(
+            f"StatQATCallback: got compensate=True, but {reason}. Leave it out, or compensate "
+            "ahead of the fit: prepare(module, recipe=...), batches, refresh(module), "
+            "compensate(module, run)."
+        )
 
     def _add_notes(self, notes: Sequence[str]) -> None:
         assert self.report is not None

@@ -197,6 +197,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "no range": {"max_epochs": 2, "recipe": recipe(ranged=False)},
     "learned": {"recipe": learning_recipe()},
     "distilled": {"max_epochs": 2, "distilled": True},
+    "compensated": {"max_epochs": 2, "compensate": True},
 }
 
 
@@ -223,12 +224,14 @@ def fit(name: str, folder: Path, strategy: str = "auto", devices: int = 1) -> No
         calibration_batches=STEPS - (shorter_by if devices == 1 else 0),
         freeze_at=None,
         verbose=False,
+        compensate=options.pop("compensate", False),
     )
-    witness, before = Witness(), BeforeStep(1)
+    witness, before, start = Witness(), BeforeStep(1), BeforeStep(0)
     trainer = make_trainer(
         callback,
         witness,
         before,
+        start,
         *extra,
         use_distributed_sampler=False,
         precision="64-true",
@@ -245,6 +248,10 @@ def fit(name: str, folder: Path, strategy: str = "auto", devices: int = 1) -> No
         "collectives": callback.collectives,
         "settled": callback.settled,
         "step": before.kept,
+        "start": start.kept["start"],
+        "compensated": [tuple(vars(row).values()) for row in callback.compensation.rows]
+        if callback.compensation
+        else [],
     }
     (folder / name).mkdir(exist_ok=True)
     torch.save(known, folder / name / f"{trainer.global_rank}.pt")
