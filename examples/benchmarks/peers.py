@@ -9,13 +9,14 @@ import warnings
 INSTALL = {
     "brevitas": 'pip install "statqat-lightning[bench]"',
     "modelopt": "pip install nvidia-modelopt",
+    "quant_mp": "a clone of pi314ever/quant_mp, its src on PYTHONPATH; pip install loguru",
     "torchao": 'pip install "statqat-lightning[bench]"',
 }
 """How to get them; torch.ao is a part of torch, for as long as it is."""
 
 DISTRIBUTIONS = (
     *("torch", "lightning", "torchvision", "statqat-lightning", "brevitas", "torchao"),
-    *("nvidia-modelopt", "onnxruntime"),
+    *("nvidia-modelopt", "quant_mp", "onnxruntime"),
 )
 
 

@@ -52,6 +52,8 @@ def ways() -> tuple[dict[str, Way], dict[str, str]]:
         ("torch.ao histogram, observed", "torch.ao.quantization", histogram),
         ("Brevitas MSE", "brevitas", brevitas_mse),
         ("ModelOpt MSE", "modelopt", modelopt_mse),
+        ("quant_mp analytic", "quant_mp", lambda: quant_mp("analytic")),
+        ("quant_mp iterative", "quant_mp", lambda: quant_mp("iterative")),
     ):
         with quiet():
             if reason := peers.missing(package):
@@ -183,5 +185,33 @@ def modelopt_mse() -> Way:
             calibrator.collect(rows)
             amax: Tensor = calibrator.compute_amax()
         return amax.reshape(-1) / fmt.max
+
+    return choose
+
+
+def quant_mp(name: str) -> Way:
+    """What the authors of StatQAT published; iterations start at min-max, as in their training.
+
+    Its integers are signed and have one negative code more; floats are on our grids.
+    """
+    from loguru import logger
+    from quant_mp import datatypes
+    from quant_mp.algs import get_algorithm
+
+    logger.disable("quant_mp")
+    steps = {"iterative": {"num_iters": 16}}  # the most that its configurations have
+    algorithm = get_algorithm(name, algorithm_init_kwargs=steps.get(name))
+    start = get_algorithm("minmax")
+
+    def choose(rows: Tensor, fmt: Format) -> Tensor | None:
+        theirs = getattr(datatypes, fmt.name, None)
+        if theirs is None:
+            return None
+        scale = rows.new_ones(len(rows), 1)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # codebooks are fitted to random numbers
+            scale, _ = start.fit_params(theirs, rows, scale)
+            scale, _ = algorithm.fit_params(theirs, rows, scale)
+        return scale.reshape(-1) * theirs.max_value / fmt.max
 
     return choose

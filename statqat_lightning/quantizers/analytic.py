@@ -138,9 +138,17 @@ class Analytic(Quantizer):
         if not fmt.is_signed:
             rows = rows.clamp_min(0.0)  # every scale loses what is negative
         errors = errors_at(rows, scales, fmt, weights)
-        best = scales.gather(0, errors.topk(2, dim=0, largest=False).indices)
+        error, indices = errors.topk(2, dim=0, largest=False)
+        best = moved = scales.gather(0, indices)
         for _ in range(_STEPS):
-            best, error = least_squares_step(rows, best, fmt, weights)
+            moved, bound = least_squares_step(rows, moved, fmt, weights)
+        if weights is None or weights.mean is None:
+            best, error = moved, bound
+        else:
+            # The nearest codes at a scale that has moved need not have less of an error that adds
+            # up over the row, so steps are no better until they have been looked at.
+            best = torch.cat([best, moved])
+            error = torch.cat([error, errors_at(rows, moved, fmt, weights)])
         found = torch.where(errors[0] > 0, least(best, error), 1.0)  # max|x| may be exact, or all 0
         if warm is None:
             return found

@@ -78,7 +78,7 @@ def run(load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
     def run(*arguments: str) -> tuple[str, dict[str, Any]]:
         module: ModuleType = load("scale_quality")
-        for name in ("brevitas", "modelopt"):  # importing them takes up to 15 s
+        for name in ("brevitas", "modelopt", "quant_mp"):  # importing them takes up to 15 s
             monkeypatch.setitem(sys.modules, name, None)
         options = ("--output", "out/scales.json", *arguments)
         monkeypatch.setattr(sys, "argv", ["scale_quality.py", *options])
@@ -138,6 +138,8 @@ def test_weights_and_inputs_of_a_network_trained_here(run: Any) -> None:
     [
         ("brevitas", "Brevitas MSE", ("int4", "fp4_e2m1", "fp8_e4m3")),
         ("modelopt", "ModelOpt MSE", ("int4", "fp4_e2m1", "nf4")),
+        ("quant_mp", "quant_mp analytic", ("int4", "fp4_e2m1", "fp8_e4m3", "nf4", "sf4")),
+        ("quant_mp", "quant_mp iterative", ("int4", "fp4_e2m1", "nf4", "sf4")),
     ],
 )
 def test_peers_scales_are_on_our_grid(
@@ -145,9 +147,7 @@ def test_peers_scales_are_on_our_grid(
 ) -> None:
     pytest.importorskip(package)
     peers, exact = load("scale_peers"), load("exact_optimum")
-    make = {"Brevitas MSE": "brevitas_mse", "ModelOpt MSE": "modelopt_mse"}[method]
-    with peers.quiet():
-        choose = getattr(peers, make)()
+    choose = peers.ways()[0][method]
     cases = [
         (rows, name) for rows in (torch.randn(1, 4096), torch.randn(4, 1024)) for name in formats
     ]
