@@ -206,6 +206,7 @@ class StatQATCallback(Callback):
         self._hooks = WrappedHooks()
         self._fast_path: bool | None = None
         self._weights_are_new = True
+        self._compensation_due = False
         self._last_step = -1
         self._last_boundary: int | None = None
         self._fitting = False
@@ -262,6 +263,8 @@ class StatQATCallback(Callback):
         # chosen theirs, but a checkpoint may still replace the weights.
         after = [layer.quantizers for layer in quantized_layers(pl_module)]
         self._weights_are_new = before != after
+        if before != after or not knows_inputs(pl_module):
+            self._compensation_due = self.compensate  # until a checkpoint is read, or it is done
         self._announced = before == after
 
     def _prepare(self, pl_module: LightningModule) -> None:
@@ -304,6 +307,7 @@ class StatQATCallback(Callback):
         if "placed_for" in entry:
             self.placed = QuantRecipe.from_dict(entry["recipe"])
             self._prepare(pl_module)
+        self._compensation_due = False
         load_quantizer_state(pl_module, entry["quantizers"])
         give_back_scales(pl_module, checkpoint)
         weights, inputs = entry.get("quantized", (True, True))
@@ -411,6 +415,8 @@ class StatQATCallback(Callback):
         # quantized once they have.
         if not knows_inputs(pl_module):
             self._calibrate(trainer, pl_module)
+        if self._compensation_due:
+            self._compensate(trainer, pl_module)
         self._announce()
         assert self.report is not None
         self._warnings.of_little(self.report, self.recipe)
@@ -425,8 +431,6 @@ class StatQATCallback(Callback):
                 if activation_quantizers(pl_module)
                 else "Scales of weights follow their inputs from the first step on."
             )
-            if self.compensate:
-                raise self._cannot_compensate(reason) from reason
             note = f"StatQAT: no calibration ahead of training: {reason}. {until}"
             rank_zero_info(note)
             self._add_notes([note])
@@ -434,25 +438,21 @@ class StatQATCallback(Callback):
         self._prepare(pl_module)  # by now the signs of formats are known
         self._warnings.of_idle_layers(pl_module)
         self._warnings.of_negatives(pl_module)
-        if self.compensate:
-            self._compensate(trainer, pl_module)
 
     def _compensate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._compensation_due = False
         try:
             self.compensation = compensate_weights(
                 trainer, pl_module, self.calibration_batches, _reduction(trainer)
             )
         except CannotCalibrate as reason:
-            raise self._cannot_compensate(reason) from reason
+            raise ValueError(
+                f"StatQATCallback: got compensate=True, but {reason}. Leave it out, or compensate "
+                "ahead of the fit: prepare(module, recipe=...), batches, refresh(module), "
+                "compensate(module, run)."
+            ) from reason
         if self.verbose:
             rank_zero_info(f"StatQAT: {self.compensation}")
-
-    def _cannot_compensate(self, reason: CannotCalibrate) -> ValueError:
-        return ValueError(
-            f"StatQATCallback: got compensate=True, but {reason}. Leave it out, or compensate "
-            "ahead of the fit: prepare(module, recipe=...), batches, refresh(module), "
-            "compensate(module, run)."
-        )
 
     def _add_notes(self, notes: Sequence[str]) -> None:
         assert self.report is not None

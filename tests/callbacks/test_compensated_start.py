@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.callbacks.digits import (
     digits,
     held_out,
     loader,
+    make_trainer,
     quantizer_of,
     statqat,
     train,
@@ -155,6 +157,17 @@ def test_a_second_fit_goes_on_with_its_weights() -> None:
     assert_same(start.found["state"], weights)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_an_evaluation_before_the_fit_does_not_count_as_one(same: bool) -> None:
+    module, callback = copy.deepcopy(trained()), statqat(compensate=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StatQATWarning)  # of inputs without statistics
+        make_trainer(callback).validate(module, held_out(), verbose=False)
+    callback = callback if same else statqat(compensate=True)
+    train(callback, module=module, max_steps=1)
+    assert callback.compensation is not None
+
+
 def test_the_teacher_is_the_float_network() -> None:
     teachers = []
 
@@ -207,9 +220,10 @@ def test_data_that_can_be_read_only_once_is_refused() -> None:
         train(statqat(compensate=True), data=loader(Stream(), shuffle=False))
 
 
-@pytest.mark.parametrize("activations", [None, "int8"])
-def test_weights_alone_are_compensated_for_inputs_in_float(activations: str | None) -> None:
-    start, callback = started(activations=activations, compensate=True)
+@pytest.mark.parametrize("weights", ["int4", TensorSpec("int4", quantizer="minmax")])
+def test_weights_alone_are_compensated_for_inputs_in_float(weights: Any) -> None:
+    """Also where no scale depends on inputs, and nothing is calibrated."""
+    start, callback = started(weights=weights, activations=None, compensate=True)
     torch.testing.assert_close(start.rounded, start.weights)
     assert len(callback.compensation.rows) == 3
 
