@@ -241,3 +241,13 @@ def test_a_compensated_module_is_no_teacher_of_its_own() -> None:
 def test_a_second_fit_may_have_the_network_of_the_first_as_its_teacher() -> None:
     module, _ = train(statqat(compensate=True))
     train(DistillationCallback(), statqat(), module=module, max_steps=1)
+
+
+@pytest.mark.parametrize("inputs", ["int8", "fp8"])
+def test_the_start_of_a_training_for_a_target_is_compensated(inputs: str) -> None:
+    """Places of the target are quantized by then, and seen by the layers behind them."""
+    callback, start = statqat("int8", inputs, compensate=True, target="onnxruntime"), Start()
+    _, run = train(callback, start, module=copy.deepcopy(trained()), max_epochs=2)
+    assert [row.name for row in callback.compensation.rows] == WEIGHTS
+    assert all(row.after >= row.before for row in callback.compensation.rows)
+    assert run.losses[-1] < 1.2 * run.losses[0]
