@@ -6,6 +6,7 @@ Nothing is traced symbolically, so control flow and other Python in the forward 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
@@ -108,11 +110,25 @@ class Dataflow:
         operations: In the order in which they ran.
         calls: How often each module ran, by name.
         reads: Products with parameters that their own layers do not compute, each once.
+        to_norms: Names of norms that take the mean of each channel away, such as BatchNorm in train
+            mode, and were all that read what a layer with weights returned: one for each such call
+            of the layer, by its name.
     """
 
     operations: list[Operation] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     reads: list[WeightRead] = field(default_factory=list)
+    to_norms: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def centred(self) -> dict[str, tuple[str, ...]]:
+        """Norms that take away the means of all that a layer returns, in each call, by layer."""
+        read_elsewhere = {read.parameter.rpartition(".")[0] for read in self.reads}
+        return {
+            name: tuple(dict.fromkeys(norms))
+            for name, norms in self.to_norms.items()
+            if len(norms) == self.calls[name] > 0 and name not in read_elsewhere
+        }
 
 
 def record(model: nn.Module, run: Callable[[], Any], operations: bool = True) -> Dataflow:
@@ -125,8 +141,8 @@ def record(model: nn.Module, run: Callable[[], Any], operations: bool = True) ->
         model: The model; it is run as it is, in train or eval mode.
         run: Runs it once: a forward, or a step of a training. Functions that it calls itself, and
             whoever it returns tensors to, are operations of kind `output`.
-        operations: Whether operations are wanted, too, or only calls and reads: their tensors are
-            kept until the run is over.
+        operations: Whether operations are wanted, too, or only all else: their tensors are kept
+            until the run is over.
     """
     recorder = _Recorder(model, operations)
     with torch.no_grad():
@@ -135,7 +151,7 @@ def record(model: nn.Module, run: Callable[[], Any], operations: bool = True) ->
 
 
 class Recording:
-    """A recording of calls and reads that begins and ends at other moments than a call of `record`.
+    """A recording without operations that begins and ends at other moments than a call of `record`.
 
     Args:
         model: The model.
@@ -163,10 +179,34 @@ def is_atom(module: nn.Module) -> bool:
     return _own_class(module).__module__.startswith("torch.nn.") and not any(module.children())
 
 
+def takes_means_away(module: nn.Module) -> bool:
+    """Whether a norm goes by the means of its batch, or of a part of it, channel by channel."""
+    return isinstance(module, _NormBase) and (module.training or module.running_mean is None)
+
+
 def _own_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module as it was before insertion and freezing."""
     mro = base_class(module).__mro__
     return next(c for c in mro if not c.__module__.startswith("statqat_lightning."))
+
+
+@dataclass
+class _Returned:
+    """What a layer with weights has returned.
+
+    Attributes:
+        layer: Its name.
+        tensor: The tensor.
+        version: Of the tensor then; what writes to it moves that.
+        read: Whether anything has read it.
+        norm: The norm that alone has, by name.
+    """
+
+    layer: str
+    tensor: weakref.ref[Tensor]
+    version: int
+    read: bool = False
+    norm: str | None = None
 
 
 class _Recorder(TorchFunctionMode):
@@ -192,6 +232,8 @@ class _Recorder(TorchFunctionMode):
         self._alive: list[Tensor] = []  # or another tensor would get the same id
         self._stack: list[str] = []
         self._atoms: list[str] = []
+        self._norms: list[str] = []
+        self._returned: dict[int, _Returned] = {}
 
     def watch(self, run: Callable[[], Any]) -> None:
         with self.watching():
@@ -206,13 +248,13 @@ class _Recorder(TorchFunctionMode):
             atom = is_atom(module)
             handles += [
                 module.register_forward_pre_hook(
-                    lambda m, args, kwargs, n=name, a=atom: self._enter(n, a, args, kwargs),
+                    lambda m, args, kwargs, n=name, a=atom: self._enter(n, m, a, args, kwargs),
                     with_kwargs=True,
                     prepend=True,
                 ),
                 module.register_forward_hook(
                     lambda m, args, kwargs, result, n=name, a=atom: self._leave(
-                        n, m if a else None, (args, kwargs), result
+                        n, m, a, (args, kwargs), result
                     ),
                     with_kwargs=True,
                 ),
@@ -228,7 +270,10 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self._look_for_reads(_kind_of_function(func), (args, kwargs), result)
-        if self._wants_operations and not self._atoms and any(True for _ in _floating(result)):
+        computes = not self._atoms and any(True for _ in _floating(result))
+        if computes and not self._norms:
+            self._note_readers((args, kwargs))
+        if self._wants_operations and computes:
             kind = _kind_of_function(func) if self._stack else OUTPUT_KIND
             if kwargs.get("alpha", 1) != 1:
                 kind = f"scaled {kind}"  # not the sum of its terms
@@ -260,24 +305,69 @@ class _Recorder(TorchFunctionMode):
                 self._made_of.setdefault(id(tensor), parameters)
                 self._alive.append(tensor)
 
-    def _enter(self, name: str, atom: bool, args: Any, kwargs: Any) -> None:
+    def _note_readers(self, given: Any, norm: str | None = None) -> None:
+        """Note who reads what layers have returned: a norm that takes means away, or another."""
+        for tensor in _floating(given):
+            known = self._returned.get(id(tensor))
+            if known is None or known.tensor() is not tensor:
+                continue  # a tensor that is gone may have had this one's id
+            norms = self.flow.to_norms.setdefault(known.layer, [])
+            if known.norm is not None:
+                norms.remove(known.norm)
+                known.norm = None
+            elif norm is not None and not known.read and self._is_as_it_was(tensor):
+                norms.append(norm)
+                known.norm = norm
+            known.read = True
+
+    def _note_returned(self, name: str, layer: nn.Module, tensor: Tensor) -> None:
+        weight = layer._parameters.get("weight")
+        # Outputs of a linear layer, and of a convolution, that have as many axes as its weight have
+        # their channels along axis 1, where a norm has them, too. Of inference tensors nobody can
+        # tell whether they are written to.
+        if weight is not None and tensor.dim() == weight.dim() and not tensor.is_inference():
+            self._returned[id(tensor)] = _Returned(name, weakref.ref(tensor), tensor._version)
+
+    def _is_as_it_was(self, tensor: Tensor | None) -> bool:
+        """Whether a tensor is what a layer with weights returned, and nothing has written to it."""
+        known = self._returned.get(id(tensor))
+        return (
+            known is not None
+            and tensor is not None
+            and known.tensor() is tensor
+            and known.version == tensor._version
+        )
+
+    def _enter(self, name: str, module: nn.Module, atom: bool, args: Any, kwargs: Any) -> None:
         self.flow.calls[name] += 1
         self._stack.append(name)
+        if takes_means_away(module) and not self._atoms:
+            self._norms.append(name)
         first = next(_floating((args, kwargs)), None) if self._wants_operations else None
         if first is not None and not self._atoms:
             self._value(first).taken_by.append(name)
         if atom:
             self._atoms.append(name)
 
-    def _leave(self, name: str, atom: nn.Module | None, given: Any, result: Any) -> None:
-        if atom is not None:
+    def _leave(self, name: str, module: nn.Module, atom: bool, given: Any, result: Any) -> None:
+        if atom:
             self._atoms.pop()
+        norm = bool(self._norms) and self._norms[-1] == name
+        if norm:
+            self._norms.pop()
         self._stack.pop()
-        if self._atoms or not self._wants_operations:
+        if self._atoms:
             return
-        if atom is not None:
-            self._note(_own_class(atom).__name__, atom, name, given, result)
-        if (first := next(_floating(result), None)) is not None:
+        first = next(_floating(result), None)
+        if not self._norms and (norm or (atom and not self._is_as_it_was(first))):
+            self._note_readers(given, name if norm else None)
+        if first is not None and atom:
+            self._note_returned(name, module, first)
+        if not self._wants_operations:
+            return
+        if atom:
+            self._note(_own_class(module).__name__, module, name, given, result)
+        if first is not None:
             self._value(first).returned_by.append(name)
 
     def _note(self, kind: str, module: nn.Module | None, name: str, given: Any, made: Any) -> None:

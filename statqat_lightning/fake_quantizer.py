@@ -210,6 +210,8 @@ class WeightFakeQuantizer(FakeQuantizer):
         together: During a training step, the weights that are quantized with this one.
         input_moments: What the errors of its elements count for the layer's output; None where all
             count alike, or no scale depends on it.
+        weighed: Whether the scale in force was chosen by what errors count. If it was not, it is no
+            start for a search that knows better: the best by another measure may rest for good.
         trained: What tells the weight at the end of the training from another one, None if that is
             not known; see `export.stale`.
     """
@@ -235,6 +237,7 @@ class WeightFakeQuantizer(FakeQuantizer):
             kept = granularity.axis if isinstance(granularity, PerChannel) else None
             if channels.matter_within(kept):
                 self.input_moments = InputMoments(channels)
+        self.weighed = False
         self.trained: tuple[float, float] | None = None
         self.to(weight.device if weight.device.type != "meta" else torch.device("cpu"))
 
@@ -291,8 +294,10 @@ class WeightFakeQuantizer(FakeQuantizer):
 
     def state_dict(self) -> dict[str, Any]:
         moments = self.input_moments
-        own = {} if moments is None else {"input_moments": moments.state_dict()}
-        return super().state_dict() | {"read_by": list(self.read_by)} | own
+        own: dict[str, Any] = {"read_by": list(self.read_by)}
+        if moments is not None:
+            own |= {"input_moments": moments.state_dict(), "weighed": self.weighed}
+        return super().state_dict() | own
 
     def check_state(self, state: dict[str, Any]) -> None:
         super().check_state(state)
@@ -311,6 +316,7 @@ class WeightFakeQuantizer(FakeQuantizer):
         self.read_by = tuple(state.get("read_by", ()))
         if self.input_moments is not None:
             self.input_moments.load_state_dict(state.get("input_moments"))
+            self.weighed = bool(state.get("weighed", self.input_moments.known))
 
     @torch.no_grad()
     def energies(self, weight: Tensor, of_output: bool = False) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,8 @@ class InputMoments:
         mean: Running means, float32 `(inputs, channels)`; zeros for an input never seen.
         mean_square: Running mean squares, likewise; for indices how often each occurs in a batch.
         num_batches: Batches in these, float32 `(inputs,)`.
+        centred: Whether what follows the layer takes the mean of each of its outputs away, as a
+            BatchNorm in train mode does: what errors make of the means of inputs then does no harm.
         filled: Whether `sums` may differ from zero.
         known: Whether something was folded into the means since they are there, on any rank.
     """
@@ -79,6 +81,7 @@ class InputMoments:
         self.mean = torch.zeros(inputs, number, dtype=torch.float32, device="cpu")
         self.mean_square = torch.zeros(inputs, number, dtype=torch.float32, device="cpu")
         self.num_batches = torch.zeros(inputs, dtype=torch.float32, device="cpu")
+        self.centred = False
         self.filled = False
         self.known = False
 
@@ -125,14 +128,14 @@ class InputMoments:
         """What errors of a weight are worth, each in a shape that broadcasts to the weight.
 
         Returns:
-            Variances and means of the channels; mean squares and None where no output sums over a
-            row.
+            Variances and means of the channels, or variances and None if `centred`; mean squares
+            and None where no output sums over a row.
         """
         channels = self.channels
         if not channels.summed:
             return channels.spread(self.mean_square), None
         variance = (self.mean_square - self.mean.square()).clamp_min_(0.0)
-        return channels.spread(variance), channels.spread(self.mean)
+        return channels.spread(variance), None if self.centred else channels.spread(self.mean)
 
     def output_energy(self, weight: Tensor) -> Tensor:
         """Energy of what a weight makes of its inputs, the bias apart.
@@ -163,7 +166,7 @@ class InputMoments:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs."""
         running = {name: getattr(self, name).cpu().clone() for name in self.RUNNING}
-        return running | {"known": self.known}
+        return running | {"known": self.known, "centred": self.centred}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -173,6 +176,7 @@ class InputMoments:
             own = getattr(self, name)
             own.zero_() if state is None else own.copy_(state[name])
         self.known = state is not None and bool(state["known"])
+        self.centred = state is not None and bool(state.get("centred", False))
 
 
 def _sum_of_squares(x: Tensor, dims: list[int], axis: int) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, FakeQuantizer
+from statqat_lightning.fake_quantizer import (
+    ActivationFakeQuantizer,
+    FakeQuantizer,
+    WeightFakeQuantizer,
+)
 from statqat_lightning.input_moments import InputMoments, fold_moments, sums_of
 from statqat_lightning.module_names import plain_name
 from statqat_lightning.observers import Reduce
@@ -167,6 +171,30 @@ def set_narrowest(model: nn.Module, bits: int) -> None:
                 refresh_weights([(weight, weight_of(module, name))])
         for activation in quantizers.activations():
             activation.widen(bits)
+
+
+def set_centred(model: nn.Module, layers: Collection[str]) -> None:
+    """Say of which layers' outputs the means are taken away, so that errors of them do no harm.
+
+    A weight that several layers share counts as theirs if all of them are.
+
+    Args:
+        model: A model with quantizers.
+        layers: Names of layers.
+    """
+    found: dict[int, list[tuple[str, WeightFakeQuantizer]]] = {}
+    for layer in quantized_layers(model):
+        for weight in layer.quantizers.weights.values():
+            if weight.input_moments is not None:
+                found.setdefault(id(weight.input_moments), []).append((layer.name, weight))
+    for sharing in found.values():
+        moments = sharing[0][1].input_moments
+        assert moments is not None, "they have been found by it"
+        centred = all(name in layers for name, _ in sharing)
+        if centred != moments.centred:
+            moments.centred = centred
+            for _, weight in sharing:
+                weight.weighed = False  # by another measure
 
 
 def refit_weights(model: nn.Module, learned: bool = True) -> None:

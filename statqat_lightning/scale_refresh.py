@@ -36,13 +36,13 @@ def refresh_weights(
             start are left alone.
         search: Whether all are searched for, due or not.
     """
-    for fmt, ready, searched, group in _groups(weights, search):
+    for fmt, starts, searched, group in _groups(weights, search):
         quantizers = [quantizer for quantizer, *_ in group]
         rows, errors = _stacked(group)
         warm = torch.cat([q.scale.flatten() for q in quantizers])
         rule = quantizers[0].quantizer
         scales = (
-            rule.search(rows, fmt, warm if ready else None, errors)
+            rule.search(rows, fmt, warm if starts else None, errors)
             if searched
             else rule.track(rows, fmt, warm, errors)
         )
@@ -51,9 +51,10 @@ def refresh_weights(
             [q.scale for q in quantizers],
             [part.view_as(q.scale) for q, part in zip(quantizers, parts, strict=True)],
         )
-        for quantizer in quantizers:
+        for quantizer, _, known in group:
             quantizer.num_refreshes += 1
             quantizer.ready = True
+            quantizer.weighed = known is not None
 
 
 _Rows = tuple[WeightFakeQuantizer, Tensor, ErrorWeights | None]
@@ -63,7 +64,7 @@ _Rows = tuple[WeightFakeQuantizer, Tensor, ErrorWeights | None]
 def _groups(
     weights: Sequence[tuple[WeightFakeQuantizer, Tensor]], search: bool
 ) -> Iterator[tuple[Format, bool, bool, list[_Rows]]]:
-    """Weights that are refreshed together: format, whether they are ready and searched for, rows.
+    """Weights that are refreshed together: format, whether scales are starts, and searched; rows.
 
     Large ones come alone and at once, so that no more than one of them is copied.
     """
@@ -74,7 +75,8 @@ def _groups(
         rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
         errors = quantizer.error_weights(weight)
         fmt, spec = quantizer.fmt, quantizer.spec
-        what = (fmt, quantizer.ready, search or quantizer.is_due)
+        starts = quantizer.ready and (quantizer.weighed or errors is None)
+        what = (fmt, starts, search or quantizer.is_due or not starts)
         whole = isinstance(fmt, BlockFormat) and fmt.has_tensor_scale  # scales depend on all rows
         if whole or rows.numel() > _MAX_STACKED:
             yield *what, [(quantizer, rows, errors)]
@@ -86,8 +88,8 @@ def _groups(
             yield *what, stack
             stacks[key] = stack = []
         stack.append((quantizer, rows, errors))
-    for (fmt, ready, searched, *_), stack in stacks.items():
-        yield fmt, ready, searched, stack
+    for (fmt, starts, searched, *_), stack in stacks.items():
+        yield fmt, starts, searched, stack
 
 
 def _stacked(group: list[_Rows]) -> tuple[Tensor, ErrorWeights | None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -140,3 +142,107 @@ def test_modules_that_run_twice_are_counted() -> None:
 
     assert calls["1"] == 2
     assert calls["0"] == 1
+
+
+class Followed(nn.Module):
+    """A convolution, and what comes next."""
+
+    def __init__(self, *after: nn.Module, then: Callable[[Tensor], Any] = lambda x: x) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 1)
+        self.after = nn.Sequential(*after)
+        self.then = then
+
+    def forward(self, x: Tensor) -> Any:
+        return self.after(self.then(self.conv(x)))
+
+
+class Activated(nn.BatchNorm2d):
+    """A norm that does more, as in timm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu_()
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.norm(y) + y
+
+
+class Twice(Both):
+    def forward(self, x: Tensor) -> Tensor:
+        first: Tensor = self.norm(self.conv(x))
+        return first + self.conv(x)
+
+
+class Recurring(Both):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) + self.norm(self.conv(x + 1))
+
+
+class ByAnother(Both):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.conv.weight) + self.norm(self.conv(x))
+
+
+FOLLOWED: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm": lambda: Followed(nn.BatchNorm2d(4)),
+    "SyncBatchNorm": lambda: Followed(nn.SyncBatchNorm(4)),
+    "a subclass": lambda: Followed(Activated(4)),
+    "InstanceNorm": lambda: Followed(nn.InstanceNorm2d(4)),
+    "nothing between": lambda: Followed(nn.Identity(), nn.BatchNorm2d(4), nn.ReLU()),
+    "two calls": Recurring,
+}
+NOT_FOLLOWED: dict[str, Callable[[], nn.Module]] = {
+    "frozen BatchNorm": lambda: Followed(nn.BatchNorm2d(4).eval()),
+    "GroupNorm": lambda: Followed(nn.GroupNorm(2, 4)),
+    "ReLU": lambda: Followed(nn.ReLU(), nn.BatchNorm2d(4)),
+    "ReLU in place": lambda: Followed(nn.ReLU(inplace=True), nn.BatchNorm2d(4)),
+    "Dropout": lambda: Followed(nn.Dropout(), nn.BatchNorm2d(4)),
+    "a write": lambda: Followed(nn.BatchNorm2d(4), then=lambda x: x.add_(1)),
+    "a function": lambda: Followed(nn.BatchNorm2d(4), then=torch.relu),
+    "a custom function": lambda: Followed(nn.BatchNorm2d(4), then=Doubled.apply),
+    "no norm": Followed,
+    "the norm and another": Both,
+    "a norm of one call": Twice,
+    "another reader of the weight": ByAnother,
+}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("operations", [False, True])
+@pytest.mark.parametrize("name", [*FOLLOWED, *NOT_FOLLOWED])
+def test_layers_whose_means_a_norm_takes_away(name: str, operations: bool, quantized: bool) -> None:
+    model = (FOLLOWED | NOT_FOLLOWED)[name]()
+    if quantized:
+        prepare(model, "int8", "int8")
+
+    flow = record(model, lambda: model(torch.randn(2, 1, 5, 5)), operations)
+
+    assert flow.centred.keys() == ({"conv"} if name in FOLLOWED else set())
+
+
+@pytest.mark.parametrize(("shape", "centred"), [((6, 4), True), ((6, 3, 4), False)])
+def test_channels_must_be_those_of_the_norm(shape: tuple[int, ...], centred: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+    flow = record(model, lambda: model(torch.randn(shape)), operations=False)
+
+    assert flow.centred == ({"0": ("1",)} if centred else {})
+
+
+def test_in_evaluation_and_in_inference_mode_nothing_is_taken_away() -> None:
+    model = Net()
+    x = torch.randn(2, 1, 5, 5)
+    assert record(model, lambda: model(x), operations=False).centred == {"conv": ("norm",)}
+    assert not record(model.eval(), lambda: model(x), operations=False).centred
+
+    with torch.inference_mode():
+        flow = record(model.train(), lambda: model(x), operations=False)
+
+    assert not flow.centred

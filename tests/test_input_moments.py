@@ -31,6 +31,7 @@ from statqat_lightning.quantized_model import (
     quantized_layers,
     quantizer_state,
     refresh,
+    set_centred,
     set_frozen,
     set_observing,
 )
@@ -437,6 +438,75 @@ def test_the_error_of_the_output_is_that_of_independent_inputs() -> None:
         error = exact - layer(x)
     torch.testing.assert_close(signal, exact.square().sum(1).mean(), rtol=0.02, atol=0)
     torch.testing.assert_close(noise, error.square().sum(1).mean(), rtol=0.02, atol=0)
+
+
+def test_behind_a_norm_only_what_varies_of_the_output_counts() -> None:
+    torch.manual_seed(0)
+    layer, norm = nn.Linear(32, 16, bias=False), nn.BatchNorm1d(16, affine=False)
+    prepare(layer, **WEIGHTS_ONLY)
+    set_centred(layer, [""])
+    x = torch.rand(100_000, 32) * uneven(32)
+    observed(layer, lambda: layer(x))
+    quantizer = attached(layer).weight
+    assert quantizer is not None
+    signal, noise = quantizer.energies(layer.weight, of_output=True)
+    with torch.no_grad():
+        exact = F.linear(x, layer.weight)
+        varying = exact - exact.mean(0)
+        error = norm(layer(x)) - norm(exact)
+        own = layer(x) - exact
+    torch.testing.assert_close(signal, varying.square().sum(1).mean(), rtol=0.02, atol=0)
+    own -= own.mean(0)
+    torch.testing.assert_close(noise, own.square().sum(1).mean(), rtol=0.02, atol=0)
+
+    set_centred(layer, [])
+    refresh(layer, search=True)
+    with torch.no_grad():
+        other = norm(layer(x)) - norm(exact)
+    assert error.square().mean() < 0.9 * other.square().mean()
+
+
+def test_a_weight_that_layers_share_is_centred_if_all_of_them_are() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    prepare(model, **WEIGHTS_ONLY)
+    set_centred(model, ["0"])
+    assert not moments_of(model[0]).centred
+    set_centred(model, ["0", "2"])
+    assert moments_of(model[2]).centred
+    other = copy.deepcopy(model)
+    set_centred(other, [])
+    load_quantizer_state(other, quantizer_state(model))
+    assert moments_of(other[0]).centred
+
+
+def test_a_scale_chosen_before_inputs_were_known_is_no_start() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 256, bias=False)
+    prepare(layer, "int4", None, first_last_bits=None)
+    quantizer = attached(layer).weights["weight"]
+    before = quantizer.scale.clone()
+    x = torch.rand(100, 64) + 0.2 * torch.rand(64)
+    observed(layer, lambda: layer(x))
+    weights = quantizer.error_weights(layer.weight)
+    assert weights is not None
+    rows = layer.weight.detach()
+    cold, warm = (
+        quantizer.quantizer.from_weighted_rows(rows, quantizer.fmt, weights, start)
+        for start in (None, before.flatten())
+    )
+    assert torch.equal(quantizer.scale.flatten(), cold)
+    assert (warm == before.flatten()).any(), "some would have stayed as they were"
+    # From then on they rest.
+    refresh(layer, search=True)
+    assert torch.equal(quantizer.scale.flatten(), cold)
+
+    loaded = nn.Linear(64, 256, bias=False)
+    loaded.load_state_dict(layer.state_dict())
+    prepare(loaded, "int4", None, first_last_bits=None)
+    load_quantizer_state(loaded, quantizer_state(layer))
+    refresh(loaded, search=True)
+    assert torch.equal(attached(loaded).weights["weight"].scale.flatten(), cold)
 
 
 def test_layers_that_share_a_weight_share_its_moments_and_its_scale() -> None:

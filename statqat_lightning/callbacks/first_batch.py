@@ -34,6 +34,7 @@ class FirstBatch:
         rows: What is to be said of layers in the report.
         notes: What else there is to say.
         kernels: What the target computes in integers.
+        centred: Norms that take means of outputs away, by layer, see `Dataflow`.
     """
 
     recipe: QuantRecipe
@@ -41,6 +42,7 @@ class FirstBatch:
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     kernels: tuple[IntegerKernel, ...] = ()
+    centred: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def look_at_first_batch(
@@ -78,7 +80,9 @@ def seen_in(
     placed: QuantRecipe | None = None,
 ) -> FirstBatch:
     """What a recording shows; every rank goes by what the first one has seen. See above."""
-    flow.reads, flow.calls = trainer.strategy.broadcast((flow.reads, flow.calls))
+    flow.reads, flow.calls, flow.to_norms = trainer.strategy.broadcast(
+        (flow.reads, flow.calls, flow.to_norms)
+    )
     reads = weight_reads(flow, pl_module, recipe, assigned_rules(pl_module, recipe))
     rows = {name: dict(row) for name, row in reads.rows.items()}
     notes: list[str] = []
@@ -87,7 +91,9 @@ def seen_in(
     elif reads.idle:
         notes.append(f"Not run by the first batch: {len(reads.idle)} layers.")
     if target is None:
-        return FirstBatch(placed or reads.recipe, reads.readers, rows, tuple(notes))
+        return FirstBatch(
+            placed or reads.recipe, reads.readers, rows, tuple(notes), centred=flow.centred
+        )
     placement = place_in(flow, pl_module, reads.recipe, target)
     for name in placement.rounded_before:
         rows.setdefault(name, {})["input"] = ROUNDED_BEFORE
@@ -99,7 +105,9 @@ def seen_in(
         )
     notes += [f"{target}: {note}" for note in placement.left]
     kernels = trainer.strategy.broadcast(integer_kernels(flow))
-    return FirstBatch(placed or placement.recipe, reads.readers, rows, tuple(notes), kernels)
+    return FirstBatch(
+        placed or placement.recipe, reads.readers, rows, tuple(notes), kernels, flow.centred
+    )
 
 
 class LiveRecording:

@@ -33,10 +33,12 @@ from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.callbacks.refusals import refuse_trainer
 from statqat_lightning.compensation import CompensationReport
+from statqat_lightning.dataflow import takes_means_away
 from statqat_lightning.export.stale import remember_weights
 from statqat_lightning.insertion import prepare, remove, rows_in_use
 from statqat_lightning.insertion_report import InsertionReport
 from statqat_lightning.integer_kernels import IntegerKernel
+from statqat_lightning.module_names import modules_by_name
 from statqat_lightning.observers import ObserverConfig, Reduce
 from statqat_lightning.placement import check_target, settle
 from statqat_lightning.quantized_model import (
@@ -48,6 +50,7 @@ from statqat_lightning.quantized_model import (
     quantized_layers,
     refit_weights,
     refresh,
+    set_centred,
     set_enabled,
     set_observing,
     set_recompute,
@@ -214,6 +217,7 @@ class StatQATCallback(Callback):
         self._rows: Mapping[str, Mapping[str, Any]] = {}  # what a batch has shown, for the report
         self._watch_next = False
         self._recording: LiveRecording | None = None
+        self._norms: Mapping[str, tuple[str, ...]] | None = None  # as a batch has shown them
         self._estimated_at = -1
         self._warnings = InputWarnings()
 
@@ -422,6 +426,7 @@ class StatQATCallback(Callback):
         self._warnings.of_little(self.report, self.recipe)
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._centre(pl_module)
         try:
             calibrate(trainer, pl_module, self.calibration_batches, _reduction(trainer))
         except CannotCalibrate as reason:
@@ -460,7 +465,7 @@ class StatQATCallback(Callback):
 
     def _look_ahead(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See in one batch where the target needs quantizers, and which weights are read how."""
-        self._watch_next = False
+        self._watch_next, self._norms = False, None
         try:
             seen = look_at_first_batch(
                 *(trainer, pl_module, self.recipe, self.target, self.placed, _reduction(trainer))
@@ -484,13 +489,28 @@ class StatQATCallback(Callback):
             self._prepare(pl_module)
             set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
         set_readers(pl_module, seen.readers)
+        self._norms = seen.centred
         assert self.report is not None
         self._rows = seen.rows
         self.report = self.report.updated(seen.rows).with_notes(seen.notes)
 
+    def _centre(self, pl_module: LightningModule) -> None:
+        """Let means of outputs count but where a norm takes them away, in the mode it is in now."""
+        if self._norms is None:
+            return
+        modules = modules_by_name(pl_module)
+        centred = [
+            layer
+            for layer, norms in self._norms.items()
+            if all(takes_means_away(modules[name]) for name in norms)
+        ]
+        set_centred(pl_module, centred)
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._last_boundary is None:
+            self._centre(pl_module)  # hooks of the module, which run later, may have frozen norms
         if self._last_boundary is None or batch_idx == 0:
             self._last_boundary = batch_idx
         self.averaging.follow_training(trainer, pl_module, batch_idx)
@@ -512,6 +532,7 @@ class StatQATCallback(Callback):
         if self._recording is not None:
             flow, self._recording = self._recording.stop(), None
             self._follow(pl_module, seen_in(flow, trainer, pl_module, self.recipe))
+            self._centre(pl_module)
         if self._last_boundary is None:
             self._last_boundary = batch_idx  # Lightning starts no batch that is None, but ends it
         if trainer.fit_loop._should_accumulate():

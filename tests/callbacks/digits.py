@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
 from statqat_lightning.callbacks.qat import StatQATCallback
@@ -40,6 +43,23 @@ def loader(dataset: Dataset[Any] | None = None, shuffle: bool = True, **options:
 def held_out() -> Any:
     """The same images in order: that validation changes nothing is all that matters here."""
     return loader(shuffle=False)
+
+
+class Stream(IterableDataset[Any]):
+    """Can be read once."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in range(len(digits())):
+            self.read += 1
+            yield digits()[index]
+
+
+def once() -> Any:
+    """A loader of a stream."""
+    return loader(Stream(), shuffle=False)
 
 
 def small_cnn() -> nn.Sequential:
@@ -96,6 +116,35 @@ class DigitsModule(LightningModule):
             {"params": plain},
         ]
         return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+
+
+class Collections(DigitsModule):
+    """Takes a batch, or a dict or list of batches."""
+
+    calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.calls += 1
+        if isinstance(batch, dict):
+            batch = [batch["a"], batch["b"]]
+        if isinstance(batch[0], (list, tuple)):
+            batch = [torch.cat(parts) for parts in zip(*batch, strict=True)]
+        return super().training_step(batch, batch_idx)
+
+
+class AtStart(Callback):
+    """What the first training step would find."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DigitsModule)
+        self.found = {
+            "rng": (torch.get_rng_state(), repr(np.random.get_state()), random.getstate()),
+            "state": {name: value.clone() for name, value in pl_module.state_dict().items()},
+            "metric": (pl_module.seen.update_count, float(pl_module.seen.mean_value)),
+            "logged": dict(trainer.callback_metrics),
+            "gradients": [p.grad for p in pl_module.parameters()],
+            "training": [m.training for m in pl_module.modules()],
+        }
 
 
 class Witness(Callback):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, Dataset, IterableDataset, Sampler, default_collate
+from torch.utils.data import BatchSampler, Dataset, Sampler, default_collate
 
 from statqat_lightning import DistillationCallback, QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.callbacks.qat import StatQATCallback, StatQATWarning
@@ -23,31 +23,20 @@ from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     LAYERS,
     STEPS_PER_EPOCH,
+    AtStart,
+    Collections,
     DigitsModule,
+    Stream,
     assert_same,
     digits,
     held_out,
     loader,
     make_trainer,
+    once,
     quantizer_of,
     statqat,
     train,
 )
-
-
-class AtStart(Callback):
-    """What the first training step would find."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, DigitsModule)
-        self.found = {
-            "rng": (torch.get_rng_state(), repr(np.random.get_state()), random.getstate()),
-            "state": {name: value.clone() for name, value in pl_module.state_dict().items()},
-            "metric": (pl_module.seen.update_count, float(pl_module.seen.mean_value)),
-            "logged": dict(trainer.callback_metrics),
-            "gradients": [p.grad for p in pl_module.parameters()],
-            "training": [m.training for m in pl_module.modules()],
-        }
 
 
 class Noisy(Dataset[Any]):
@@ -103,20 +92,6 @@ DATA: dict[str, Callable[[], Any]] = {
     "dict of loaders": lambda: {"a": loader(), "b": loader(shuffle=False)},
     "combined": lambda: CombinedLoader([loader(), loader(Noisy())], "max_size_cycle"),
 }
-
-
-class Collections(DigitsModule):
-    """Takes a batch, or a dict or list of batches."""
-
-    calls = 0
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.calls += 1
-        if isinstance(batch, dict):
-            batch = [batch["a"], batch["b"]]
-        if isinstance(batch[0], (list, tuple)):
-            batch = [torch.cat(parts) for parts in zip(*batch, strict=True)]
-        return super().training_step(batch, batch_idx)
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -189,18 +164,6 @@ def test_the_progress_of_calibration_is_shown(capsys: pytest.CaptureFixture[str]
     assert "StatQAT calibration" not in capsys.readouterr().err
 
 
-class Stream(IterableDataset[Any]):
-    """Can be read once."""
-
-    def __init__(self) -> None:
-        self.read = 0
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in range(len(digits())):
-            self.read += 1
-            yield digits()[index]
-
-
 class ByHand(DigitsModule):
     def __init__(self) -> None:
         super().__init__()
@@ -220,10 +183,6 @@ class Prefetched:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(held_out())
-
-
-def once() -> Any:
-    return loader(Stream(), shuffle=False)
 
 
 @pytest.mark.parametrize(
@@ -410,6 +369,27 @@ def test_a_layer_that_does_not_run_is_named() -> None:
     assert torch.equal(quantizer_of(module, "spare/input")(x), x)
 
 
+@pytest.mark.parametrize("data", [loader, once])
+@pytest.mark.parametrize("trains", [False, True])
+def test_means_count_where_no_norm_in_training_takes_them_away(
+    data: Callable[[], Any], trains: bool
+) -> None:
+    class Norms(DigitsModule):
+        def on_train_start(self) -> None:
+            for i in (1, 4):
+                self.net[i].train(trains)
+
+    module = Norms()
+    callback = StatQATCallback("int3", None, verbose=False, first_last_bits=None)
+    make_trainer(callback, limit_train_batches=2).fit(module, data(), held_out())
+    centred = {
+        name: moments.centred
+        for name in LAYERS
+        if (moments := quantizer_of(module, f"{name}/weight").input_moments) is not None
+    }
+    assert centred == {"net.0": trains, "net.3": trains, "net.8": False}
+
+
 class MomentsAtStart(Callback):
     """Mean squares of the inputs of layers that the first step starts from, by layer."""
 
@@ -442,15 +422,10 @@ def test_weights_alone_are_calibrated_for_their_inputs() -> None:
 
 
 def test_weights_alone_whose_data_is_read_once_follow_the_first_step(messages: Messages) -> None:
-    class Once(IterableDataset[Any]):
-        def __iter__(self) -> Iterator[Any]:
-            yield from digits()
-
     torch.manual_seed(0)
     module, start = DigitsModule(), MomentsAtStart()
     callback = StatQATCallback("int3", None, verbose=False, first_last_bits=None)
-    data = torch.utils.data.DataLoader(Once(), batch_size=32)
-    make_trainer(callback, start, limit_train_batches=1).fit(module, data, held_out())
+    make_trainer(callback, start, limit_train_batches=1).fit(module, once(), held_out())
     assert not start.found
     moments = quantizer_of(module, "net.3/weight").input_moments
     assert moments is not None

@@ -19,18 +19,19 @@ from statqat_lightning.callbacks.qat import StatQATWarning
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     LAYERS,
+    AtStart,
+    Collections,
     DigitsModule,
     SeedEachBatch,
     assert_same,
     digits,
     held_out,
-    loader,
     make_trainer,
+    once,
     quantizer_of,
     statqat,
     train,
 )
-from tests.callbacks.test_calibration import AtStart, Collections, Stream
 
 WEIGHTS = [f"{name}/weight" for name in LAYERS]
 
@@ -217,7 +218,7 @@ def test_weights_in_float_or_wider_at_the_start_are_refused(options: dict[str, A
 
 def test_data_that_can_be_read_only_once_is_refused() -> None:
     with pytest.raises(ValueError, match=r"compensate=True, but an IterableDataset .*prepare\("):
-        train(statqat(compensate=True), data=loader(Stream(), shuffle=False))
+        train(statqat(compensate=True), data=once())
 
 
 @pytest.mark.parametrize("weights", ["int4", TensorSpec("int4", quantizer="minmax")])
