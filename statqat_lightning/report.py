@@ -45,8 +45,9 @@ def output_snr_by_weight(model: nn.Module) -> dict[str, float]:
     """SNR in dB that the output of a layer has if its weight alone is rounded, by `{layer}/{role}`.
 
     The weight's own SNR counts all errors alike, the output's by the inputs that they meet: their
-    running means and mean squares, with channels taken for independent, see `InputMoments`. Weights
-    whose inputs nobody has seen, or whose scales do not depend on them, are left out.
+    running means and mean squares, with channels taken for independent, see `InputMoments`. Outputs
+    whose means a norm takes away count by what varies of them. Weights whose inputs nobody has
+    seen, or whose scales do not depend on them, are left out.
     """
     names: list[str] = []
     energies: list[Tensor] = []

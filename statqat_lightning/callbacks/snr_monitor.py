@@ -30,7 +30,8 @@ class SNRMonitor(Callback):
 
     `output_snr_db/{layer}/weight` says what rounding the weight does to the layer's output: errors
     count there by the inputs that they meet, and scales are chosen by it. It may rise where the
-    weight's own SNR falls.
+    weight's own SNR falls. Where a BatchNorm in train mode takes the means of the outputs away, it
+    is that of what varies.
 
     The SNR says what quantization does to tensors, not how good the model is: choose checkpoints by
     a metric of the task, and watch the SNR beside it. In the name of a checkpoint file, Lightning

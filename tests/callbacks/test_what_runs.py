@@ -15,7 +15,13 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from statqat_lightning import ExportCallback, QuantRecipe, QuantRule, StatQATCallback
+from statqat_lightning import (
+    ExportCallback,
+    QuantRecipe,
+    QuantRule,
+    StatQATCallback,
+    TensorSpec,
+)
 from statqat_lightning.callbacks.qat import StatQATWarning
 from statqat_lightning.quantized_layer import is_quantized
 from statqat_lightning.quantized_model import quantizer_state
@@ -173,9 +179,11 @@ class CallsForward(DigitsModule):
 
 
 def test_a_forward_that_is_called_past_the_hooks_counts_as_a_call() -> None:
-    callback = statqat("int4", "int4")
+    # Which layers a norm follows, and what errors count there, only hooks show.
+    weights = TensorSpec("int4", objective="weight")
+    callback = statqat(weights, "int4")
     module, run = train(callback, module=CallsForward, limit_val_batches=0)
-    _, usual = train(statqat("int4", "int4"), limit_val_batches=0)
+    _, usual = train(statqat(weights, "int4"), limit_val_batches=0)
     assert run.losses == usual.losses
     assert callback.report is not None
     assert [row.remark for row in callback.report.rows] == [""] * 5
