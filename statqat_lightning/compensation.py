@@ -30,6 +30,7 @@ from statqat_lightning.input_moments import InputChannels
 from statqat_lightning.observers import Reduce
 from statqat_lightning.quantized_layer import (
     LayerQuantizers,
+    base_class,
     is_sharded,
     kind_of,
 )
@@ -102,8 +103,9 @@ def compensate(
             should be.
         damping: What is added to the mean squares of input channels, in units of their mean: how
             little the correlations seen in few batches are trusted.
-        memory: Bytes that matrices of second moments may take at once. With less of it, `run` is
-            called more often.
+        memory: Bytes that matrices of second moments may take at once, but for the one that there
+            is at least. With less of it, `run` is called more often. The largest matrix is needed
+            some six times over while its weight is moved.
         reduce: Reduction over ranks, each of which runs its own batches, see `observers.Reduce`;
             None for a single process. All ranks end with the same weights.
 
@@ -274,6 +276,8 @@ def _targets(model: nn.Module) -> tuple[list[_Target], dict[str, str]]:
                 reason = "its rows are picked, and not summed over"
             elif isinstance(module, nn.modules.conv._ConvTransposeNd):
                 reason = "it belongs to a transposed convolution"
+            elif _pads_its_own_way(module):
+                reason = "its layer has a forward of its own, which may pad or standardize"
             elif not (quantizer.enabled and quantizer.ready):
                 reason = "it is not quantized now"
             else:
@@ -281,6 +285,12 @@ def _targets(model: nn.Module) -> tuple[list[_Target], dict[str, str]]:
                 continue
             skipped[quantizer.name] = reason
     return targets, skipped
+
+
+def _pads_its_own_way(module: nn.Module) -> bool:
+    """Whether what a convolution computes may not be what its settings say, as in timm's `same`."""
+    is_convolution = isinstance(module, nn.modules.conv._ConvNd)
+    return is_convolution and base_class(module).forward is not kind_of(module).cls.forward
 
 
 @contextmanager

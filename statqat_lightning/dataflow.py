@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
@@ -45,6 +46,8 @@ _PRODUCTS = (
 )
 """Functions that multiply values with weights, or look them up."""
 _LOOKUPS = ("embedding", "embedding_bag")
+_LEAVING = ("numpy", "tolist", "item")
+"""Functions that take values out of torch."""
 _NO_COMPUTATION = ("deepcopy", "reduce_ex", "setstate", "repr", "hash", "format")
 
 
@@ -180,8 +183,16 @@ def is_atom(module: nn.Module) -> bool:
 
 
 def takes_means_away(module: nn.Module) -> bool:
-    """Whether a norm goes by the means of its batch, or of a part of it, channel by channel."""
-    return isinstance(module, _NormBase) and (module.training or module.running_mean is None)
+    """Whether a norm takes away the means of its batch, or of a part of it, channel by channel.
+
+    And whether those that it keeps for evaluation follow.
+    """
+    if not isinstance(module, _NormBase):
+        return False
+    keeps_none = module.running_mean is None
+    if keeps_none or (isinstance(module, _InstanceNorm) and not module.track_running_stats):
+        return True
+    return module.training and module.track_running_stats and module.momentum != 0
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:
@@ -270,10 +281,10 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self._look_for_reads(_kind_of_function(func), (args, kwargs), result)
-        computes = not self._atoms and any(True for _ in _floating(result))
-        if computes and not self._norms:
+        outside = not self._atoms and not self._norms
+        if outside and (_holds_tensors(result) or _kind_of_function(func) in _LEAVING):
             self._note_readers((args, kwargs))
-        if self._wants_operations and computes:
+        if self._wants_operations and not self._atoms and any(True for _ in _floating(result)):
             kind = _kind_of_function(func) if self._stack else OUTPUT_KIND
             if kwargs.get("alpha", 1) != 1:
                 kind = f"scaled {kind}"  # not the sum of its terms
@@ -360,7 +371,9 @@ class _Recorder(TorchFunctionMode):
             return
         first = next(_floating(result), None)
         if not self._norms and (norm or (atom and not self._is_as_it_was(first))):
-            self._note_readers(given, name if norm else None)
+            tensors = [*_floating(given)]
+            self._note_readers(tensors[:1], name if norm else None)
+            self._note_readers(tensors[1:])  # a norm may take more than what it normalizes
         if first is not None and atom:
             self._note_returned(name, module, first)
         if not self._wants_operations:
@@ -404,6 +417,10 @@ def _floating(structure: Any) -> Iterator[Tensor]:
     for leaf in tree_flatten(structure)[0]:
         if isinstance(leaf, Tensor) and torch.is_floating_point(leaf):
             yield leaf
+
+
+def _holds_tensors(structure: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_flatten(structure)[0])
 
 
 def _kind_of_function(function: Any) -> str:

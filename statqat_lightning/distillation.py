@@ -134,7 +134,8 @@ class LayerOutputs:
                 f"layer {name!r} returned {type(output).__name__}; expected a tensor, or a tuple "
                 "that begins with one. Name another layer."
             )
-        self.found[name].append(output)
+        # What comes next may write to it (`relu_`, `x /= t`), and a run that ends here does not.
+        self.found[name].append(output.clone())
         if self._wanted is not None and all(
             len(self.found[layer]) >= count for layer, count in self._wanted.items()
         ):

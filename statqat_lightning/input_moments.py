@@ -71,7 +71,7 @@ class InputMoments:
         centred: Whether what follows the layer takes the mean of each of its outputs away, as a
             BatchNorm in train mode does: what errors make of the means of inputs then does no harm.
         filled: Whether `sums` may differ from zero.
-        known: Whether something was folded into the means since they are there, on any rank.
+        known: Whether the means hold anything, of whatever rank.
     """
 
     def __init__(self, channels: InputChannels) -> None:
@@ -220,4 +220,9 @@ def fold_moments(moments: Sequence[InputMoments], total: Tensor) -> None:
         own.num_batches += seen
         own.sums.zero_()
         own.filled = False
-        own.known = True
+    # Asked of the device only until there is something: what has not run, or NaN, is nothing.
+    waiting = [own for own in moments if not own.known]
+    if waiting:
+        seen_any = torch.stack([own.num_batches.any() for own in waiting]).tolist()
+        for own, known in zip(waiting, seen_any, strict=True):
+            own.known = known

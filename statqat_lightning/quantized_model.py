@@ -197,20 +197,45 @@ def set_centred(model: nn.Module, layers: Collection[str]) -> None:
                 weight.weighed = False  # by another measure
 
 
-def refit_weights(model: nn.Module, learned: bool = True) -> None:
+def refit_weights(model: nn.Module) -> None:
     """Choose the scales of weights that were replaced: the scales in force are no start for them.
 
     Every other change is a small one, which `refresh` follows.
 
     Args:
         model: A model with quantizers.
-        learned: Whether scales that are learned start anew, too; not where whatever replaced the
-            weights has replaced them as well, being parameters.
     """
     for _, quantizers in _quantized_modules(model):
         for weight in quantizers.weights.values():
-            weight.ready = weight.ready and weight.quantizer.learned and not learned
+            weight.ready = False
     refresh(model, inputs=False)
+
+
+@torch.no_grad()
+def follow_averaged_weights(model: nn.Module) -> None:
+    """Choose the scales of averaged weights, which are near those in training.
+
+    Scales in force, if they rest in training, stay unless the error of a layer's output would be
+    less than half with others: what the model keeps of its own outputs, as a BatchNorm does of
+    their means, it has learned with these. At int3 other scales cost more than they gain.
+
+    Args:
+        model: A model with quantizers.
+    """
+    resting = [
+        (quantizer, module, role)
+        for module, layer in _quantized_modules(model)
+        for role, quantizer in layer.weights.items()
+        if quantizer.quantizer.rests and quantizer.ready
+    ]
+    before = [
+        (quantizer.scale.clone(), quantizer.energies(weight_of(module, role), of_output=True)[1])
+        for quantizer, module, role in resting
+    ]
+    refresh(model, inputs=False, search=True)
+    for (quantizer, module, role), (scale, error) in zip(resting, before, strict=True):
+        least = quantizer.energies(weight_of(module, role), of_output=True)[1]
+        quantizer.scale.copy_(torch.where(error <= 2 * least, scale, quantizer.scale))
 
 
 @torch.no_grad()

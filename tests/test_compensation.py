@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -261,6 +262,12 @@ def test_a_small_language_model_loses_less_than_by_rounding() -> None:
 def test_what_cannot_be_compensated_is_named_with_the_reason() -> None:
     torch.manual_seed(0)
 
+    class Same(nn.Conv1d):
+        """Pads by itself, as timm's `Conv2dSame`."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.pad(x, (1, 1)))
+
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -274,10 +281,11 @@ def test_what_cannot_be_compensated_is_named_with_the_reason() -> None:
             self.memory = nn.GRU(12, 12, batch_first=True)
             self.idle = nn.Linear(12, 12)
             self.off = nn.Linear(12, 12)
+            self.same = Same(12, 12, 3)
 
         def forward(self, indices: Tensor) -> Tensor:
             x = self.again(self.tied(self.made(self.first(self.embed(indices)))))
-            x = self.up(x.transpose(1, 2)).transpose(1, 2)
+            x = self.up(self.same(x.transpose(1, 2))).transpose(1, 2)
             out: Tensor = self.off(self.memory(x)[0])
             return out
 
@@ -299,6 +307,7 @@ def test_what_cannot_be_compensated_is_named_with_the_reason() -> None:
         "memory/weight_hh_l0": "nobody sees the inputs that it is multiplied with",
         "idle/weight": "its layer did not run",
         "off/weight": "it is not quantized now",
+        "same/weight": "its layer has a forward of its own, which may pad or standardize",
     }
     text = str(report)
     assert text.startswith("2 weights compensated, +")

@@ -185,9 +185,51 @@ class Recurring(Both):
         return self.norm(self.conv(x)) + self.norm(self.conv(x + 1))
 
 
+class Masked(Both):
+    """What a comparison reads, means of channels included, is not centred."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.norm(y) * (y > 0)
+
+
+class Looked(Both):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        self.seen = float(y.detach_().mean()) if self.training else y.numpy()
+        return self.norm(y)
+
+
+class Adaptive(nn.InstanceNorm2d):
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * style
+
+
+class Styled(nn.Module):
+    """Of two arguments, the norm takes the means of the first away."""
+
+    def __init__(self, of_style: bool) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(1, 4, 1), nn.Conv2d(1, 4, 1)
+        self.norm, self.of_style = Adaptive(4), of_style
+
+    def forward(self, x: Tensor) -> Tensor:
+        pair = self.other(x), self.conv(x)
+        out: Tensor = self.norm(*(pair if self.of_style else reversed(pair)))
+        return out
+
+
 class ByAnother(Both):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.conv.weight) + self.norm(self.conv(x))
+
+
+def norm_with(**attributes: Any) -> nn.BatchNorm2d:
+    """A BatchNorm that somebody has changed, as Lightning's BaseFinetuning does."""
+    norm = nn.BatchNorm2d(4)
+    for name, value in attributes.items():
+        setattr(norm, name, value)
+    return norm
 
 
 FOLLOWED: dict[str, Callable[[], nn.Module]] = {
@@ -197,6 +239,8 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "InstanceNorm": lambda: Followed(nn.InstanceNorm2d(4)),
     "nothing between": lambda: Followed(nn.Identity(), nn.BatchNorm2d(4), nn.ReLU()),
     "two calls": Recurring,
+    "momentum None": lambda: Followed(nn.BatchNorm2d(4, momentum=None)),
+    "InstanceNorm in evaluation": lambda: Followed(nn.InstanceNorm2d(4).eval()),
 }
 NOT_FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "frozen BatchNorm": lambda: Followed(nn.BatchNorm2d(4).eval()),
@@ -211,6 +255,13 @@ NOT_FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "the norm and another": Both,
     "a norm of one call": Twice,
     "another reader of the weight": ByAnother,
+    "a comparison": Masked,
+    "a look at the values": Looked,
+    "stale means": lambda: Followed(norm_with(track_running_stats=False)),
+    "momentum 0": lambda: Followed(norm_with(momentum=0.0)),
+    "InstanceNorm by what it keeps": lambda: Followed(
+        nn.InstanceNorm2d(4, track_running_stats=True).eval()
+    ),
 }
 
 
@@ -225,6 +276,15 @@ def test_layers_whose_means_a_norm_takes_away(name: str, operations: bool, quant
     flow = record(model, lambda: model(torch.randn(2, 1, 5, 5)), operations)
 
     assert flow.centred.keys() == ({"conv"} if name in FOLLOWED else set())
+
+
+def test_of_two_arguments_of_a_norm_the_first_is_centred() -> None:
+    x = torch.randn(2, 1, 5, 5)
+    found = {
+        of_style: record(model, lambda model=model: model(x), operations=False).centred
+        for of_style, model in ((of_style, Styled(of_style)) for of_style in (False, True))
+    }
+    assert found == {False: {"conv": ("norm",)}, True: {"other": ("norm",)}}
 
 
 @pytest.mark.parametrize(("shape", "centred"), [((6, 4), True), ((6, 3, 4), False)])

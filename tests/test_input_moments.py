@@ -355,6 +355,18 @@ def test_moments_are_kept_in_the_state_and_follow_copies_and_pickles() -> None:
             assert torch.equal(own.num_batches, known.num_batches)
 
 
+@pytest.mark.parametrize("reduce", [None, lambda tensor, operation: tensor])
+def test_what_nobody_has_seen_is_not_known(reduce: Any) -> None:
+    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)])
+    prepare(model, **WEIGHTS_ONLY)
+    set_observing(model, True)
+    model[0](torch.randn(20, 8))
+    model[1](torch.full((20, 8), float("nan")))
+    refresh(model, reduce=reduce)
+    assert [moments_of(layer).known for layer in model] == [True, False, False]
+    assert [attached(layer).weights["weight"].weighed for layer in model] == [True, False, False]
+
+
 def test_a_state_without_moments_loads_and_one_of_another_shape_does_not() -> None:
     model = nn.Linear(8, 4)
     prepare(model, **WEIGHTS_ONLY)

@@ -19,6 +19,7 @@ from statqat_lightning.observers import COUNT, add_up
 from statqat_lightning.quantized_layer import weight_of
 from statqat_lightning.quantized_model import (
     activation_quantizers,
+    follow_averaged_weights,
     load_quantizer_state,
     quantized_layers,
     quantizer_state,
@@ -306,3 +307,22 @@ def test_bad_inputs_are_reported_by_layer() -> None:
     model.eval()(bad)
     assert refresh(model).tolist() == [True] * 4  # NaN spreads to all that follows
     assert all(torch.isfinite(e["scale"]).all() for e in quantizer_state(model).values())
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(1.02, True), (2.0, False)])
+def test_averaged_weights_keep_scales_that_still_serve(factor: float, kept: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    prepare(model, "int3", None, first_last_bits=None)
+    weights = [layer.quantizers.weights["weight"] for layer in quantized_layers(model)]
+    before = [quantizer.scale.clone() for quantizer in weights]
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.mul_(factor).add_(0.002 * torch.randn_like(layer.weight))
+
+    follow_averaged_weights(model)
+
+    for quantizer, scale in zip(weights, before, strict=True):
+        assert torch.equal(quantizer.scale, scale) == kept
+        if not kept:
+            torch.testing.assert_close(quantizer.scale, factor * scale, rtol=0.3, atol=0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.fake_quantizer import WeightFakeQuantizer
-from statqat_lightning.quantized_model import quantized_layers, refit_weights
+from statqat_lightning.quantized_model import follow_averaged_weights, quantized_layers
 
 
 class Averaging:
@@ -27,7 +27,7 @@ class Averaging:
         # By name: which of the two exist depends on the version of Lightning.
         self._exchanging = [c for c in callbacks if is_a(c, "WeightAveraging")]
         self._stochastic = [c for c in callbacks if is_a(c, "StochasticWeightAveraging")]
-        self._set_aside: list[tuple[WeightFakeQuantizer, Tensor, int]] = []
+        self._set_aside: list[tuple[WeightFakeQuantizer, Tensor, int, bool]] = []
 
     @property
     def replaces_weights_of_checkpoints(self) -> bool:
@@ -41,15 +41,15 @@ class Averaging:
         weights = [
             q for layer in quantized_layers(pl_module) for q in layer.quantizers.weights.values()
         ]
-        self._set_aside = [(q, q.scale.clone(), q.num_refreshes) for q in weights]
-        refit_weights(pl_module, learned=False)
+        self._set_aside = [(q, q.scale.clone(), q.num_refreshes, q.weighed) for q in weights]
+        follow_averaged_weights(pl_module)
 
     @torch.no_grad()
     def leave_validation(self) -> None:
         """Put back the scales of the weights in training."""
-        for quantizer, scale, num_refreshes in self._set_aside:
+        for quantizer, scale, num_refreshes, weighed in self._set_aside:
             quantizer.scale.copy_(scale)
-            quantizer.num_refreshes = num_refreshes
+            quantizer.num_refreshes, quantizer.weighed = num_refreshes, weighed
         self._set_aside.clear()
 
     def follow_training(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
@@ -58,9 +58,9 @@ class Averaging:
             trainer.current_epoch == getattr(callback, "swa_end", -2) + 1
             for callback in self._stochastic
         ):
-            refit_weights(pl_module, learned=False)
+            follow_averaged_weights(pl_module)
 
     def finish(self, pl_module: LightningModule) -> None:
         """Fit the scales to the weights that the fit ends with."""
         if self._exchanging or self._stochastic:
-            refit_weights(pl_module, learned=False)
+            follow_averaged_weights(pl_module)

@@ -109,7 +109,7 @@ def _take_weights(pl_module: LightningModule, trial: LightningModule, names: lis
     """Copy weights, named `{layer}/{role}`, from a copy of the module."""
     own, moved = (
         {
-            quantizer.name: module._parameters[role]
+            quantizer.name: module._parameters.get(role)
             for _, module, layer in quantized_layers(model)
             for role, quantizer in layer.weights.items()
         }

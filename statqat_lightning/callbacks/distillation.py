@@ -38,6 +38,7 @@ from statqat_lightning.export.wording import first_lines
 from statqat_lightning.insertion import remove
 from statqat_lightning.isolated_copy import CannotCopy, ReachesOriginal
 from statqat_lightning.module_names import plain_name
+from statqat_lightning.quantized_model import state_tensors
 
 _MODULE = "LightningModule"
 _LOGGED_AS = "distillation_loss"
@@ -193,12 +194,14 @@ class DistillationCallback(Callback):
             state = _weights_in(self.teacher)
         if state is not None:
             try:
-                teacher.load_state_dict(state)
+                _load(teacher, state)
             except RuntimeError as error:
                 raise ValueError(
                     f"DistillationCallback: the teacher in {where} is no "
                     f"{type(pl_module).__name__} like the one that is trained: {error}"
                 ) from error
+        if not self._copies:
+            teacher = trainer.precision_plugin.convert_module(teacher)  # type: ignore[assignment]
         return teacher.to(pl_module.device).requires_grad_(False).eval()
 
     def step(
@@ -420,7 +423,7 @@ class _Run:
 
     def state(self) -> dict[str, Tensor]:
         """The teacher's weights and buffers, on the CPU."""
-        return {name: tensor.cpu() for name, tensor in self._teacher.state_dict().items()}
+        return {name: tensor.cpu() for name, tensor in state_tensors(self._teacher).items()}
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -466,6 +469,27 @@ class _Clock:
         if not self._whole:
             return ""
         return f" It took {100 * self._taught / self._whole:.0f} % of a training step."
+
+
+def _load(teacher: LightningModule, state: Mapping[str, Any]) -> None:
+    """Load weights and buffers; what a module leaves out of its checkpoints stays as it is.
+
+    Raises:
+        RuntimeError: If names or shapes differ.
+    """
+    expected = state_tensors(teacher)
+    given = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if teacher.strict_loading and given.keys() != expected.keys():
+        parts = [
+            f"{what} {', '.join(sorted(names)[:5])}"
+            for what, names in (
+                ("it lacks", expected.keys() - given.keys()),
+                ("it has", given.keys() - expected.keys()),
+            )
+            if names
+        ]
+        raise RuntimeError("; ".join(parts))
+    teacher.load_state_dict(given, strict=False)
 
 
 def _weights_in(path: str | Path) -> dict[str, Tensor]:

@@ -75,6 +75,18 @@ class InputWarnings:
                     f"{quantizer.fmt.name} sets them to zero. Give this input {signed}.",
                 )
 
+    def of_weights_outside_checkpoints(self, names: Sequence[str]) -> None:
+        """Warn of weights that were moved and that the module leaves out of its `state_dict`."""
+        if names:
+            self.once(
+                "compensate",
+                "outside",
+                f"moved weights that the module's state_dict leaves out: {', '.join(names[:5])}"
+                f"{f' and {len(names) - 5} more' if names[5:] else ''}. A run that resumes from a "
+                "checkpoint starts with them as they were. Keep them in the state_dict, or leave "
+                "these layers out of the recipe.",
+            )
+
     def of_idle_layers(self, model: nn.Module) -> None:
         """Warn of layers that have not run, where others have."""
         idle = idle_activations(model)

@@ -19,6 +19,7 @@ from statqat_lightning.callbacks.calibration import (
     reestimate_batch_norm,
 )
 from statqat_lightning.callbacks.checkpoint import QuantizerEntry, give_back_scales, read_entry
+from statqat_lightning.callbacks.distillation import DistillationCallback
 from statqat_lightning.callbacks.first_batch import (
     FirstBatch,
     LiveRecording,
@@ -38,11 +39,12 @@ from statqat_lightning.export.stale import remember_weights
 from statqat_lightning.insertion import prepare, remove, rows_in_use
 from statqat_lightning.insertion_report import InsertionReport
 from statqat_lightning.integer_kernels import IntegerKernel
-from statqat_lightning.module_names import modules_by_name
+from statqat_lightning.module_names import modules_by_name, plain_name
 from statqat_lightning.observers import ObserverConfig, Reduce
 from statqat_lightning.placement import check_target, settle
 from statqat_lightning.quantized_model import (
     activation_quantizers,
+    follow_averaged_weights,
     idle_activations,
     knows_inputs,
     learned_by_key,
@@ -209,6 +211,8 @@ class StatQATCallback(Callback):
         self._hooks = WrappedHooks()
         self._fast_path: bool | None = None
         self._weights_are_new = True
+        self._weights_are_averaged = False
+        self._follows_a_run = False
         self._compensation_due = False
         self._last_step = -1
         self._last_boundary: int | None = None
@@ -267,6 +271,7 @@ class StatQATCallback(Callback):
         # chosen theirs, but a checkpoint may still replace the weights.
         after = [layer.quantizers for layer in quantized_layers(pl_module)]
         self._weights_are_new = before != after
+        self._weights_are_averaged = self._follows_a_run = False
         if before != after or not knows_inputs(pl_module):
             self._compensation_due = self.compensate  # until a checkpoint is read, or it is done
         self._announced = before == after
@@ -319,7 +324,9 @@ class StatQATCallback(Callback):
         set_enabled(pl_module, weights and self.enabled, inputs and self.enabled)
         # The scales are those of the weights in training, which a later fit goes on with; whatever
         # else is done with the checkpoint is done with their average.
-        self._weights_are_new = entry.get("averaged", False) and not self._fitting
+        self._weights_are_new = False
+        self._weights_are_averaged = entry.get("averaged", False) and not self._fitting
+        self._follows_a_run = True
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -390,7 +397,9 @@ class StatQATCallback(Callback):
         self._hooks.unwrap("setup", "configure_model")
         if self._weights_are_new:
             refit_weights(pl_module)
-            self._weights_are_new = False
+        elif self._weights_are_averaged:
+            follow_averaged_weights(pl_module)
+        self._weights_are_new = self._weights_are_averaged = False
 
     def on_validation_batch_start(
         self,
@@ -426,7 +435,7 @@ class StatQATCallback(Callback):
         self._warnings.of_little(self.report, self.recipe)
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._centre(pl_module)
+        self._centre(trainer, pl_module)
         try:
             calibrate(trainer, pl_module, self.calibration_batches, _reduction(trainer))
         except CannotCalibrate as reason:
@@ -458,6 +467,11 @@ class StatQATCallback(Callback):
             ) from reason
         if self.verbose:
             rank_zero_info(f"StatQAT: {self.compensation}")
+        kept = {plain_name(name) for name in pl_module.state_dict()}
+        moved = [row.name for row in self.compensation.rows]
+        self._warnings.of_weights_outside_checkpoints(
+            [name for name in moved if name.replace("/", ".") not in kept]
+        )
 
     def _add_notes(self, notes: Sequence[str]) -> None:
         assert self.report is not None
@@ -494,15 +508,22 @@ class StatQATCallback(Callback):
         self._rows = seen.rows
         self.report = self.report.updated(seen.rows).with_notes(seen.notes)
 
-    def _centre(self, pl_module: LightningModule) -> None:
-        """Let means of outputs count but where a norm takes them away, in the mode it is in now."""
-        if self._norms is None:
+    def _centre(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let means of outputs count but where a norm takes them away, in the mode it is in now.
+
+        That is settled once for a run: where norms are frozen later on, what they keep holds the
+        means that the scales of then have made. A resumed run goes on as it was.
+        """
+        if self._norms is None or self._follows_a_run:
             return
         modules = modules_by_name(pl_module)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        taught = [c.layers or () for c in callbacks if isinstance(c, DistillationCallback)]
         centred = [
             layer
             for layer, norms in self._norms.items()
             if all(takes_means_away(modules[name]) for name in norms)
+            and not any(layer in layers for layers in taught)  # the loss sees their means
         ]
         set_centred(pl_module, centred)
 
@@ -510,7 +531,8 @@ class StatQATCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._last_boundary is None:
-            self._centre(pl_module)  # hooks of the module, which run later, may have frozen norms
+            # Hooks of the module that have run since calibration may have frozen norms.
+            self._centre(trainer, pl_module)
         if self._last_boundary is None or batch_idx == 0:
             self._last_boundary = batch_idx
         self.averaging.follow_training(trainer, pl_module, batch_idx)
@@ -532,7 +554,7 @@ class StatQATCallback(Callback):
         if self._recording is not None:
             flow, self._recording = self._recording.stop(), None
             self._follow(pl_module, seen_in(flow, trainer, pl_module, self.recipe))
-            self._centre(pl_module)
+            self._centre(trainer, pl_module)
         if self._last_boundary is None:
             self._last_boundary = batch_idx  # Lightning starts no batch that is None, but ends it
         if trainer.fit_loop._should_accumulate():

@@ -32,11 +32,11 @@ from statqat_lightning.insertion import prepare, remove
 from statqat_lightning.quantized_layer import kind_of, weight_of
 from statqat_lightning.quantized_model import (
     QuantizedLayer,
+    follow_averaged_weights,
     learned_by_key,
     load_quantizer_state,
     quantized_layers,
     quantizer_state,
-    refit_weights,
     set_enabled,
     state_tensors,
 )
@@ -108,7 +108,7 @@ def restore_quantizers(
     """
     load_quantizer_state(model, state)
     if entry.get("averaged", False):
-        refit_weights(model)  # the scales are those of the weights in training
+        follow_averaged_weights(model)  # the scales are those of the weights in training
     weights, inputs = entry.get("quantized", (True, True))
     set_enabled(model, weights, inputs)
 

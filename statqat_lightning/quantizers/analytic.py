@@ -22,7 +22,6 @@ from statqat_lightning.quantizers.base import (
     checked_tolerance,
     least,
     positive_or_one,
-    relative,
 )
 from statqat_lightning.quantizers.row_search import (
     by_parts,
@@ -90,7 +89,7 @@ class Analytic(Quantizer):
         self, rows: Tensor, fmt: Format, weights: ErrorWeights, warm: Tensor | None = None
     ) -> Tensor:
         choose = self._search if self.refine else self._closed_form
-        return by_parts(choose, rows, fmt, warm, relative(weights))
+        return by_parts(choose, rows, fmt, warm, weights)
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, warm: Tensor | None = None

@@ -70,6 +70,12 @@ class ErrorWeights:
     mean: Tensor | None = None
     parts: int = 1
 
+    def rows(self, part: slice) -> ErrorWeights:
+        """Those of some of the rows."""
+        variance = self.variance if len(self.variance) == 1 else self.variance[part]
+        mean = self.mean if self.mean is None or len(self.mean) == 1 else self.mean[part]
+        return ErrorWeights(variance, mean, self.parts)
+
 
 class RelativeWeights(NamedTuple):
     """`ErrorWeights` in units of their row's mean square.
@@ -83,12 +89,6 @@ class RelativeWeights(NamedTuple):
     root: Tensor
     mean: Tensor | None
     parts: int
-
-    def rows(self, part: slice) -> RelativeWeights:
-        """Those of some of the rows."""
-        root = self.root if len(self.root) == 1 else self.root[part]
-        mean = self.mean if self.mean is None or len(self.mean) == 1 else self.mean[part]
-        return RelativeWeights(root, mean, self.parts)
 
     def sums(self, x: Tensor) -> Tensor:
         """Sums of elements times means, `(..., n, m)` to `(..., n, parts)`."""

@@ -21,7 +21,6 @@ from statqat_lightning.quantizers.base import (
     least,
     near_one,
     positive_or_one,
-    relative,
 )
 from statqat_lightning.quantizers.row_search import (
     by_parts,
@@ -104,7 +103,7 @@ class Iterative(Quantizer):
     def from_weighted_rows(
         self, rows: Tensor, fmt: Format, weights: ErrorWeights, warm: Tensor | None = None
     ) -> Tensor:
-        return by_parts(self._weighted_search, rows, fmt, warm, relative(weights))
+        return by_parts(self._weighted_search, rows, fmt, warm, weights)
 
     def _weighted_search(
         self, rows: Tensor, fmt: Format, warm: Tensor | None, weights: RelativeWeights | None

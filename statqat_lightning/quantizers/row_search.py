@@ -10,8 +10,10 @@ from torch import Tensor
 from statqat_lightning.formats import Format
 from statqat_lightning.quantizers.base import (
     SMALLEST,
+    ErrorWeights,
     RelativeWeights,
     covering_scale,
+    relative,
     rounding_error,
 )
 
@@ -23,7 +25,7 @@ def by_parts(
     rows: Tensor,
     fmt: Format,
     warm: Tensor | None,
-    weights: RelativeWeights | None = None,
+    weights: ErrorWeights | None = None,
 ) -> Tensor:
     """Scales chosen by `choose` from rows in units of `max|x| / fmt.max`.
 
@@ -47,7 +49,7 @@ def by_parts(
         cap = covering_scale(part, fmt)
         force = None if warm is None else warm[start : start + num_rows]
         known = None if force is None else force / cap
-        own = None if weights is None else weights.rows(slice(start, start + num_rows))
+        own = None if weights is None else relative(weights.rows(slice(start, start + num_rows)))
         chosen = choose(part / cap.unsqueeze(1), fmt, known, own)
         scale = (cap * chosen).clamp(SMALLEST, _LARGEST)
         if force is not None and known is not None:

@@ -189,6 +189,7 @@ def test_the_report_says_what_was_compensated_and_what_not(messages: Messages) -
             super().__init__()
             self.twin = torch.nn.Linear(72, 10)
             self.twin.weight = self.net[8].weight
+            self.net[3] = torch.nn.utils.parametrizations.weight_norm(self.net[3])
 
         def forward(self, x: Tensor) -> Tensor:
             hidden = self.net[:8](x)
@@ -198,8 +199,19 @@ def test_the_report_says_what_was_compensated_and_what_not(messages: Messages) -
     train(statqat(compensate=True, verbose=True), module=Tied, max_steps=1)
     (said,) = messages.about("compensated")
     first, *others = said.splitlines()
-    assert first.startswith("StatQAT: 2 weights compensated, +")
+    assert first.startswith("StatQAT: 1 weights compensated, +")
+    assert "  net.3/weight: it is made of other parameters" in others
     assert "  net.8/weight: it is shared with another layer" in others
+
+
+def test_moved_weights_that_checkpoints_leave_out_are_a_warning() -> None:
+    class KeepsPart(DigitsModule):
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            state = super().state_dict(*args, **kwargs)
+            return {name: value for name, value in state.items() if not name.startswith("net.0.")}
+
+    with pytest.warns(StatQATWarning, match=r"compensate: moved weights .* leaves out: net\.0/wei"):
+        train(statqat(compensate=True), module=KeepsPart, max_steps=1)
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,64 @@ def test_features_of_named_layers() -> None:
     assert witness.losses == [pytest.approx(sum(expected) / 4, rel=1e-5)]
 
 
+class WritesToOutputs(DigitsModule):
+    """Layers whose outputs are written to by what comes next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[5] = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().forward(x)
+        logits /= 0.07
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+@pytest.mark.parametrize("options", [{}, {"layers": ["net.4"], "loss": "mse"}])
+def test_what_a_layer_returned_counts_and_not_what_was_made_of_it(options: Any) -> None:
+    module = module_of(1, WritesToOutputs)
+    module.net.eval()  # the module is its own teacher, to the last bit
+    _, witness = fit(module, DistillationCallback(**options), limit_train_batches=1)
+    assert witness.losses == [pytest.approx(0, abs=1e-6)]
+
+
+class Extra(nn.Linear):
+    """A layer that keeps more than tensors."""
+
+    def get_extra_state(self) -> Any:
+        return {"calls": 1}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state == {"calls": 1}
+
+
+class KeepsPart(DigitsModule):
+    """Keeps what is not trained out of its checkpoints, as with adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[8] = Extra(72, 10)
+        self.strict_loading = False
+        self.net[0].requires_grad_(False)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if not name.startswith("net.0.")}
+
+
+@pytest.mark.filterwarnings("ignore:.*Please add the following callbacks.*ModelCheckpo")
+def test_a_module_that_keeps_part_of_its_weights_and_more_than_weights(tmp_path: Path) -> None:
+    def callbacks() -> list[Any]:
+        return [statqat("int4", "int4"), DistillationCallback()]
+
+    checkpoints = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    _, witness = fit(module_of(1, KeepsPart), *callbacks(), checkpoints, max_epochs=2)
+    module = module_of(1, KeepsPart)
+    _, rest = fit(module, *callbacks(), max_epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert rest.losses == witness.losses[STEPS_PER_EPOCH:]
+
+
 @pytest.mark.filterwarnings("ignore:.*Please add the following callbacks.*ModelCheckpo")
 def test_logits_and_features_in_one_fit(tmp_path: Path) -> None:
     """Each callback takes the loss as those before it left it."""
@@ -384,6 +442,14 @@ def test_with_everything_else(precision: Any) -> None:
     if precision == "bf16-mixed":
         assert export.report is not None
         assert export.report.native is not None
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_teacher_in_float32_runs_in_the_precision_of_the_fit(precision: Any) -> None:
+    _, witness = fit(
+        module_of(1), DistillationCallback(module_of(2)), precision=precision, max_steps=2
+    )
+    assert all(map(math.isfinite, witness.losses))
 
 
 class WritesToItsBatch(DigitsModule):

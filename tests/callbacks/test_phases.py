@@ -99,18 +99,21 @@ def test_scales_follow_a_new_width_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "entries",
+    ("entries", "epoch"),
     [
-        {"weights_at": 4, "activations_at": "1.5 epochs"},
-        {"widths": [("1 epoch", 8), ("1.5 epochs", 4)], "freeze_at": 0.8},
-        {"batch_norm": "freeze", "batch_norm_at": 0.5},
-        {"batch_norm": "reestimate"},
+        ({"weights_at": 4, "activations_at": "1.5 epochs"}, 0),
+        ({"widths": [("1 epoch", 8), ("1.5 epochs", 4)], "freeze_at": 0.8}, 0),
+        ({"batch_norm": "freeze", "batch_norm_at": 0.5}, 0),
+        ({"batch_norm": "freeze", "batch_norm_at": 0.5}, 1),
+        ({"batch_norm": "reestimate"}, 0),
     ],
-    ids=["start", "widths", "freeze", "reestimate"],
+    ids=["start", "widths", "freeze", "frozen", "reestimate"],
 )
-def test_a_resumed_run_agrees_with_itself(tmp_path: Path, entries: dict[str, Any]) -> None:
+def test_a_resumed_run_agrees_with_itself(
+    tmp_path: Path, entries: dict[str, Any], epoch: int
+) -> None:
     keep = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
-    data, start = loader(shuffle=False), tmp_path / "epoch=0.ckpt"
+    data, start = loader(shuffle=False), tmp_path / f"epoch={epoch}.ckpt"
     whole, _ = train(scheduled(**entries), SeedEachBatch(), keep, data=data, max_epochs=3)
     resumed, _ = train(
         scheduled(**entries), SeedEachBatch(), data=data, max_epochs=3, ckpt_path=start, seed=9
