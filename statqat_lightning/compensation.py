@@ -435,15 +435,15 @@ def _round_in_turn(
 
 
 def _factor(moments: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of damped moments, float64.
+    """Upper Cholesky factor of the inverse of damped moments, float64, in units of their mean.
 
     In float32 the factorization fails on inputs of language models. Where it fails in float64, more
     damping is added.
     """
     mean = moments.diagonal().mean()
     while True:
-        damped = moments.clone()
-        damped.diagonal().add_(damping * mean)
+        damped = moments / mean
+        damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             inverse = torch.cholesky_inverse(lower)
