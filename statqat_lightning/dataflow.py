@@ -29,10 +29,14 @@ OUTPUT_KIND = "output"
 """Kind of what reads tensors outside all modules: the caller, who gets the result or goes on."""
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
+IDENTITIES = (
+    *("Identity", "Sequential", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "dropout"),
+)
+"""What is not there in evaluation, and in no file; a Sequential without children is one."""
 KEEPING = (
     *("max_pool1d", "max_pool2d", "max_pool3d", "MaxPool1d", "MaxPool2d", "MaxPool3d"),
     *("flatten", "Flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze"),
-    *("unsqueeze", "getitem", "pad", "Identity", "dropout", "Dropout", "Dropout2d", "chunk"),
+    *("unsqueeze", "getitem", "pad", "chunk", *IDENTITIES),
     *("split", "clone", "to", "ZeroPad2d", "ChannelShuffle", "movedim", "relu", "ReLU"),
 )
 """What leaves values on the grid that they lie on."""
@@ -46,6 +50,8 @@ _PRODUCTS = (
 )
 """Functions that multiply values with weights, or look them up."""
 _LOOKUPS = ("embedding", "embedding_bag")
+_COMPUTING = ("forward", "_conv_forward", "__call__")
+"""Methods of a layer that its subclasses may compute something else in."""
 _LEAVING = ("numpy", "tolist", "item")
 """Functions that take values out of torch."""
 _NO_COMPUTATION = ("deepcopy", "reduce_ex", "setstate", "repr", "hash", "format")
@@ -196,9 +202,18 @@ def takes_means_away(module: nn.Module) -> bool:
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module as it was before insertion and freezing."""
+    """The class whose computation a module does: torch's, where a subclass changes nothing of it.
+
+    As the module was before insertion and freezing.
+    """
     mro = base_class(module).__mro__
-    return next(c for c in mro if not c.__module__.startswith("statqat_lightning."))
+    own = next(c for c in mro if not c.__module__.startswith("statqat_lightning."))
+    for base in own.__mro__:
+        if base.__module__.startswith("torch.nn.") and all(
+            getattr(own, name, None) is getattr(base, name, None) for name in _COMPUTING
+        ):
+            return base
+    return own
 
 
 @dataclass

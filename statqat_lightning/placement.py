@@ -18,6 +18,7 @@ from torch import nn
 from statqat_lightning.biases import round_biases
 from statqat_lightning.dataflow import (
     CONVOLUTIONS,
+    IDENTITIES,
     KEEPING,
     NORMS,
     OUTPUT_KIND,
@@ -302,8 +303,11 @@ class _Places:
 def _end_of(value: Value) -> Value:
     """What the runtime computes together: BatchNorm and ReLU behind a layer are part of it."""
     for kinds in (NORMS, CLIPPING):
-        if len(value.consumers) == 1 and value.consumers[0].kind in kinds:
-            value = value.consumers[0].outputs[0]
+        ahead = value
+        while len(ahead.consumers) == 1 and ahead.consumers[0].kind in IDENTITIES:
+            ahead = ahead.consumers[0].outputs[0]
+        if len(ahead.consumers) == 1 and ahead.consumers[0].kind in kinds:
+            value = ahead.consumers[0].outputs[0]
     return value
 
 

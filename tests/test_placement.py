@@ -100,6 +100,51 @@ def test_a_residual_network_runs_in_integers(tmp_path: Path) -> None:
     assert (given - expected).abs().max() <= expected.abs().max() / 127 * 2
 
 
+class OwnNorm(nn.BatchNorm2d):
+    """A subclass that computes nothing else, as libraries have them."""
+
+
+class OwnConvolution(nn.Conv2d):
+    pass
+
+
+class Dropping(Block):
+    """As in timm: a place for dropped blocks between norm and activation, and classes of its own.
+
+    Args:
+        between: What stands there.
+    """
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = OwnConvolution(8, 8, 3, padding=1, bias=False)
+        self.bn1 = OwnNorm(8)
+        self.drop, self.shortcut = between, nn.Sequential()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.drop(self.bn1(self.conv1(x))))
+        activated: Tensor = self.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        return activated
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout(0.5), nn.Sequential()])
+def test_what_is_not_there_in_evaluation_is_seen_through(
+    between: nn.Module, tmp_path: Path
+) -> None:
+    model = Residual()
+    model.blocks = nn.Sequential(Dropping(between), Dropping(between))
+    placement = placed(model)
+
+    rest, operators, expected, given = in_onnxruntime(model, placement.recipe, tmp_path / "a.onnx")
+
+    assert placement.left == ()
+    assert operators["QLinearConv"] == 5
+    assert operators["QLinearAdd"] == 2
+    assert not operators["Conv"] + operators["BatchNormalization"]
+    assert "conv" not in rest
+    assert (given - expected).abs().max() <= expected.abs().max() / 127 * 2
+
+
 def test_without_a_target_convolutions_before_sums_are_in_float(tmp_path: Path) -> None:
     rest, operators, *_ = in_onnxruntime(Residual(), W8A8, tmp_path / "a.onnx")
 
