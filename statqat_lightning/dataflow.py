@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
@@ -28,7 +28,8 @@ from statqat_lightning.quantized_layer import base_class, kind_of
 OUTPUT_KIND = "output"
 """Kind of what reads tensors outside all modules: the caller, who gets the result or goes on."""
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
-NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
+NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm")
+"""BatchNorms; the function, where a subclass of theirs with a forward of its own calls it."""
 IDENTITIES = (
     *("Identity", "Sequential", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "dropout"),
 )
@@ -248,7 +249,8 @@ class _Recorder(TorchFunctionMode):
             for name, parameter in model.named_parameters()
         }
         self._holders: dict[str, list[tuple[nn.Module, str]]] = {}
-        for name, module in modules_by_name(model).items():
+        self._modules = modules_by_name(model)
+        for name, module in self._modules.items():
             parts = module._modules.get("parametrizations")
             held = [*module.parameters(recurse=False), *(parts.parameters() if parts else ())]
             for parameter in held:
@@ -270,7 +272,7 @@ class _Recorder(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         handles: list[RemovableHandle] = []
-        for name, module in modules_by_name(self._model).items():
+        for name, module in self._modules.items():
             atom = is_atom(module)
             handles += [
                 module.register_forward_pre_hook(
@@ -303,6 +305,8 @@ class _Recorder(TorchFunctionMode):
             kind = _kind_of_function(func) if self._stack else OUTPUT_KIND
             if kwargs.get("alpha", 1) != 1:
                 kind = f"scaled {kind}"  # not the sum of its terms
+            if kind == "batch_norm" and not isinstance(self._modules[self._stack[-1]], _BatchNorm):
+                kind = "functional batch_norm"  # of statistics that only the caller knows
             self._note(kind, None, self._stack[-1] if self._stack else "", (args, kwargs), result)
         return result
 

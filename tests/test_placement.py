@@ -108,6 +108,57 @@ class OwnConvolution(nn.Conv2d):
     pass
 
 
+class Activating(nn.BatchNorm2d):
+    """Norm, a place for dropped blocks, and activation in one, as in timm.
+
+    Args:
+        activation: None for a function in place.
+    """
+
+    def __init__(self, channels: int, activation: nn.Module | None) -> None:
+        super().__init__(channels)
+        self.drop, self.activation = nn.Identity(), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        x = F.batch_norm(
+            x, mean, variance, self.weight, self.bias, self.training, self.momentum or 0.0, self.eps
+        )
+        out: Tensor = self.drop(x)
+        return F.relu_(out) if self.activation is None else self.activation(out)
+
+
+class Activated(Block):
+    """A block whose first norm activates, with statistics as after a training."""
+
+    def __init__(self, activation: nn.Module | None) -> None:
+        super().__init__()
+        self.bn1 = Activating(8, activation)
+        self.bn1.running_mean.normal_()  # type: ignore[union-attr]
+        self.bn1.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.bn1(self.conv1(x))))
+        activated: Tensor = self.relu(out + x)
+        return activated
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.Identity(), None])
+def test_norms_that_activate_are_folded(activation: nn.Module | None, tmp_path: Path) -> None:
+    model = Residual()
+    model.blocks = nn.Sequential(Activated(activation), Activated(activation))
+    placement = placed(model)
+
+    rest, operators, expected, given = in_onnxruntime(model, placement.recipe, tmp_path / "a.onnx")
+
+    assert placement.left == ()
+    assert operators["QLinearConv"] == 5
+    assert operators["QLinearAdd"] == 2
+    assert not operators["Conv"] + operators["BatchNormalization"]
+    assert "conv" not in rest
+    assert (given - expected).abs().max() <= expected.abs().max() / 127 * 2
+
+
 class Dropping(Block):
     """As in timm: a place for dropped blocks between norm and activation, and classes of its own.
 

@@ -9,14 +9,16 @@ section 3.2, fold before they quantize, which rounds other weights than these.)
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from statqat_lightning.batch_norm import channel_factor, has_statistics
-from statqat_lightning.dataflow import OUTPUT_KIND, Dataflow, Operation, record
+from statqat_lightning.dataflow import NORMS, OUTPUT_KIND, Dataflow, Operation, record
 from statqat_lightning.export.frozen import (
     FrozenLayer,
     FrozenTensor,
@@ -73,9 +75,9 @@ def fold_batch_norm(frozen: nn.Module, *calls: ForwardCall) -> Folded:
     flow = record(model, lambda: call.run(model))
     layers, left = {}, {}
     for operation in flow.operations:
-        norm = operation.module
-        if not isinstance(norm, _BatchNorm) or not operation.inputs:
+        if operation.kind not in NORMS or not operation.inputs:
             continue
+        norm = operation.module or model.get_submodule(operation.name)
         before = operation.inputs[0].producer
         if before is None or not isinstance(before.module, FrozenLayer):
             continue
@@ -85,7 +87,10 @@ def fold_batch_norm(frozen: nn.Module, *calls: ForwardCall) -> Folded:
         except CannotFold as reason:
             left[operation.name] = str(reason)
         else:
-            _replace(model, norm)
+            if operation.module is None:
+                _bypass(norm)
+            else:
+                _replace(model, norm)
             layers[before.name] = operation.name
     return Folded(model, layers, left)
 
@@ -165,6 +170,33 @@ def _scale_weight(layer: FrozenLayer, factor: Tensor, axis: int) -> None:
         **layer.frozen_weights,
         WEIGHT: FrozenTensor(tensor.spec, tensor.fmt, granularity),
     }
+
+
+class _WithoutNorm(TorchFunctionMode):
+    """While it lasts, `batch_norm` with the statistics of one module returns its input."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self._mean = norm.running_mean
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            given = inspect.signature(F.batch_norm).bind(*args, **kwargs).arguments
+            if given["running_mean"] is self._mean:
+                return given["input"]
+        return func(*args, **kwargs)
+
+
+def _bypass(norm: nn.Module) -> None:
+    """Leave of a BatchNorm with a forward of its own what it does beside normalizing."""
+    base: Any = type(norm)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _WithoutNorm(self):
+            return base.forward(self, *args, **kwargs)
+
+    norm.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": __name__})
 
 
 def _replace(model: nn.Module, norm: nn.Module) -> None:
