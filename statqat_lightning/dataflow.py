@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
+from statqat_lightning.batch_norm import normalized_by
 from statqat_lightning.layer_kinds import has_weights
 from statqat_lightning.module_names import modules_by_name, plain_name
 from statqat_lightning.quantized_layer import base_class, kind_of
@@ -240,7 +241,6 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module, operations: bool) -> None:
         super().__init__()
         self.flow = Dataflow()
-        self._model = model
         self._wants_operations = operations
         self._parameters = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         # What is made of parameters alone, such as a transpose or a sum of two, by its own id.
@@ -305,7 +305,7 @@ class _Recorder(TorchFunctionMode):
             kind = _kind_of_function(func) if self._stack else OUTPUT_KIND
             if kwargs.get("alpha", 1) != 1:
                 kind = f"scaled {kind}"  # not the sum of its terms
-            if kind == "batch_norm" and not isinstance(self._modules[self._stack[-1]], _BatchNorm):
+            if kind == "batch_norm" and not self._is_norms_own(args, kwargs):
                 kind = "functional batch_norm"  # of statistics that only the caller knows
             self._note(kind, None, self._stack[-1] if self._stack else "", (args, kwargs), result)
         return result
@@ -334,6 +334,11 @@ class _Recorder(TorchFunctionMode):
             for tensor in _floating(made):
                 self._made_of.setdefault(id(tensor), parameters)
                 self._alive.append(tensor)
+
+    def _is_norms_own(self, args: Any, kwargs: Any) -> bool:
+        """Whether the module that calls `batch_norm` is a BatchNorm, and calls it for itself."""
+        caller = self._modules[self._stack[-1]]
+        return isinstance(caller, _BatchNorm) and normalized_by(caller, args, kwargs) is not None
 
     def _note_readers(self, given: Any, norm: str | None = None) -> None:
         """Note who reads what layers have returned: a norm that takes means away, or another."""

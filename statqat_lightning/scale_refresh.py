@@ -64,7 +64,7 @@ _Rows = tuple[WeightFakeQuantizer, Tensor, ErrorWeights | None]
 def _groups(
     weights: Sequence[tuple[WeightFakeQuantizer, Tensor]], search: bool
 ) -> Iterator[tuple[Format, bool, bool, list[_Rows]]]:
-    """Weights that are refreshed together: format, whether scales are starts, and searched; rows.
+    """Weights refreshed together: format, whether scales are a start, whether to search, rows.
 
     Large ones come alone and at once, so that no more than one of them is copied.
     """

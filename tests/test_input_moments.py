@@ -436,15 +436,20 @@ def test_objectives_are_checked_and_written_down() -> None:
         TensorSpec("int4", quantizer="minmax", objective="output")
 
 
-def test_the_error_of_the_output_is_that_of_independent_inputs() -> None:
+def with_means(centred: bool) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
+    """A layer, its inputs with means as after a ReLU, and the energies of output and error."""
     torch.manual_seed(0)
     layer = nn.Linear(32, 16, bias=False)
     prepare(layer, **WEIGHTS_ONLY)
-    x = torch.rand(200_000, 32) * uneven(32)  # with means, as after a ReLU
+    set_centred(layer, [""] if centred else [])
+    x = torch.rand(200_000, 32) * uneven(32)
     observed(layer, lambda: layer(x))
-    quantizer = attached(layer).weight
-    assert quantizer is not None
-    signal, noise = quantizer.energies(layer.weight, of_output=True)
+    signal, noise = attached(layer).weights["weight"].energies(layer.weight, of_output=True)
+    return layer, x, signal, noise
+
+
+def test_the_error_of_the_output_is_that_of_independent_inputs() -> None:
+    layer, x, signal, noise = with_means(centred=False)
     with torch.no_grad():
         exact = F.linear(x, layer.weight)
         error = exact - layer(x)
@@ -453,15 +458,8 @@ def test_the_error_of_the_output_is_that_of_independent_inputs() -> None:
 
 
 def test_behind_a_norm_only_what_varies_of_the_output_counts() -> None:
-    torch.manual_seed(0)
-    layer, norm = nn.Linear(32, 16, bias=False), nn.BatchNorm1d(16, affine=False)
-    prepare(layer, **WEIGHTS_ONLY)
-    set_centred(layer, [""])
-    x = torch.rand(100_000, 32) * uneven(32)
-    observed(layer, lambda: layer(x))
-    quantizer = attached(layer).weight
-    assert quantizer is not None
-    signal, noise = quantizer.energies(layer.weight, of_output=True)
+    norm = nn.BatchNorm1d(16, affine=False)
+    layer, x, signal, noise = with_means(centred=True)
     with torch.no_grad():
         exact = F.linear(x, layer.weight)
         varying = exact - exact.mean(0)

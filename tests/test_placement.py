@@ -86,18 +86,23 @@ def in_onnxruntime(
     return layers_in_float(path), operators, expected, torch.from_numpy(outputs)
 
 
-def test_a_residual_network_runs_in_integers(tmp_path: Path) -> None:
-    model = Residual()
+def assert_all_in_integers(model: Residual, folder: Path) -> None:
+    """Place quantizers; the runtime then has integer kernels for all five convolutions and sums."""
     placement = placed(model)
 
-    rest, operators, expected, given = in_onnxruntime(model, placement.recipe, tmp_path / "a.onnx")
+    rest, operators, expected, given = in_onnxruntime(model, placement.recipe, folder / "a.onnx")
 
     assert placement.left == ()
     assert operators["QLinearConv"] == 5
     assert operators["QLinearAdd"] == 2
     assert not operators["Conv"] + operators["FusedConv"] + operators["Add"]
+    assert not operators["BatchNormalization"]
     assert "conv" not in rest
     assert (given - expected).abs().max() <= expected.abs().max() / 127 * 2
+
+
+def test_a_residual_network_runs_in_integers(tmp_path: Path) -> None:
+    assert_all_in_integers(Residual(), tmp_path)
 
 
 class OwnNorm(nn.BatchNorm2d):
@@ -147,16 +152,7 @@ class Activated(Block):
 def test_norms_that_activate_are_folded(activation: nn.Module | None, tmp_path: Path) -> None:
     model = Residual()
     model.blocks = nn.Sequential(Activated(activation), Activated(activation))
-    placement = placed(model)
-
-    rest, operators, expected, given = in_onnxruntime(model, placement.recipe, tmp_path / "a.onnx")
-
-    assert placement.left == ()
-    assert operators["QLinearConv"] == 5
-    assert operators["QLinearAdd"] == 2
-    assert not operators["Conv"] + operators["BatchNormalization"]
-    assert "conv" not in rest
-    assert (given - expected).abs().max() <= expected.abs().max() / 127 * 2
+    assert_all_in_integers(model, tmp_path)
 
 
 class Dropping(Block):
@@ -184,16 +180,7 @@ def test_what_is_not_there_in_evaluation_is_seen_through(
 ) -> None:
     model = Residual()
     model.blocks = nn.Sequential(Dropping(between), Dropping(between))
-    placement = placed(model)
-
-    rest, operators, expected, given = in_onnxruntime(model, placement.recipe, tmp_path / "a.onnx")
-
-    assert placement.left == ()
-    assert operators["QLinearConv"] == 5
-    assert operators["QLinearAdd"] == 2
-    assert not operators["Conv"] + operators["BatchNormalization"]
-    assert "conv" not in rest
-    assert (given - expected).abs().max() <= expected.abs().max() / 127 * 2
+    assert_all_in_integers(model, tmp_path)
 
 
 def test_without_a_target_convolutions_before_sums_are_in_float(tmp_path: Path) -> None:

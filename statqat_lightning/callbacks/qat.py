@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +210,7 @@ class StatQATCallback(Callback):
         self.report: InsertionReport | None = None
         self._hooks = WrappedHooks()
         self._fast_path: bool | None = None
-        self._weights_are_new = True
-        self._weights_are_averaged = False
+        self._fit_scales: Callable[[nn.Module], None] | None = refit_weights  # before anything runs
         self._follows_a_run = False
         self._compensation_due = False
         self._last_step = -1
@@ -270,8 +269,8 @@ class StatQATCallback(Callback):
         # Quantizers of an earlier run keep their scales, frozen ones above all. New ones have just
         # chosen theirs, but a checkpoint may still replace the weights.
         after = [layer.quantizers for layer in quantized_layers(pl_module)]
-        self._weights_are_new = before != after
-        self._weights_are_averaged = self._follows_a_run = False
+        self._fit_scales = refit_weights if before != after else None
+        self._follows_a_run = False
         if before != after or not knows_inputs(pl_module):
             self._compensation_due = self.compensate  # until a checkpoint is read, or it is done
         self._announced = before == after
@@ -311,7 +310,7 @@ class StatQATCallback(Callback):
     def _read_entry(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         entry = read_entry(checkpoint, self.recipe, self.target)
         if entry is None:
-            self._weights_are_new = True
+            self._fit_scales = refit_weights
             return
         if "placed_for" in entry:
             self.placed = QuantRecipe.from_dict(entry["recipe"])
@@ -324,8 +323,8 @@ class StatQATCallback(Callback):
         set_enabled(pl_module, weights and self.enabled, inputs and self.enabled)
         # The scales are those of the weights in training, which a later fit goes on with; whatever
         # else is done with the checkpoint is done with their average.
-        self._weights_are_new = False
-        self._weights_are_averaged = entry.get("averaged", False) and not self._fitting
+        averaged = entry.get("averaged", False) and not self._fitting
+        self._fit_scales = follow_averaged_weights if averaged else None
         self._follows_a_run = True
 
     def on_save_checkpoint(
@@ -393,13 +392,11 @@ class StatQATCallback(Callback):
             )
 
     def _start(self, pl_module: LightningModule) -> None:
-        """Fit the scales of weights that were loaded without quantizer state since insertion."""
+        """Fit the scales of weights that came without scales of their own since insertion."""
         self._hooks.unwrap("setup", "configure_model")
-        if self._weights_are_new:
-            refit_weights(pl_module)
-        elif self._weights_are_averaged:
-            follow_averaged_weights(pl_module)
-        self._weights_are_new = self._weights_are_averaged = False
+        if self._fit_scales is not None:
+            self._fit_scales(pl_module)
+            self._fit_scales = None
 
     def on_validation_batch_start(
         self,

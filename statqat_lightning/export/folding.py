@@ -9,7 +9,6 @@ section 3.2, fold before they quantize, which rounds other weights than these.)
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from statqat_lightning.batch_norm import channel_factor, has_statistics
+from statqat_lightning.batch_norm import channel_factor, has_statistics, normalized_by
 from statqat_lightning.dataflow import NORMS, OUTPUT_KIND, Dataflow, Operation, record
 from statqat_lightning.export.frozen import (
     FrozenLayer,
@@ -173,18 +172,16 @@ def _scale_weight(layer: FrozenLayer, factor: Tensor, axis: int) -> None:
 
 
 class _WithoutNorm(TorchFunctionMode):
-    """While it lasts, `batch_norm` with the statistics of one module returns its input."""
+    """While it lasts, what one BatchNorm would normalize is returned as it is."""
 
-    def __init__(self, norm: Any) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self._mean = norm.running_mean
+        self._norm = norm
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm:
-            given = inspect.signature(F.batch_norm).bind(*args, **kwargs).arguments
-            if given["running_mean"] is self._mean:
-                return given["input"]
+        if func is F.batch_norm and (x := normalized_by(self._norm, args, kwargs)) is not None:
+            return x
         return func(*args, **kwargs)
 
 

@@ -84,6 +84,36 @@ def test_outputs_are_the_same(
     equal_but_for_rounding(folded.model(x), frozen(x))
 
 
+class OwnForward(nn.BatchNorm2d):
+    """Calls the function by itself, and more.
+
+    Args:
+        gain: Added to the weight that the function gets.
+    """
+
+    def __init__(self, channels: int, gain: float) -> None:
+        super().__init__(channels)
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.weight + self.gain if self.gain else self.weight
+        mean, variance = self.running_mean, self.running_var
+        y = F.batch_norm(x, mean, variance, weight, bias=self.bias, eps=self.eps)
+        return F.silu(y)
+
+
+@pytest.mark.parametrize("gain", [0.0, 1.0])
+def test_a_norm_that_calls_the_function_is_folded_if_it_is_its_own(gain: float) -> None:
+    norm = with_random_statistics(OwnForward(6, gain))
+    rule = QuantRule("0", "int8", "int8")
+    frozen, x = frozen_pair(nn.Conv2d(4, 6, 3), norm, (5, 4, 7, 7), rule)
+
+    folded = fold_batch_norm(frozen, ForwardCall.of(x))
+
+    assert folded.layers == ({} if gain else {"0": "1"})
+    equal_but_for_rounding(folded.model(x), frozen(x))
+
+
 def test_groups_of_a_row_are_folded() -> None:
     rule = QuantRule("0", TensorSpec("int4", "per_group:4"))
     norm = with_random_statistics(nn.BatchNorm1d(6))
