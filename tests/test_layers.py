@@ -33,6 +33,7 @@ ROWS: list[set[str]] = [
         "recompute",
         "isolated_copy",
         "module_names",
+        "batch_norm",
     },
     {
         "recipe",
@@ -47,7 +48,7 @@ ROWS: list[set[str]] = [
         "insertion",
         "insertion_report",
     },
-    {"compensation", "batch_norm", "integer_kernels", "biases", "ties", "placement"},
+    {"compensation", "integer_kernels", "biases", "ties", "placement"},
     {"report", "plots", "allocation", "export"},
     {"callbacks"},
     {"cli"},
