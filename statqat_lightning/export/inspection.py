@@ -20,7 +20,6 @@ from statqat_lightning.export.loading import (
     read_checkpoint,
 )
 from statqat_lightning.export.native import KEY, read_header
-from statqat_lightning.export.onnx_graph import MIDDLE
 from statqat_lightning.export.runtimes import constant_weights, require_onnx
 from statqat_lightning.fake_quantizer import OUTPUT
 from statqat_lightning.formats import BlockFormat, get_format
@@ -230,8 +229,6 @@ def _inspect_onnx(path: Path) -> Inspection:
             granularity = "per_tensor" if count == 1 else f"{count} scales"
             kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
             bits = _bits(tensor)
-            if f"{name}{MIDDLE}" in tensors:
-                kind, bits = "int8", 8  # stored as uint8 around 128
             layers.setdefault(layer, {})[role] = TensorEntry(kind, bits, granularity)
         elif what == "scale" and _column(role) != "weight":
             zero = _zero_point_type(model, name)

@@ -3,8 +3,7 @@
 - Inputs: Clip to the grid where the container type is wider than the format, QuantizeLinear and
   DequantizeLinear with zero point 0, or 128 for signed integers; FP6 and FP4 by arithmetic that
   rounds as the format does.
-- Weights: DequantizeLinear over int8, uint8, int4, uint4 or float8 initializers (8-bit ones that
-  meet rounded inputs are uint8 around 128, see `onnx_graph.keep_from_saturating`); FP6, FP4 and
+- Weights: DequantizeLinear over int8, uint8, int4, uint4 or float8 initializers; FP6, FP4 and
   codebooks as indices of a table of values (in 4 bits where it has 16), and block formats as rows
   of blocks times a scale each: ONNX Runtime turns these into weights once, when it loads.
 - Linear layers: see `onnx_graph.lay_out_linears`.
@@ -34,9 +33,9 @@ from statqat_lightning.export.native import KEY, library_version
 from statqat_lightning.export.onnx_files import replacing_onnx
 from statqat_lightning.export.onnx_graph import (
     keep_biases,
-    keep_from_saturating,
     keep_weights,
     lay_out_linears,
+    own_zero_points,
     pack_tables,
     split_clips,
     tidy,
@@ -208,9 +207,9 @@ def _translate(
     split_clips(graph)
     keep_biases(graph)
     lay_out_linears(graph)
-    keep_from_saturating(graph)
     pack_tables(graph)
     keep_weights(graph)
+    own_zero_points(graph)
     tidy(graph, opened)
     graph.producer_name = "statqat_lightning"
     graph.producer_version = library_version()

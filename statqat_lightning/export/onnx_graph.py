@@ -358,51 +358,28 @@ def _ends_of(quantize: Any) -> tuple[float, float]:
     return -middle * scale, (255 - middle) * scale
 
 
-MIDDLE = "_middle"
-"""Behind the name of codes that lie around 128: their zero point."""
-_WITHOUT_SATURATION = 64
-"""Largest magnitude of a weight's code of which two products with 255 fit into 16 bits."""
+def own_zero_points(graph: Any) -> None:
+    """Give each weight's DequantizeLinear a zero point of its own.
 
-
-def keep_from_saturating(graph: Any) -> None:
-    """Store 8-bit weights that meet rounded inputs as uint8, with a zero point of 128.
-
-    On x86 processors without VNNI, ONNX Runtime multiplies uint8 with int8 by an instruction that
-    adds up two products in 16 bits, where they saturate: a small convolution was off by 25 steps of
-    its output. Its kernels for uint8 with uint8 do not, and with VNNI both are one.
+    The optimizer makes one constant of all that are equal. OpenVINO computes a layer in float where
+    one is shared by products of several kinds, and ONNX Runtime refuses a file of several layers
+    that share one with `session.x64quantprecision=1`.
     """
     import onnx_ir
 
-    for node in list(graph.graph):
-        if node.op_type != "DequantizeLinear" or node.attributes.get_int("block_size", 0):
+    for node in graph.graph:
+        if node.op_type != "DequantizeLinear" or node.inputs[0].const_value is None:
             continue
-        codes, scale = node.inputs[0], node.inputs[1]
-        stored = codes.const_value
-        if stored is None or stored.dtype != onnx_ir.DataType.INT8 or len(codes.uses()) > 1:
+        zero = node.inputs[2] if len(node.inputs) > 2 else None
+        if zero is None or zero.const_value is None or len(zero.uses()) == 1:
             continue
-        integers = stored.numpy()
-        narrow = not integers.size or np.abs(integers.astype(np.int16)).max() <= _WITHOUT_SATURATION
-        if narrow or not _meets_rounded(node.outputs[0]):
-            continue
-        store(codes, integers.astype(np.int16) + 128, onnx_ir.DataType.UINT8)
-        middle = np.full(scale.const_value.shape.numpy(), 128, np.uint8)
-        name = f"{codes.name}{MIDDLE}"
-        zero = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(middle, name=name))
-        zero.dtype, zero.shape = onnx_ir.DataType.UINT8, onnx_ir.Shape(middle.shape)
-        graph.graph.register_initializer(zero)
-        node.resize_inputs(3)
-        node.replace_input_with(2, zero)
-
-
-def _meets_rounded(weight: Any) -> bool:
-    """Whether a dequantized weight goes into a product with integers, turned or not."""
-    for user, place in weight.uses():
-        if user.op_type in ("Transpose", "Reshape"):
-            if _meets_rounded(user.outputs[0]):
-                return True
-        elif user.op_type in ("Conv", "Gemm", "MatMul") and _is_rounded(user.inputs[1 - place]):
-            return True
-    return False
+        name = f"{node.inputs[0].name}_zero_point"
+        own = onnx_ir.Value(
+            name=name, const_value=onnx_ir.tensor(zero.const_value.numpy(), name=name)
+        )
+        own.dtype, own.shape = zero.dtype, zero.shape
+        graph.graph.register_initializer(own)
+        node.replace_input_with(2, own)
 
 
 def pack_tables(graph: Any) -> None:

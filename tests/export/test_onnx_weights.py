@@ -48,7 +48,7 @@ def test_weights_without_integers_are_exact_beside_rounded_inputs(weights: str |
 
 
 def test_eight_bit_weights_do_not_saturate() -> None:
-    """On processors without VNNI, products of uint8 and int8 are added up in 16 bits."""
+    """On processors without VNNI, products of uint8 and int8 are added up in 16 bits by default."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
     model[0].weight.data = model[0].weight.data.sign() * 0.1  # every code is an end of the range
@@ -60,10 +60,21 @@ def test_eight_bit_weights_do_not_saturate() -> None:
     expected = outputs(model, x).numpy()
     assert np.abs(given - expected).max() < 0.05 * np.abs(expected).max()
     stored = {i.name: i for i in onnx.load("m.onnx").graph.initializer}
-    assert stored["model.0.weight_codes"].data_type == onnx.TensorProto.UINT8
-    narrow = calibrated(
-        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), recipe_of("int4", "int8"), x[0, 0]
-    )
-    save_onnx(narrow, "n.onnx", x[0, 0])
-    stored = {i.name: i for i in onnx.load("n.onnx").graph.initializer}
     assert stored["model.0.weight_codes"].data_type == onnx.TensorProto.INT8
+
+
+def test_where_the_processor_has_no_vnni_the_file_runs_on_unsigned_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Several layers with as many channels: ONNX Runtime refuses zero points that they share."""
+    x = torch.rand(4, 8, 6, 6)
+    layers = [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)]
+    inputs = TensorSpec("int8", unsigned_if_nonnegative=True)
+    model = calibrated(nn.Sequential(*layers), recipe_of("int8", inputs), x)
+    save_onnx(model, "m.onnx", x)
+    zeros = {n.input[2] for n in onnx.load("m.onnx").graph.node if "weight_codes" in n.input[0]}
+    assert len(zeros) == 2
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    (given,) = onnx_session("m.onnx").run(None, {"input": x.numpy()})
+    expected = outputs(model, x).numpy()
+    assert np.abs(given - expected).max() < 0.02 * np.abs(expected).max()

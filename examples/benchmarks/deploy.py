@@ -1,0 +1,276 @@
+"""Speed and SNR of what is deployed, against the quantizers of the runtimes themselves.
+
+Public networks with random weights at W8A8, one thread, batch 1, in ONNX Runtime (against
+`onnxruntime.quantization.quantize_static`: QDQ, per channel, MinMax) and in OpenVINO (against
+NNCF). Speed is in units of the float model in the same runtime, all variants in turns in one
+process; SNR is that of the outputs to float on inputs that no method saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import logging
+import math
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common
+from common import positive
+from deploy_networks import NETWORKS, network_of
+from measuring import Journal, measure, ratio, versions_text
+
+from statqat_lightning import QuantRecipe, place, prepare
+from statqat_lightning.export import export_model
+from statqat_lightning.export.inputs import outputs_of
+from statqat_lightning.placement import TARGETS
+from statqat_lightning.quantized_model import refresh, set_observing
+
+CALIBRATION, PER_BATCH, TEST = 8, 4, 16
+Arrays = list[np.ndarray[Any, Any]]
+Run = Callable[[Tensor], Arrays]
+
+
+def float_file(network: nn.Module, batch: Tensor, path: Path) -> None:
+    """Write the float network as ONNX, its batch open."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            network,
+            (batch,),
+            dynamo=True,
+            verbose=False,
+            opset_version=18,
+            input_names=["x"],
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+        )
+    assert program is not None
+    program.save(str(path))
+
+
+@torch.no_grad()
+def our_file(network: nn.Module, seen: list[Tensor], path: Path, target: str | None) -> list[str]:
+    """Write the network as this package quantizes it, without training; what the report says."""
+    model = copy.deepcopy(network)
+    recipe = QuantRecipe.default("int8", "int8")
+    if target is not None:
+        recipe = place(model, recipe, lambda: model(seen[0]), target).recipe
+    prepare(model, recipe=recipe)
+    set_observing(model, True)
+    for batch in seen:
+        model(batch)
+        refresh(model)
+    refresh(model, search=True)
+    set_observing(model, False)
+    report = export_model(
+        model, path, seen[0], native=False, target=target, strict=False, measure_latency=False
+    )
+    return list(map(str, report.notes))
+
+
+def static_file(source: Path, seen: list[Tensor], path: Path) -> None:
+    """Write what ONNX Runtime's own static quantization makes of the float file."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter(seen)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"x": batch.numpy()}
+
+    prepared = path.with_suffix(".prepared.onnx")
+    try:
+        quant_pre_process(str(source), str(prepared))
+    except Exception:  # its symbolic shapes fail on some networks, the optimizer does not
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+    quantize_static(
+        str(prepared),
+        str(path),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        calibrate_method=CalibrationMethod.MinMax,
+    )
+
+
+def nncf_model(source: Path, seen: list[Tensor]) -> Any:
+    """What NNCF makes of the float file."""
+    import nncf
+    import openvino
+
+    nncf.set_log_level(logging.ERROR)
+    model = openvino.Core().read_model(source)
+    transformer = "sdpa" in {o.get_type_name() for o in model.get_ops()}
+    return nncf.quantize(
+        model,
+        nncf.Dataset([{"x": b.numpy()} for b in seen]),
+        subset_size=len(seen),
+        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+    )
+
+
+def in_onnxruntime(path: Path, threads: int) -> tuple[Run, Counter[str]]:
+    """A file in ONNX Runtime, and the operators of its optimized graph."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    optimized = path.with_suffix(".optimized.onnx")
+    options.optimized_model_filepath = str(optimized)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    nodes = onnx.load(optimized, load_external_data=False).graph.node
+    return lambda x: session.run(None, {name: x.numpy()}), Counter(n.op_type for n in nodes)
+
+
+def in_openvino(model: Any, threads: int) -> tuple[Run, Counter[str]]:
+    """A file or a model in OpenVINO, and its layers by type and precision."""
+    import openvino
+
+    compiled = openvino.Core().compile_model(
+        str(model) if isinstance(model, Path) else model,
+        "CPU",
+        {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"},
+    )
+    found: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ops():
+        about = {k: node.get_rt_info()[k].astype(str) for k in ("layerType", "runtimePrecision")}
+        found[f"{about['layerType']} {about['runtimePrecision']}"] += 1
+    request = compiled.create_infer_request()
+
+    def run(x: Tensor) -> Arrays:
+        found = request.infer({0: x.numpy()})
+        return [found[output] for output in compiled.outputs]
+
+    return run, found
+
+
+def snr_db(wanted: list[Tensor], found: Arrays) -> float:
+    """Of all outputs together, each in units of its own energy."""
+    noise = 0.0
+    for a, b in zip(wanted, found, strict=True):
+        reference = a.double()
+        noise += float(
+            ((torch.from_numpy(b).double() - reference) ** 2).sum() / (reference**2).sum()
+        )
+    return -10 * math.log10(max(noise / len(wanted), 1e-30))
+
+
+@torch.no_grad()
+def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one network: by variant speed in units of float, SNR, kernels."""
+    network, make = network_of(name)
+    seen = [make(PER_BATCH) for _ in range(CALIBRATION)]
+    test, one = make(TEST), make(1)
+    wanted = outputs_of(network(test))
+    folder = Path(tempfile.mkdtemp(prefix="deploy"))
+    float_file(network, seen[0], folder / "float.onnx")
+    makers: dict[str, Callable[[], Any]] = {
+        "ort float": lambda: folder / "float.onnx",
+        "ort StatQAT": lambda: ours("onnxruntime"),
+        "ort static": lambda: static(),
+        "ov float": lambda: folder / "float.onnx",
+        "ov StatQAT": lambda: ours("openvino" if "openvino" in TARGETS else "onnxruntime"),
+        "ov NNCF": lambda: nncf_model(folder / "float.onnx", seen),
+    }
+    notes: dict[str, list[str]] = {}
+
+    def ours(target: str) -> Path:
+        path = folder / f"{target}.onnx"
+        notes[target] = our_file(network, seen, path, target)
+        return path
+
+    def static() -> Path:
+        static_file(folder / "float.onnx", seen, folder / "static.onnx")
+        return folder / "static.onnx"
+
+    row: dict[str, Any] = {"notes": notes}
+    runs: dict[str, Run] = {}
+    for variant, make_it in makers.items():
+        runtime = variant.split()[0]
+        if runtime not in args.runtimes:
+            continue
+        try:
+            model = make_it()
+            load = in_onnxruntime if runtime == "ort" else in_openvino
+            runs[variant], kernels = load(model, args.threads)
+            found = [runs[variant](x) for x in test.split(1)]
+            joined = [np.concatenate([f[i] for f in found]) for i in range(len(wanted))]
+            row[variant] = {"snr": snr_db(wanted, joined), "kernels": dict(kernels)}
+        except Exception as error:
+            runs.pop(variant, None)
+            row[variant] = {"error": f"{type(error).__name__}: {error}"[:300]}
+    seconds = measure({v: (lambda r=r: r(one)) for v, r in runs.items()}, args.rounds, turn=0.02)
+    for variant in runs:
+        row[variant]["speed"] = ratio(seconds, f"{variant.split()[0]} float", variant)
+        row[variant]["ms"] = 1000 * float(np.median(seconds[variant]))
+    return row
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """Speed and SNR of a network in each runtime."""
+    parts = [f"{name:20}"]
+    for variant in ("ort StatQAT", "ort static", "ov StatQAT", "ov NNCF"):
+        found = row.get(variant)
+        if found is None:
+            continue
+        text = "error" if "error" in found else f"{found['speed']:.2f} {found['snr']:5.1f}"
+        parts.append(f"{text:>12}")
+    return "".join(parts)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=[*NETWORKS])
+    parser.add_argument("--runtimes", nargs="+", choices=("ort", "ov"), default=["ort", "ov"])
+    parser.add_argument("--rounds", type=positive, default=40, help="turns of each variant")
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--again", action="store_true", help="measure what is in the output, too")
+    parser.add_argument("--output", type=Path, default=Path("outputs/deploy.json"))
+    args = parser.parse_args()
+    if "ov" in args.runtimes and importlib.util.find_spec("nncf") is None:
+        parser.error('OpenVINO is compared with NNCF: pip install "statqat-lightning[bench]"')
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    common.start(args, "onnx", "onnxruntime", "timm")
+    logging.disable(logging.WARNING)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(args.output)
+    print(f"W8A8, batch 1, {args.threads} threads: speed in units of float, SNR in dB")
+    print(versions_text())
+    print(f"{'':20}{'ORT: ours':>12}{'static':>12}{'OV: ours':>12}{'NNCF':>12}")
+    for name in args.networks:
+        if args.again or name not in journal.entries:
+            journal.add(name, measured(name, args))
+        print(line(name, journal.entries[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
