@@ -22,13 +22,14 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
 from statqat_lightning.batch_norm import normalized_by
-from statqat_lightning.layer_kinds import has_weights
+from statqat_lightning.layer_kinds import CONV1D, has_weights
 from statqat_lightning.module_names import modules_by_name, plain_name
 from statqat_lightning.quantized_layer import base_class, kind_of
 
 OUTPUT_KIND = "output"
 """Kind of what reads tensors outside all modules: the caller, who gets the result or goes on."""
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
+LINEARS = ("Linear", CONV1D)
 NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm")
 """BatchNorms; the function, where a subclass of theirs with a forward of its own calls it."""
 IDENTITIES = (

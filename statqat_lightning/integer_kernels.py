@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from statqat_lightning.dataflow import CONVOLUTIONS, KEEPING, NORMS, Dataflow, Operation, Value
+from statqat_lightning.dataflow import (
+    CONVOLUTIONS,
+    KEEPING,
+    LINEARS,
+    NORMS,
+    Dataflow,
+    Operation,
+    Value,
+)
 from statqat_lightning.fake_quantizer import INPUT, OUTPUT, ActivationFakeQuantizer, FakeQuantizer
 from statqat_lightning.formats import IntFormat
 from statqat_lightning.granularity import PerChannel, PerTensor
@@ -29,7 +37,7 @@ CLIPPING = ("relu", "ReLU", "relu6", "ReLU6")
 """Clipping that is part of rounding to unsigned integers."""
 MEANS = ("mean", *(f"adaptive_avg_pool{n}d" for n in (1, 2, 3)))
 MEANS += tuple(f"AdaptiveAvgPool{n}d" for n in (1, 2, 3))
-_WEIGHTED = (*CONVOLUTIONS, "Linear")
+_WEIGHTED = (*CONVOLUTIONS, *LINEARS)
 
 
 @dataclass(frozen=True)

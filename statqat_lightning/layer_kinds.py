@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,10 @@ def _of_linear(module: Any, role: str, shape: Shape) -> InputChannels:
     return InputChannels(("input",), -1, (1, shape[1]))
 
 
+def _of_turned_linear(module: Any, role: str, shape: Shape) -> InputChannels:
+    return InputChannels(("input",), -1, (shape[0], 1))
+
+
 def _of_convolution(module: Any, role: str, shape: Shape) -> InputChannels:
     kernel, groups = len(shape) - 2, module.groups
     repeats = 1 if groups == 1 else shape[0] // groups
@@ -137,13 +142,24 @@ KINDS = (
 )
 INPUT_ROLES = frozenset(role for kind in KINDS for role in kind.inputs)
 """Names of inputs; outputs are called `output`, and all other tensors are weights."""
+CONV1D = "Conv1D"
+"""A linear layer of transformers, in GPT-2 and its kin, whose weight is `(in, out)`."""
 RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
 _WITHOUT_WEIGHTS = LayerKind(nn.Module, _nothing)
 
 
 def kind_of_class(cls: type[nn.Module]) -> LayerKind:
     """The kind of a class; that of modules with an input and an output if there is no other."""
+    for base in cls.__mro__:
+        # Named in place of imported: the package need not be there.
+        if (base.__module__, base.__name__) == ("transformers.pytorch_utils", CONV1D):
+            return _turned_linear(base)
     return next((kind for kind in KINDS if issubclass(cls, kind.cls)), _WITHOUT_WEIGHTS)
+
+
+@functools.cache
+def _turned_linear(cls: type[nn.Module]) -> LayerKind:
+    return LayerKind(cls, lambda module: {"weight": 1}, channels=_of_turned_linear)
 
 
 def has_weights(kind: LayerKind) -> bool:

@@ -20,6 +20,7 @@ from statqat_lightning.dataflow import (
     CONVOLUTIONS,
     IDENTITIES,
     KEEPING,
+    LINEARS,
     NORMS,
     OUTPUT_KIND,
     Dataflow,
@@ -220,7 +221,7 @@ class _Places:
     def _spec_of(self, operation: Operation) -> TensorSpec | None:
         """How tensors around a layer are rounded; None if the runtime has no integers for it."""
         rule = self.rules.get(operation.name) if operation.module is not None else None
-        if rule is None or operation.kind not in (*CONVOLUTIONS, "Linear"):
+        if rule is None or operation.kind not in (*CONVOLUTIONS, *LINEARS):
             return None
         weights, inputs = rule.weights, rule.inputs
         if not (isinstance(weights, TensorSpec) and isinstance(inputs, TensorSpec)):

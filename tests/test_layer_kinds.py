@@ -18,6 +18,7 @@ from statqat_lightning.export import freeze
 from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, FakeQuantizer
 from statqat_lightning.functional import fake_quantize
 from statqat_lightning.insertion import prepare, remove
+from statqat_lightning.quantized_layer import attached
 from statqat_lightning.quantized_model import (
     idle_activations,
     quantized_layers,
@@ -28,6 +29,7 @@ from statqat_lightning.quantized_model import (
 )
 from statqat_lightning.recipe import QuantRecipe, QuantRule
 from statqat_lightning.report import snr_by_tensor
+from tests.export.models import Conv1D
 
 
 def quantized(model: nn.Module, *args: Any, recipe: QuantRecipe | None = None) -> nn.Module:
@@ -413,3 +415,18 @@ def test_compiled_layers_equal_eager_ones(name: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         else:
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp4_e2m1", "nf4"])
+def test_a_linear_layer_of_transformers_is_that_of_torch_turned(weights: str) -> None:
+    layer = Conv1D(12, 40)
+    x = torch.randn(6, 5, 40) * torch.linspace(0.1, 3, 40) + 0.5  # channels of unequal energy
+    recipe = QuantRecipe([QuantRule("*", weights, "int8")])
+    models = [quantized(nn.Sequential(m), x, recipe=recipe) for m in (layer.as_linear(), layer)]
+    scales = [layers.weight.scale.flatten() for m in models for layers in [attached(m[0])]]
+    torch.testing.assert_close(scales[0], scales[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(models[0](x), models[1](x), rtol=1e-5, atol=1e-5)
+    loss = models[1](x).square().sum()
+    loss.backward()
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(freeze(models[1])(x), models[1](x), rtol=0, atol=0)

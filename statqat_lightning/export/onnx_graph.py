@@ -16,15 +16,23 @@ _SMALLEST_BLOCK = 16
 
 
 class _Product(NamedTuple):
-    """A node that multiplies with a weight `(out, in)`, and what else goes into it."""
+    """A node that multiplies with a weight, and what else goes into it.
+
+    Attributes:
+        node: The node.
+        x: What it multiplies.
+        bias: What it adds, or None.
+        turned: Whether the weight is `(out, in)`, as in `nn.Linear`, and not `(in, out)`.
+    """
 
     node: Any
     x: Any
     bias: Any | None
+    turned: bool
 
 
 def lay_out_linears(graph: Any) -> None:
-    """Store weights of Linear layers as `(in, out)`, and multiply with MatMul, where it gains.
+    """Store weights of linear layers as `(in, out)`, and multiply with MatMul, where it gains.
 
     - Where inputs are integers, MatMul becomes ONNX Runtime's MatMulIntegerToFloat, which sums in
       integers and scales in float32. The bias comes by Sum, because ONNX Runtime makes a Gemm of
@@ -48,8 +56,11 @@ def lay_out_linears(graph: Any) -> None:
             continue
         if stored.dtype not in (onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8):
             continue
-        rounded = [_is_rounded(product.x) for product in products]
+        turned = {product.turned for product in products}
         block = node.attributes.get_int("block_size", 0)
+        if len(turned) > 1 or (block and turned == {False}):
+            continue
+        rounded = [_is_rounded(product.x) for product in products]
         integers = stored.numpy()
         if all(rounded) and not block:
             if all(_is_exact_in_integers(product) for product in products):
@@ -59,23 +70,24 @@ def lay_out_linears(graph: Any) -> None:
             kind = _narrow(stored.dtype)
         else:
             continue
-        _turn(node, integers, kind, block)
+        _store_for_matmul(node, integers, kind, block, turned=turned == {True})
         for product in products:
             _multiply(graph, product, node.outputs[0], "Sum" if all(rounded) else "Add")
 
 
 def _products(weight: Any) -> list[_Product]:
-    """All that a weight is used for, if that is nothing but products with its transpose."""
+    """All that a weight is used for, if that is nothing but products."""
     found: list[_Product] = []
     for node, index in weight.uses():
         if node.op_type == "Gemm" and index == 1 and _is_plain(node):
             bias = node.inputs[2] if len(node.inputs) > 2 else None
-            found.append(_Product(node, node.inputs[0], bias))
+            turned = bool(node.attributes.get_int("transB", 0))
+            found.append(_Product(node, node.inputs[0], bias, turned))
         elif node.op_type == "Transpose" and [*node.attributes.get_ints("perm", ())] == [1, 0]:
             uses = node.outputs[0].uses()
             if any(user.op_type != "MatMul" or place != 1 for user, place in uses):
                 return []
-            found += [_Product(user, user.inputs[0], None) for user, _ in uses]
+            found += [_Product(user, user.inputs[0], None, True) for user, _ in uses]
         else:
             return []
     return found
@@ -90,11 +102,10 @@ def _is_exact_in_integers(product: _Product) -> bool:
 
 
 def _is_plain(gemm: Any) -> bool:
-    """Whether it is `x @ weight.T + bias`."""
+    """Whether it is `x @ weight.T + bias` or `x @ weight + bias`."""
     attributes = gemm.attributes
-    turned = attributes.get_int("transA", 0), attributes.get_int("transB", 0)
     factors = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
-    return turned == (0, 1) and factors == (1.0, 1.0)
+    return not attributes.get_int("transA", 0) and factors == (1.0, 1.0)
 
 
 _KEEPS_CODES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
@@ -129,19 +140,22 @@ def _narrow(kind: Any) -> Any:
     return onnx_ir.DataType.INT4 if is_signed else onnx_ir.DataType.UINT4
 
 
-def _turn(dequantize: Any, integers: Any, kind: Any, block: int) -> None:
+def _store_for_matmul(dequantize: Any, integers: Any, kind: Any, block: int, turned: bool) -> None:
     """Store codes as `(in, out)` of a type, and scales along with them."""
     import onnx_ir
 
     scale = dequantize.inputs[1]
     scales = scale.const_value.numpy()
-    store(dequantize.inputs[0], integers.T, kind)
+    if turned:
+        integers, scales = integers.T, scales.T
+    store(dequantize.inputs[0], integers, kind)
     dequantize.outputs[0].shape = dequantize.inputs[0].shape
     if kind in (onnx_ir.DataType.INT4, onnx_ir.DataType.UINT4):
         dequantize.resize_inputs(2)  # without the zeros of the wider type
         if not scales.ndim:
-            scales = np.broadcast_to(scales, len(integers))  # MatMulNBits wants one a column
-    store(scale, scales.T, scale.const_value.dtype)
+            # MatMulNBits wants one a column.
+            scales = np.broadcast_to(scales, integers.shape[1])
+    store(scale, scales, scale.const_value.dtype)
     if scales.ndim:
         dequantize.attributes["axis"] = onnx_ir.AttrInt64("axis", 0 if block else 1)
 

@@ -34,6 +34,27 @@ class ScaledLinear(nn.Linear):
         return F.linear(x, self.weight * self.scale, self.bias) + self.weight.mean()
 
 
+class Conv1D(nn.Module):
+    """That of transformers, in GPT-2: a linear layer whose weight is `(in, out)`."""
+
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(in_features, out_features) / in_features**0.5)
+        self.bias = nn.Parameter(torch.randn(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return flat.view(*x.shape[:-1], -1)
+
+    def as_linear(self) -> nn.Linear:
+        """What computes the same."""
+        linear = nn.Linear(*self.weight.shape)
+        linear.weight.data, linear.bias.data = self.weight.data.T.clone(), self.bias.data.clone()
+        return linear
+
+
 class Everything(nn.Module):
     """Every supported layer, normalisation, and inputs with and without negative values."""
 

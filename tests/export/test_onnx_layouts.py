@@ -18,7 +18,7 @@ from statqat_lightning.export import compare_files, save_native, save_onnx
 from statqat_lightning.export.frozen import FrozenLayer, freeze
 from statqat_lightning.export.runtimes import onnx_session
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
-from tests.export.models import ScaledLinear, calibrated, outputs, recipe_of
+from tests.export.models import Conv1D, ScaledLinear, calibrated, outputs, recipe_of
 
 FLOAT_ROUNDING = 2e-6  # of sums in another order, in outputs up to about 1
 
@@ -130,6 +130,22 @@ def test_a_linear_layer_sums_in_integers_and_scales_in_float(
     expected = sums * (np.float64(input_scale) * scale.astype(np.float64)) + stored["0.bias"]
     (found,) = onnx_session(path).run(None, {"input": x.numpy()})
     assert np.abs(found - expected).max() <= FLOAT_ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "kernel"),
+    [("int8", "int8", "MatMulIntegerToFloat"), ("int4", None, "MatMulNBits"), ("int8", None, None)],
+)
+def test_the_linear_layers_of_transformers_run_on_the_same_kernels(
+    weights: str, inputs: str | None, kernel: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.onnx"
+    x = torch.randn(3, 5, 32)
+    model = calibrated(nn.Sequential(Conv1D(32, 32), Conv1D(8, 32)), recipe_of(weights, inputs), x)
+    save_onnx(model, path, x)
+    if kernel is not None:
+        assert kernels(path)[kernel] == 2
+    assert difference(path, model, torch.randn(4, 5, 32)) <= 4 * FLOAT_ROUNDING
 
 
 @pytest.mark.parametrize(("weights", "inputs"), [("int4", None), ("int8", None), ("int8", "int8")])
