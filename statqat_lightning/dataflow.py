@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from statqat_lightning.batch_norm import normalized_by
 from statqat_lightning.layer_kinds import CONV1D, has_weights
 from statqat_lightning.module_names import modules_by_name, plain_name
-from statqat_lightning.quantized_layer import base_class, kind_of
+from statqat_lightning.quantized_layer import base_class, is_quantized, kind_of
 
 OUTPUT_KIND = "output"
 """Kind of what reads tensors outside all modules: the caller, who gets the result or goes on."""
@@ -32,14 +32,17 @@ CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 LINEARS = ("Linear", CONV1D)
 NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm")
 """BatchNorms; the function, where a subclass of theirs with a forward of its own calls it."""
+_DROPPING = ("DropPath", "StochasticDepth", "DropBlock2d")
+"""Classes of timm and torchvision that drop in training what they are given, by their names."""
 IDENTITIES = (
     *("Identity", "Sequential", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "dropout"),
+    *_DROPPING,
 )
 """What is not there in evaluation, and in no file; a Sequential without children is one."""
 KEEPING = (
     *("max_pool1d", "max_pool2d", "max_pool3d", "MaxPool1d", "MaxPool2d", "MaxPool3d"),
     *("flatten", "Flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze"),
-    *("unsqueeze", "getitem", "pad", "chunk", *IDENTITIES),
+    *("unsqueeze", "getitem", "pad", "chunk"),
     *("split", "clone", "to", "ZeroPad2d", "ChannelShuffle", "movedim", "relu", "ReLU"),
 )
 """What leaves values on the grid that they lie on."""
@@ -62,13 +65,15 @@ _NO_COMPUTATION = ("deepcopy", "reduce_ex", "setstate", "repr", "hash", "format"
 
 @dataclass(eq=False)
 class Value:
-    """One tensor of a run.
+    """One tensor of a run, and what becomes of it where nothing is computed in evaluation.
 
     Attributes:
         producer: The operation that made it; None for inputs, and what was made out of sight.
         shape: Its shape.
         consumers: The operations that read it; one that reads it twice is there twice.
-        returned_by: Names of the modules whose first output it was, the innermost first.
+        returned_by: Names of the modules that it was made in and whose first output it was, the
+            innermost first.
+        unread_by: Those of them that returned it before anything had read it.
         taken_by: Names of the modules whose first argument it was, the outermost first.
     """
 
@@ -76,6 +81,7 @@ class Value:
     shape: tuple[int, ...]
     consumers: list[Operation] = field(default_factory=list)
     returned_by: list[str] = field(default_factory=list)
+    unread_by: list[str] = field(default_factory=list)
     taken_by: list[str] = field(default_factory=list)
 
 
@@ -186,7 +192,7 @@ class Recording:
 
 def is_atom(module: nn.Module) -> bool:
     """Whether a module is one operation."""
-    if has_weights(kind_of(module)):
+    if has_weights(kind_of(module)) or type(module).__name__ in _DROPPING:
         return True
     return _own_class(module).__module__.startswith("torch.nn.") and not any(module.children())
 
@@ -259,7 +265,9 @@ class _Recorder(TorchFunctionMode):
                     self._holders.setdefault(known, []).append((module, name))
         self._values: dict[int, Value] = {}
         self._alive: list[Tensor] = []  # or another tensor would get the same id
+        self._numbers: dict[Value, int] = {}  # in the order in which they were made
         self._stack: list[str] = []
+        self._entered: list[int] = []  # how many values there were when each of those began
         self._atoms: list[str] = []
         self._norms: list[str] = []
         self._returned: dict[int, _Returned] = {}
@@ -382,6 +390,7 @@ class _Recorder(TorchFunctionMode):
         first = next(_floating((args, kwargs)), None) if self._wants_operations else None
         if first is not None and not self._atoms:
             self._value(first).taken_by.append(name)
+        self._entered.append(len(self._numbers))
         if atom:
             self._atoms.append(name)
 
@@ -392,6 +401,7 @@ class _Recorder(TorchFunctionMode):
         if norm:
             self._norms.pop()
         self._stack.pop()
+        entered = self._entered.pop()
         if self._atoms:
             return
         first = next(_floating(result), None)
@@ -406,15 +416,25 @@ class _Recorder(TorchFunctionMode):
         if atom:
             self._note(_own_class(module).__name__, module, name, given, result)
         if first is not None:
-            self._value(first).returned_by.append(name)
+            value = self._value(first)
+            if self._numbers[value] >= entered:
+                value.returned_by.append(name)
+                if not value.consumers:
+                    value.unread_by.append(name)
 
     def _note(self, kind: str, module: nn.Module | None, name: str, given: Any, made: Any) -> None:
         inputs = [self._value(t) for t in _floating(given) if id(t) not in self._parameters]
+        results = [*_floating(made)]
+        is_identity = kind in IDENTITIES and not (module is not None and is_quantized(module))
+        if is_identity and len(inputs) == len(results) == 1:
+            self._values[id(results[0])] = inputs[0]
+            self._alive.append(results[0])
+            return
         operation = Operation(kind, module, name, inputs, [])
         for value in inputs:
             value.consumers.append(operation)
         # An operation in place returns the tensor it was given: from here on that is a new value.
-        operation.outputs = [self._new(t, operation) for t in _floating(made)]
+        operation.outputs = [self._new(t, operation) for t in results]
         self.flow.operations.append(operation)
 
     def _value(self, tensor: Tensor) -> Value:
@@ -422,6 +442,7 @@ class _Recorder(TorchFunctionMode):
 
     def _new(self, tensor: Tensor, producer: Operation | None) -> Value:
         value = Value(producer, tuple(tensor.shape))
+        self._numbers[value] = len(self._numbers)
         self._values[id(tensor)] = value
         self._alive.append(tensor)
         return value

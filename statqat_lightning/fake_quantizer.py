@@ -441,7 +441,13 @@ class ActivationFakeQuantizer(FakeQuantizer):
         self.fmt = fmt
         statistics = statistics_of([self.observer])
         self.scale.copy_(self.quantizer.from_statistics(statistics, fmt).squeeze(0))
+        self.stay_within_limit()
         self.ready = True
+
+    def stay_within_limit(self) -> None:
+        """Let the grid end where the values do, see `TensorSpec.max_value`."""
+        if self.spec.max_value is not None:
+            self.scale.clamp_(max=self.spec.max_value / self.fmt.max)
 
     @property
     def negative_share(self) -> float:

@@ -10,7 +10,7 @@ selectors; measured ratios are in the README.)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -18,7 +18,6 @@ from torch import nn
 from statqat_lightning.biases import round_biases
 from statqat_lightning.dataflow import (
     CONVOLUTIONS,
-    IDENTITIES,
     KEEPING,
     LINEARS,
     NORMS,
@@ -161,7 +160,8 @@ class _Places:
         self._need_layers()
         self._need_what_comes_of_them()
         for value, spec in self.rounded.items():
-            self._put(value, spec)
+            limited = value.producer is not None and value.producer.kind in ("relu6", "ReLU6")
+            self._put(value, replace(spec, max_value=6.0) if limited else spec)
         rules = [self._rule(name) for name in dict.fromkeys([*self.rules, *self.changed])]
         before = [
             name
@@ -253,7 +253,7 @@ class _Places:
                 self._change(layer.name, inputs=spec)
             return
         once = [name for name, calls in self.flow.calls.items() if name and calls == 1]
-        makers = [name for name in value.returned_by if name in once]
+        makers = [name for name in value.unread_by if name in once]
         with_weights = {
             o.name for o in readers if o.module is not None and has_weights(kind_of(o.module))
         }
@@ -304,11 +304,8 @@ class _Places:
 def _end_of(value: Value) -> Value:
     """What the runtime computes together: BatchNorm and ReLU behind a layer are part of it."""
     for kinds in (NORMS, CLIPPING):
-        ahead = value
-        while len(ahead.consumers) == 1 and ahead.consumers[0].kind in IDENTITIES:
-            ahead = ahead.consumers[0].outputs[0]
-        if len(ahead.consumers) == 1 and ahead.consumers[0].kind in kinds:
-            value = ahead.consumers[0].outputs[0]
+        if len(value.consumers) == 1 and value.consumers[0].kind in kinds:
+            value = value.consumers[0].outputs[0]
     return value
 
 

@@ -165,4 +165,5 @@ def _refresh_scales(quantizers: Sequence[ActivationFakeQuantizer]) -> None:
         scales = first.quantizer.from_statistics(statistics, first.fmt, warm)
         torch._foreach_copy_([q.scale for q in group], list(scales.unbind()))
         for quantizer in group:
+            quantizer.stay_within_limit()
             quantizer.num_refreshes += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -42,6 +43,8 @@ class TensorSpec:
             each element by the energy of the input channel it is multiplied with, wherever those
             inputs were seen; `weight` counts all alike. None is `output` where the quantizer can
             weigh errors. Scales of inputs and outputs do not depend on it.
+        max_value: The largest value that an input or output can have, as 6 behind a ReLU6, beyond
+            which its scale never reaches; None where there is none.
         **options: Options of the quantizer.
 
     Raises:
@@ -55,6 +58,7 @@ class TensorSpec:
     unsigned_if_nonnegative: bool = False
     gradient: str = "clipped"
     objective: str | None = None
+    max_value: float | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
     def __init__(
@@ -65,6 +69,7 @@ class TensorSpec:
         unsigned_if_nonnegative: bool = False,
         gradient: str = "clipped",
         objective: str | None = None,
+        max_value: float | None = None,
         **options: Any,
     ) -> None:
         if isinstance(options.get("options"), tuple):  # from `dataclasses.replace`
@@ -103,6 +108,12 @@ class TensorSpec:
             raise ValueError(
                 f"TensorSpec: got objective={objective!r}; expected one of {', '.join(OBJECTIVES)}."
             )
+        if max_value is not None and not (
+            isinstance(max_value, int | float) and 0 < max_value < math.inf
+        ):
+            raise ValueError(
+                f"TensorSpec: got max_value={max_value!r}; expected a positive number, or None."
+            )
         values = {
             "format": fmt.name,
             "granularity": granularity,
@@ -110,6 +121,7 @@ class TensorSpec:
             "unsigned_if_nonnegative": unsigned_if_nonnegative,
             "gradient": gradient,
             "objective": objective,
+            "max_value": max_value,
             "options": tuple(sorted(options.items())),
         }
         for name, value in values.items():
@@ -131,7 +143,9 @@ class TensorSpec:
         adapts = self.unsigned_if_nonnegative and isinstance(fmt, type(old))
         adapts = adapts and unsigned(fmt) is not None
         if isinstance(old, BlockFormat) != isinstance(fmt, BlockFormat):
-            return TensorSpec(fmt.name, None, None, adapts, self.gradient, self.objective)
+            return TensorSpec(
+                fmt.name, None, None, adapts, self.gradient, self.objective, self.max_value
+            )
         granularity = None if isinstance(fmt, BlockFormat) else self.granularity
         return TensorSpec(
             fmt.name,
@@ -140,6 +154,7 @@ class TensorSpec:
             adapts,
             self.gradient,
             self.objective,
+            self.max_value,
             **dict(self.options),
         )
 
@@ -173,6 +188,8 @@ class TensorSpec:
             entries["gradient"] = self.gradient
         if self.objective is not None:
             entries["objective"] = self.objective
+        if self.max_value is not None:
+            entries["max_value"] = self.max_value
         return entries | dict(self.options)
 
 

@@ -183,6 +183,21 @@ def test_what_is_not_there_in_evaluation_is_seen_through(
     assert_all_in_integers(model, tmp_path)
 
 
+@pytest.mark.parametrize("shift", [0.0, 1.5, 4.0, 9.0])
+def test_a_relu6_is_part_of_rounding(shift: float, tmp_path: Path) -> None:
+    """Whether few values reach 6, most or all: the scale ends there, and no Clip is left."""
+    model = Residual()
+    for block in model.blocks:
+        block.relu = nn.ReLU6(inplace=True)
+        nn.init.constant_(block.bn1.bias, shift)
+        nn.init.constant_(block.bn2.bias, shift)
+    assert_all_in_integers(model, tmp_path)
+    outputs = [layer.quantizers.output for layer in quantized_layers(model)]
+    limited = [q for q in outputs if q is not None and q.spec.max_value is not None]
+    assert limited
+    assert all(q.scale * q.fmt.max < 6.000001 for q in limited)
+
+
 def test_without_a_target_convolutions_before_sums_are_in_float(tmp_path: Path) -> None:
     rest, operators, *_ = in_onnxruntime(Residual(), W8A8, tmp_path / "a.onnx")
 

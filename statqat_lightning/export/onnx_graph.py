@@ -189,7 +189,7 @@ def _multiply(graph: Any, product: _Product, weight: Any, sum_with_bias: str) ->
 
 
 def split_clips(graph: Any) -> None:
-    """Write Clip as Min and Max where the QuantizeLinear behind it does not clip as far.
+    """Drop Clip where the QuantizeLinear behind it saturates as far, and else write Min and Max.
 
     ONNX Runtime looks through Clip and Relu to QuantizeLinear, and rounds the bias of the layer
     before to a multiple of `input scale * weight scale`. That is a coarse step for formats narrower
@@ -207,27 +207,34 @@ def split_clips(graph: Any) -> None:
             node.inputs[i] if i < len(node.inputs) and node.inputs[i] is not None else None
             for i in (1, 2)
         )
-        ends = [_ends_of(consumer) for consumer in consumers]
         value, last = node.inputs[0], node
-        for kind, bound, end in (
-            ("Min", high, min(e[1] for e in ends)),
-            ("Max", low, max(e[0] for e in ends)),
-        ):
+        for kind, bound in (("Min", high), ("Max", low)):
             if bound is None:
                 continue
             limit = float(bound.const_value.numpy())
-            if limit < end if kind == "Min" else limit > end:
-                step = onnx_ir.node(kind, [value, bound])
-                graph.graph.insert_after(last, step)
-                step.outputs[0].dtype, step.outputs[0].shape = (
-                    node.outputs[0].dtype,
-                    node.outputs[0].shape,
-                )
-                value, last = step.outputs[0], step
-        if last is not node:
-            for consumer in consumers:
-                consumer.replace_input_with(0, value)
-            graph.graph.remove(node, safe=True)
+            if all(_saturates_at(consumer, limit, kind) for consumer in consumers):
+                continue
+            step = onnx_ir.node(kind, [value, bound])
+            graph.graph.insert_after(last, step)
+            step.outputs[0].dtype, step.outputs[0].shape = (
+                node.outputs[0].dtype,
+                node.outputs[0].shape,
+            )
+            value, last = step.outputs[0], step
+        for consumer in consumers:
+            consumer.replace_input_with(0, value)
+        graph.graph.remove(node, safe=True)
+
+
+def _saturates_at(quantize: Any, limit: float, kind: str) -> bool:
+    """Whether QuantizeLinear gives a limit the last of its codes, at the upper end or the lower."""
+    import onnx_ir
+
+    scale, zero = (value.const_value for value in quantize.inputs[1:3])
+    if quantize.inputs[2].dtype != onnx_ir.DataType.UINT8:
+        return False  # float8 saturates nowhere, see `_translate_input`
+    code = np.round(np.float32(limit) / scale.numpy()) + zero.numpy()
+    return bool(code >= 255 if kind == "Min" else code <= 0)
 
 
 def keep_biases(graph: Any) -> None:
