@@ -23,9 +23,9 @@ from vision import Batch
 
 from statqat_lightning import ExportCallback, SNRMonitor, StatQATCallback, TensorSpec, get_format
 from statqat_lightning.export.verify import onnx_session
-from statqat_lightning.placement import TARGETS
 from statqat_lightning.recipe import activation_spec
 from statqat_lightning.report import History, plot_snr
+from statqat_lightning.targets import TARGETS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -106,7 +106,9 @@ def add_quantization_arguments(
         "--first-last-bits", type=positive, default=8, help="least bits of first and last layer"
     )
     group.add_argument(
-        "--target", choices=TARGETS, help="train for the integer kernels of a runtime (8 bits)"
+        "--target",
+        choices=tuple(TARGETS),
+        help="train for the integer kernels of a runtime (8 bits)",
     )
 
 

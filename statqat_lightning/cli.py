@@ -17,7 +17,7 @@ import torch
 from statqat_lightning.export.checkpoints import export_checkpoint
 from statqat_lightning.export.inspection import compare_files, inspect_file
 from statqat_lightning.export.kinds import KINDS
-from statqat_lightning.placement import TARGETS
+from statqat_lightning.targets import TARGETS
 
 FIELDS = {kind.option: kind.field for kind in KINDS}
 
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--target",
-        choices=TARGETS,
+        choices=tuple(TARGETS),
         help="the runtime meant: layers it has no integer kernels for are named "
         "(default: the one of the training)",
     )

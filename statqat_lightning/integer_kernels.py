@@ -27,14 +27,13 @@ from statqat_lightning.formats import IntFormat
 from statqat_lightning.granularity import PerChannel, PerTensor
 from statqat_lightning.quantized_layer import LayerQuantizers
 from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.targets import CLIPPING
 
 Place = tuple[str, str]
 """Name of a module and a role: where a quantizer may be."""
 Chain = tuple[Place, ...]
 """Places that a tensor passes, in their order; the first that has a quantizer rounds it."""
 
-CLIPPING = ("relu", "ReLU", "relu6", "ReLU6")
-"""Clipping that is part of rounding to unsigned integers."""
 MEANS = ("mean", *(f"adaptive_avg_pool{n}d" for n in (1, 2, 3)))
 MEANS += tuple(f"AdaptiveAvgPool{n}d" for n in (1, 2, 3))
 _WEIGHTED = (*CONVOLUTIONS, *LINEARS)

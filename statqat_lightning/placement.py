@@ -1,10 +1,11 @@
 """Where a runtime's integer kernels need quantizers, beside those of the layers' inputs.
 
-ONNX Runtime runs a convolution in integers only if its output is rounded to 8 bits, too, behind the
-BatchNorm that is folded into it and behind a ReLU; and a sum or a product only if all its terms and
-its result are. So those tensors are rounded in training as well: once each, where they are made,
-instead of at every layer that reads them. (Which patterns have kernels: ONNX Runtime's QDQ
-selectors; measured ratios are in the README.)
+What differs from runtime to runtime is in `targets`. ONNX Runtime, for one, runs a convolution in
+integers only if its output is rounded to 8 bits, too, behind the BatchNorm that is folded into it
+and behind a ReLU; and a sum or a product only if all its terms and its result are. So those tensors
+are rounded in training as well: once each, where they are made, instead of at every layer that
+reads them. (Which patterns have kernels: ONNX Runtime's QDQ selectors; measured ratios are in the
+README.)
 """
 
 from __future__ import annotations
@@ -29,15 +30,13 @@ from statqat_lightning.dataflow import (
 )
 from statqat_lightning.formats import CodebookFormat, IntFormat, get_format
 from statqat_lightning.insertion import assigned_rules
-from statqat_lightning.integer_kernels import CLIPPING, MEANS, IntegerKernel
+from statqat_lightning.integer_kernels import MEANS, IntegerKernel
 from statqat_lightning.layer_kinds import has_weights
 from statqat_lightning.quantized_layer import kind_of
 from statqat_lightning.recipe import ROLES, QuantRecipe, QuantRule, TensorSpec, full_name
+from statqat_lightning.targets import TARGETS, Target, check_target
 from statqat_lightning.ties import FUNCTIONS, avoid_ties
 from statqat_lightning.weight_reads import weight_reads
-
-TARGETS = ("onnxruntime",)
-"""Runtimes that quantizers can be placed for."""
 
 _JOINING = ("add", "cat", "concat", "mul")
 
@@ -57,17 +56,6 @@ class Placement:
     left: tuple[str, ...] = ()
     rounded_before: tuple[str, ...] = ()
     num_layers: int = 0
-
-
-def check_target(target: str | None) -> str | None:
-    """The name of a target as it is.
-
-    Raises:
-        ValueError: If there is no such target.
-    """
-    if target is not None and target not in TARGETS:
-        raise ValueError(f"target: got {target!r}; expected None or one of {', '.join(TARGETS)}.")
-    return target
 
 
 def place(model: nn.Module, recipe: QuantRecipe, run: Callable[[], Any], target: str) -> Placement:
@@ -103,7 +91,7 @@ def place_in(flow: Dataflow, model: nn.Module, recipe: QuantRecipe, target: str)
             f"{', '.join(rules)}. Expected one of this very model, not of a copy: "
             "lambda: model(example)."
         )
-    return _Places(rules, flow).placement()
+    return _Places(rules, flow, TARGETS[target]).placement()
 
 
 class Settled(NamedTuple):
@@ -118,18 +106,20 @@ class Settled(NamedTuple):
     biases: list[str]
 
 
-def settle(model: nn.Module, kernels: Sequence[IntegerKernel]) -> Settled:
+def settle(model: nn.Module, kernels: Sequence[IntegerKernel], target: str) -> Settled:
     """Make a trained model compute what integer kernels compute, in place and code for code.
 
     Scales move by a thousandth at most, to where no result lies next to the edge between two codes
-    (see `avoid_ties`), and biases to the nearest that the kernels can add (see `round_biases`). A
-    second call changes nothing.
+    (see `avoid_ties`), and biases to the nearest that the kernels can add, if they add codes (see
+    `round_biases`). A second call changes nothing.
 
     Args:
         model: A model with quantizers.
         kernels: What `integer_kernels` found in a run of it.
+        target: The runtime.
     """
-    return Settled(avoid_ties(model, kernels), round_biases(model, kernels))
+    scales = avoid_ties(model, kernels)
+    return Settled(scales, round_biases(model, kernels) if TARGETS[target].adds_codes else [])
 
 
 def _refuse_formats(rules: Mapping[str, QuantRule], target: str) -> None:
@@ -148,6 +138,7 @@ def _refuse_formats(rules: Mapping[str, QuantRule], target: str) -> None:
 class _Places:
     rules: Mapping[str, QuantRule]
     flow: Dataflow
+    target: Target
     rounded: dict[Value, TensorSpec] = field(default_factory=dict)
     made: dict[Value, TensorSpec] = field(default_factory=dict)  # by convolutions and their sums
     computed: dict[Value, TensorSpec] = field(default_factory=dict)  # as functions of such values
@@ -212,7 +203,7 @@ class _Places:
         return self.made.get(value) or self.computed.get(value)
 
     def _round_end(self, operation: Operation, spec: TensorSpec) -> None:
-        end = _end_of(operation.outputs[0])
+        end = _end_of(operation.outputs[0], self.target)
         if not _is_result(end):
             self.rounded.setdefault(end, spec)
             self.made[end] = spec
@@ -301,9 +292,9 @@ class _Places:
         )
 
 
-def _end_of(value: Value) -> Value:
+def _end_of(value: Value, target: Target) -> Value:
     """What the runtime computes together: BatchNorm and ReLU behind a layer are part of it."""
-    for kinds in (NORMS, CLIPPING):
+    for kinds in (NORMS, target.fused):
         if len(value.consumers) == 1 and value.consumers[0].kind in kinds:
             value = value.consumers[0].outputs[0]
     return value

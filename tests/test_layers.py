@@ -34,6 +34,7 @@ ROWS: list[set[str]] = [
         "isolated_copy",
         "module_names",
         "batch_norm",
+        "targets",
     },
     {
         "recipe",

@@ -149,7 +149,7 @@ def test_onnxruntime_computes_the_same_codes(name: str, tmp_path: Path) -> None:
     if name != "perceptron":  # too few values for one of them to be next to an edge
         assert steps_apart(model, tmp_path / "before.onnx", more) > 0.05
 
-    settle(model, steps)
+    settle(model, steps, "onnxruntime")
 
     assert steps_apart(model, tmp_path / "after.onnx", more) < 1e-3
 
@@ -157,7 +157,7 @@ def test_onnxruntime_computes_the_same_codes(name: str, tmp_path: Path) -> None:
 def test_linear_layers_add_integer_biases_in_their_kernel(tmp_path: Path) -> None:
     model, steps, x = perceptron()
     save_onnx(model, tmp_path / "before.onnx", x)
-    settle(model, steps)
+    settle(model, steps, "onnxruntime")
     save_onnx(model, tmp_path / "after.onnx", x)
 
     before, after = kernels(tmp_path / "before.onnx"), kernels(tmp_path / "after.onnx")
@@ -203,7 +203,7 @@ def test_sums_of_convolutions_stay_clear_of_the_edges() -> None:
         return min(distances)
 
     before = nearest(model)
-    settle(model, steps)
+    settle(model, steps, "onnxruntime")
 
     assert before < 2e-5
     assert nearest(model) > 1e-4
@@ -286,7 +286,7 @@ def test_formats_without_integer_kernels_stay(tmp_path: Path) -> None:
         model = observed(model, recipe, x)
         before = state(model)
 
-        assert settle(model, steps) == ([], [])
+        assert settle(model, steps, "onnxruntime") == ([], [])
         assert all(torch.equal(value, before[name]) for name, value in state(model).items())
 
 
@@ -334,7 +334,7 @@ def test_readers_of_one_tensor_keep_one_scale(tmp_path: Path) -> None:
     assert torch.equal(c.scale, d.scale)
     save_onnx(model, tmp_path / "before.onnx", torch.randn(2, 3, 8, 8))
 
-    assert {"c/input", "d/input"} <= {*settle(model, steps).scales}
+    assert {"c/input", "d/input"} <= {*settle(model, steps, "onnxruntime").scales}
 
     assert torch.equal(c.scale, d.scale)
     save_onnx(model, tmp_path / "after.onnx", torch.randn(2, 3, 8, 8))

@@ -35,7 +35,6 @@ from measuring import Journal, measure, ratio, versions_text
 from statqat_lightning import QuantRecipe, place, prepare
 from statqat_lightning.export import export_model
 from statqat_lightning.export.inputs import outputs_of
-from statqat_lightning.placement import TARGETS
 from statqat_lightning.quantized_model import refresh, set_observing
 
 CALIBRATION, PER_BATCH, TEST = 8, 4, 16
@@ -192,7 +191,7 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "ort StatQAT": lambda: ours("onnxruntime"),
         "ort static": lambda: static(),
         "ov float": lambda: folder / "float.onnx",
-        "ov StatQAT": lambda: ours("openvino" if "openvino" in TARGETS else "onnxruntime"),
+        "ov StatQAT": lambda: ours("openvino"),
         "ov NNCF": lambda: nncf_model(folder / "float.onnx", seen),
     }
     notes: dict[str, list[str]] = {}

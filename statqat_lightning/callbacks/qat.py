@@ -41,7 +41,7 @@ from statqat_lightning.insertion_report import InsertionReport
 from statqat_lightning.integer_kernels import IntegerKernel
 from statqat_lightning.module_names import modules_by_name, plain_name
 from statqat_lightning.observers import ObserverConfig, Reduce
-from statqat_lightning.placement import check_target, settle
+from statqat_lightning.placement import settle
 from statqat_lightning.quantized_model import (
     activation_quantizers,
     follow_averaged_weights,
@@ -60,6 +60,7 @@ from statqat_lightning.quantized_model import (
 )
 from statqat_lightning.recipe import DEFAULT, ROLES, QuantRecipe, TensorSpec
 from statqat_lightning.schedule import QuantSchedule, When
+from statqat_lightning.targets import check_target
 from statqat_lightning.weight_reads import set_readers
 
 _BATCHES_BETWEEN_CHECKS = 50  # for NaN in inputs: each check waits for the device
@@ -617,7 +618,8 @@ class StatQATCallback(Callback):
         if self.enabled:
             idle = switch_off_idle_layers(pl_module)
             self._warnings.of_layers_that_never_ran(pl_module, idle)
-            settle(pl_module, self._kernels)
+            if self.target is not None:
+                settle(pl_module, self._kernels, self.target)
         remember_weights(pl_module)
         if self.report is not None:
             self.report = self.report.updated(rows_in_use(pl_module))

@@ -40,9 +40,10 @@ from statqat_lightning.export.writers import Writer, writers
 from statqat_lightning.insertion import remove
 from statqat_lightning.integer_kernels import integer_kernels
 from statqat_lightning.isolated_copy import guarding, isolated_copy
-from statqat_lightning.placement import Settled, check_target, settle
+from statqat_lightning.placement import Settled, settle
 from statqat_lightning.quantized_model import quantized_layers, state_tensors
 from statqat_lightning.recipe import QuantRecipe
+from statqat_lightning.targets import check_target
 
 _MOST_EXAMPLES = 256
 
@@ -203,7 +204,7 @@ def export_model(
             for layer in quantized_layers(reference)
             if module and not f"{layer.name}.".startswith(f"{module}.")
         ]
-        for writer in writers(frozen, reference, module, recipe, opened, remarks):
+        for writer in writers(frozen, reference, module, recipe, opened, remarks, target):
             if chosen[writer.kind.field]:
                 found = export.write(writer, proof, call, outside, example is not None)
                 reports |= {} if found is None else {writer.kind.field: found}
@@ -332,7 +333,7 @@ class _Export:
     def settle(self, reference: nn.Module, call: ForwardCall, target: str) -> None:
         """See `placement.settle`; nothing is left to do for a model trained for the target."""
         try:
-            settled = _settle(reference, self.module, call)
+            settled = _settle(reference, self.module, call, target)
         except Exception as error:
             self.details["target"] = in_full(error)
             self.notes.append(f"Not settled for {target}: {in_short(error)}")
@@ -441,13 +442,13 @@ class _Export:
         return None
 
 
-def _settle(reference: nn.Module, module: str, call: ForwardCall) -> Settled:
+def _settle(reference: nn.Module, module: str, call: ForwardCall, target: str) -> Settled:
     """See `settle`; nothing is left to do for a model that was trained for the target."""
     plain = isolated_copy(reference)
     remove(plain)
     part = plain.get_submodule(module)
     kernels = integer_kernels(record(part, lambda: call.run(part)))
-    return settle(reference, [kernel.below(module) for kernel in kernels])
+    return settle(reference, [kernel.below(module) for kernel in kernels], target)
 
 
 def _outputs(examples: list[Example]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from statqat_lightning.export.files import replacing, replacing_folder
 from statqat_lightning.export.onnx import require_packages
 from statqat_lightning.export.onnx_files import replacing_onnx
 from statqat_lightning.export.torchao import require_torchao
+from statqat_lightning.targets import TARGETS
 
 REPORT_ENDING = ".export.json"
 """Of the file beside all others that says what was found."""
@@ -34,7 +35,7 @@ class Kind:
         in_float32: Whether it computes in float32 whatever the model's precision.
         weights_only: Whether it leaves the rounding of inputs out.
         folded: Whether BatchNorms are folded into the layers before them.
-        target: The runtime that runs it, if models can be trained for it, see `place`.
+        targets: The runtimes that run it and that models can be trained for, see `place`.
     """
 
     field: str
@@ -49,7 +50,7 @@ class Kind:
     in_float32: bool = False
     weights_only: bool = False
     folded: bool = False
-    target: str | None = None
+    targets: tuple[str, ...] = ()
 
     def replacing(self, path: Path) -> AbstractContextManager[Path]:
         """A temporary path that takes the place of `path` when all went well."""
@@ -68,7 +69,7 @@ KINDS = (
         needs_call=True,
         in_float32=True,
         folded=True,
-        target="onnxruntime",
+        targets=tuple(TARGETS),
     ),
     Kind("program", "pt2", "torch.export", ".pt2", needs_call=True),
     Kind(

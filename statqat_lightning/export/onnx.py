@@ -32,6 +32,7 @@ from statqat_lightning.export.interface import dimensions_of, open_dimensions
 from statqat_lightning.export.native import KEY, library_version
 from statqat_lightning.export.onnx_files import replacing_onnx
 from statqat_lightning.export.onnx_graph import (
+    drop_clips,
     keep_biases,
     keep_weights,
     lay_out_linears,
@@ -56,6 +57,7 @@ from statqat_lightning.formats import (
     get_format,
 )
 from statqat_lightning.isolated_copy import isolated_copy
+from statqat_lightning.targets import TARGETS, check_target
 
 FLOAT8_ONNX = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
 OPSET = 21
@@ -94,6 +96,7 @@ def save_onnx(
     *,
     dynamic: Any = None,
     remarks: Sequence[str] = (),
+    target: str = "onnxruntime",
 ) -> None:
     """Write a quantized model to an `.onnx` file with a dynamic batch dimension.
 
@@ -110,14 +113,16 @@ def save_onnx(
             agree.
         dynamic: Which other dimensions are open, see `export_model`; None for none.
         remarks: What is to be known of the training, for the file's metadata.
+        target: The runtime whose kernels the graph is laid out for; others run it, too.
 
     Raises:
-        ValueError: If `dynamic` names no input or no dimension.
+        ValueError: If `dynamic` names no input or no dimension, or there is no such target.
         ModuleNotFoundError: If the extra `onnx` is not installed.
         ONNXExportError: If the forward cannot be traced or translated.
         OSError: If the file cannot be written.
     """
     require_packages()
+    check_target(target)
     frozen = isolated_copy(model) if frozen_layers(model) else freeze(model)
     frozen = frozen.cpu().float()
     _refuse_what_has_no_operators(frozen)
@@ -134,7 +139,7 @@ def save_onnx(
     if remarks:
         metadata["remarks"] = [*remarks]
     traced = TensorsOnly(frozen, call).eval()
-    graph = _translate(traced, call, opened, metadata, names, output_names(outputs))
+    graph = _translate(traced, call, opened, metadata, names, output_names(outputs), target)
     with replacing_onnx(Path(path)) as temporary:
         _write(graph, temporary)
 
@@ -172,8 +177,14 @@ def _translate(
     metadata: dict[str, Any],
     input_names: list[str],
     output_names: list[str],
+    target: str,
 ) -> Any:
     import onnxscript.optimizer
+
+    signed = not TARGETS[target].unsigned_only
+
+    def translate_input(x: Any, scale: Any, low: float, high: float, format: str) -> Any:
+        return _translate_input(x, scale, low, high, format, signed)
 
     tensors = tuple(call.tensors())
     automatic = torch.export.Dim.AUTO
@@ -192,7 +203,7 @@ def _translate(
                 optimize=False,
                 verbose=False,
                 custom_translation_table={
-                    torch.ops.statqat.round_to_grid.default: _translate_input,
+                    torch.ops.statqat.round_to_grid.default: translate_input,
                     torch.ops.statqat.dequantize_weight.default: _translate_weight,
                 },
             )
@@ -204,11 +215,13 @@ def _translate(
             "This forward cannot be exported to ONNX as it is. If only a part of "
             "the model is needed, name it (module=...); the native file does not need tracing."
         ) from error
-    split_clips(graph)
-    keep_biases(graph)
-    lay_out_linears(graph)
+    drop_clips(graph)
+    if target == "onnxruntime":
+        split_clips(graph)
+        keep_biases(graph)
+        lay_out_linears(graph)
+        keep_weights(graph)
     pack_tables(graph)
-    keep_weights(graph)
     own_zero_points(graph)
     tidy(graph, opened)
     graph.producer_name = "statqat_lightning"
@@ -218,7 +231,7 @@ def _translate(
     return graph
 
 
-def _translate_input(x: Any, scale: Any, low: float, high: float, format: str) -> Any:
+def _translate_input(x: Any, scale: Any, low: float, high: float, format: str, signed: bool) -> Any:
     """QuantizeLinear and DequantizeLinear, or arithmetic where runtimes lack the type."""
     import onnx
 
@@ -227,12 +240,14 @@ def _translate_input(x: Any, scale: Any, low: float, high: float, format: str) -
         unit, shift = high / fmt.max, op.Mul(scale, _constant(op, fmt.zero_point))
         ends = unit * fmt.element.min, unit * fmt.element.max
         x = op.Sub(op.Clip(x, _constant(op, 0.0)), shift)
-        return op.Add(_translate_input(x, scale, *ends, fmt.element.name), shift)
+        return op.Add(_translate_input(x, scale, *ends, fmt.element.name, signed), shift)
     if isinstance(fmt, IntFormat):
         lowest, highest = (-128.0, 127.0) if fmt.is_signed else (0.0, 255.0)
-        # Signed codes are shifted: ONNX Runtime turns int8 inputs into uint8 on x86, and 1.32 makes
-        # graphs of them that it refuses itself where a Transpose follows.
+        # Signed codes may be shifted: ONNX Runtime turns int8 inputs into uint8 on x86, and 1.32
+        # makes graphs of them that it refuses itself where a Transpose follows.
         kind, middle = onnx.TensorProto.UINT8, 128 if fmt.is_signed else 0
+        if fmt.is_signed and signed:
+            kind, middle = onnx.TensorProto.INT8, 0
     elif format in FLOAT8:
         # The type saturates by itself. But ONNX Runtime 1.32 takes its zero point of 0 for the
         # lower end of the range and removes a ReLU in front, so something must stand between.

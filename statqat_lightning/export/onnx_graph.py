@@ -6,7 +6,7 @@ None changes what a graph computes, apart from the order of sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -188,8 +188,18 @@ def _multiply(graph: Any, product: _Product, weight: Any, sum_with_bias: str) ->
         graph.graph.remove(turned, safe=True)
 
 
+def drop_clips(graph: Any) -> None:
+    """Drop Clip where the QuantizeLinear behind it saturates at the same codes."""
+    for node, consumers in _clips_before_rounding(graph):
+        bounds = (("Min", _bound(node, 2)), ("Max", _bound(node, 1)))
+        if all(bound is None or _saturate_at(consumers, bound, kind) for kind, bound in bounds):
+            for consumer in consumers:
+                consumer.replace_input_with(0, node.inputs[0])
+            graph.graph.remove(node, safe=True)
+
+
 def split_clips(graph: Any) -> None:
-    """Drop Clip where the QuantizeLinear behind it saturates as far, and else write Min and Max.
+    """Write Clip as Min and Max where the QuantizeLinear behind it does not clip as far.
 
     ONNX Runtime looks through Clip and Relu to QuantizeLinear, and rounds the bias of the layer
     before to a multiple of `input scale * weight scale`. That is a coarse step for formats narrower
@@ -197,22 +207,10 @@ def split_clips(graph: Any) -> None:
     """
     import onnx_ir
 
-    for node in list(graph.graph):
-        if node.op_type != "Clip" or node.outputs[0].is_graph_output():
-            continue
-        consumers = node.outputs[0].consumers()
-        if not consumers or any(c.op_type != "QuantizeLinear" for c in consumers):
-            continue
-        low, high = (
-            node.inputs[i] if i < len(node.inputs) and node.inputs[i] is not None else None
-            for i in (1, 2)
-        )
+    for node, consumers in _clips_before_rounding(graph):
         value, last = node.inputs[0], node
-        for kind, bound in (("Min", high), ("Max", low)):
-            if bound is None:
-                continue
-            limit = float(bound.const_value.numpy())
-            if all(_saturates_at(consumer, limit, kind) for consumer in consumers):
+        for kind, bound in (("Min", _bound(node, 2)), ("Max", _bound(node, 1))):
+            if bound is None or _saturate_at(consumers, bound, kind):
                 continue
             step = onnx_ir.node(kind, [value, bound])
             graph.graph.insert_after(last, step)
@@ -226,15 +224,38 @@ def split_clips(graph: Any) -> None:
         graph.graph.remove(node, safe=True)
 
 
-def _saturates_at(quantize: Any, limit: float, kind: str) -> bool:
-    """Whether QuantizeLinear gives a limit the last of its codes, at the upper end or the lower."""
-    import onnx_ir
+def _clips_before_rounding(graph: Any) -> Iterator[tuple[Any, Any]]:
+    """Each Clip whose output only QuantizeLinear reads, and those that do."""
+    for node in list(graph.graph):
+        if node.op_type != "Clip" or node.outputs[0].is_graph_output():
+            continue
+        consumers = node.outputs[0].consumers()
+        if consumers and all(c.op_type == "QuantizeLinear" for c in consumers):
+            yield node, consumers
 
-    scale, zero = (value.const_value for value in quantize.inputs[1:3])
-    if quantize.inputs[2].dtype != onnx_ir.DataType.UINT8:
-        return False  # float8 saturates nowhere, see `_translate_input`
-    code = np.round(np.float32(limit) / scale.numpy()) + zero.numpy()
-    return bool(code >= 255 if kind == "Min" else code <= 0)
+
+def _bound(clip: Any, place: int) -> Any:
+    return clip.inputs[place] if place < len(clip.inputs) else None
+
+
+def _saturate_at(rounding: Sequence[Any], bound: Any, kind: str) -> bool:
+    """Whether each QuantizeLinear gives a bound the last of its codes, at the upper or lower end.
+
+    Args:
+        rounding: The QuantizeLinear nodes.
+        bound: A constant.
+        kind: Min for an upper bound, Max for a lower one.
+    """
+    limit = bound.const_value.numpy()
+    for quantize in rounding:
+        scale, zero = (value.const_value.numpy() for value in quantize.inputs[1:3])
+        if zero.dtype not in (np.uint8, np.int8):
+            return False  # float8 saturates nowhere, see `_translate_input`
+        ends = np.iinfo(zero.dtype)
+        code = np.round(limit / scale) + zero
+        if code < ends.max if kind == "Min" else code > ends.min:
+            return False
+    return True
 
 
 def keep_biases(graph: Any) -> None:

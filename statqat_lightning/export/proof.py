@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from statqat_lightning.export import openvino_runtime
 from statqat_lightning.export.divergence import (
     Moved,
     first_divergence,
@@ -36,6 +37,7 @@ from statqat_lightning.export.writers import Writer
 from statqat_lightning.fake_quantizer import OUTPUT
 from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.quantized_model import set_enabled
+from statqat_lightning.targets import TARGETS, Target
 
 _LATENCY_BATCH = 32
 
@@ -192,13 +194,8 @@ class Proof:
             ) from error
         if runtime.batch is not None and examples:
             remarks.append(f"The forward fixes its batch size: {runtime.batch} only.")
-        if self.target and writer.kind.target == self.target and (rest := layers_in_float(path)):
-            remarks.append(
-                Note.of_names(
-                    f"ONNX Runtime computes {len(rest)} quantized layers in float: ",
-                    (name or "(the model)" for name in sorted(rest)),
-                )
-            )
+        if self.target in writer.kind.targets:
+            remarks += self._left_in_float(TARGETS[self.target], path)
         divergence, exact = None, None
         bound = 0.0 if writer.kind.exact else self.bound
         # Not `max_steps > bound`: that is false for NaN.
@@ -234,6 +231,23 @@ class Proof:
             exact_steps=None if exact is None else exact.max_steps,
             remarks=tuple(remarks),
         )
+
+    def _left_in_float(self, target: Target, path: Path) -> list[str]:
+        """What to say of the layers that the runtime has no integer kernels for."""
+        if target.name == "onnxruntime":
+            rest = layers_in_float(path)
+        elif openvino_runtime.is_installed():
+            rest = openvino_runtime.layers_in_float(path)
+        else:
+            return ["compared in ONNX Runtime: OpenVINO is not installed here."]
+        if not rest:
+            return []
+        return [
+            Note.of_names(
+                f"{target.title} computes {len(rest)} quantized layers in float: ",
+                (name or "(the model)" for name in sorted(rest)),
+            )
+        ]
 
     def _not_proved(
         self, target: Path, comparison: Comparison, bound: float, divergence: str | None

@@ -177,14 +177,14 @@ def load_onnx(path: Path) -> Runtime:
     fixed = dimensions[0] if dimensions and isinstance(dimensions[0], int) else None
 
     def layer_outputs(call: ForwardCall) -> LayerOutputs:
-        names, extended = _with_layer_outputs(path)
+        names, extended = with_layer_outputs(path)
         session = _session(extended, folder=path.parent)
         values = _fed(session, call, [n for layer in names.values() for n in layer])
         given = iter(values)
         return {layer: [next(given) for _ in layer_names] for layer, layer_names in names.items()}
 
     def roundings(call: ForwardCall) -> Roundings:
-        names, extended = _with_roundings(path)
+        names, extended = with_roundings(path)
         session = _session(extended, folder=path.parent)
         values = iter(_fed(session, call, [n for each in names.values() for n in each]))
         return {place: [next(values) for _ in each] for place, each in names.items()}
@@ -281,32 +281,54 @@ _ON_THE_WAY = {
 _PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
-def _with_layer_outputs(path: Path) -> tuple[dict[str, list[str]], bytes]:
-    """The graph with the outputs of its layers added to its own, and what they are called.
+def products_by_layer(path: Path) -> dict[str, list[Any]]:
+    """The products of an `.onnx` file that its quantized layers are, by layer.
 
     A layer is known by the names of its tensors: `model.{layer}.weight_codes` leads, through what
-    dequantizes it, to the product that the layer is, and `model.{layer}.bias` to its end.
+    dequantizes it, to the product.
     """
-    import onnx
+    return {_layer_name(p): nodes for p, nodes in _products_by_prefix(graph_of(path)).items()}
 
-    model = graph_of(path)
+
+def _layer_name(prefix: str) -> str:
+    return prefix.removeprefix("model").removeprefix(".")
+
+
+def _products_by_prefix(model: Any) -> dict[str, list[Any]]:
+    consumers = _consumers(model)
+    found: dict[str, list[Any]] = {}
+    for initializer in model.graph.initializer:
+        prefix, _, tensor = initializer.name.rpartition(".")
+        if tensor.endswith("_codes"):
+            found.setdefault(prefix, []).extend(_products(initializer.name, consumers))
+    return found
+
+
+def _consumers(model: Any) -> dict[str, list[Any]]:
     consumers: dict[str, list[Any]] = {}
     for node in model.graph.node:
         for name in node.input:
             consumers.setdefault(name, []).append(node)
+    return consumers
+
+
+def with_layer_outputs(path: Path) -> tuple[dict[str, list[str]], bytes]:
+    """The graph with the outputs of its layers added to its own, and what they are called.
+
+    A layer is known as in `products_by_layer`, and by `model.{layer}.bias`, which leads to its end.
+    """
+    import onnx
+
+    model = graph_of(path)
+    consumers = _consumers(model)
     found: dict[str, list[str]] = {}
-    for initializer in model.graph.initializer:
-        layer, _, tensor = initializer.name.rpartition(".")
-        if not tensor.endswith("_codes"):
-            continue
-        products = list(_products(initializer.name, consumers))
-        layer_name = layer.removeprefix("model").removeprefix(".")
-        for node in products:
+    for prefix, nodes in _products_by_prefix(model).items():
+        for node in nodes:
             output = node.output[0]
             following = consumers.get(output, [])
-            if len(following) == 1 and f"{layer}.bias" in following[0].input:
+            if len(following) == 1 and f"{prefix}.bias" in following[0].input:
                 output = following[0].output[0]
-            found.setdefault(layer_name, []).append(output)
+            found.setdefault(_layer_name(prefix), []).append(output)
     known = {value.name for value in model.graph.output}
     for names in found.values():
         for name in names:
@@ -316,7 +338,7 @@ def _with_layer_outputs(path: Path) -> tuple[dict[str, list[str]], bytes]:
     return found, model.SerializeToString()
 
 
-def _with_roundings(path: Path) -> tuple[dict[tuple[str, str], list[str]], bytes]:
+def with_roundings(path: Path) -> tuple[dict[tuple[str, str], list[str]], bytes]:
     """The graph with its rounded tensors added to its outputs, and what they are called.
 
     They are known by the names of their scales: `model.{layer}.{role}_scale`. Unlike the outputs of
@@ -325,17 +347,14 @@ def _with_roundings(path: Path) -> tuple[dict[tuple[str, str], list[str]], bytes
     import onnx
 
     model = graph_of(path)
-    consumers: dict[str, list[Any]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            consumers.setdefault(name, []).append(node)
+    consumers = _consumers(model)
     found: dict[tuple[str, str], list[str]] = {}
     known = {value.name for value in model.graph.output}
     for quantize in model.graph.node:
         if quantize.op_type != "QuantizeLinear":
             continue
         layer, _, scale = quantize.input[1].rpartition(".")
-        place = layer.removeprefix("model").removeprefix("."), scale.removesuffix("_scale")
+        place = _layer_name(layer), scale.removesuffix("_scale")
         for node in consumers.get(quantize.output[0], [])[:1]:
             found.setdefault(place, []).append(node.output[0])
             if node.output[0] not in known:
@@ -378,8 +397,8 @@ def float_program(part: nn.Module, call: ForwardCall, dynamic: Dynamic | None = 
     return lambda call: outputs_of(call.run(module))
 
 
-def float_onnx(part: nn.Module, call: ForwardCall) -> Run | None:
-    """A float model in ONNX Runtime; None if it cannot be written."""
+def float_onnx_model(part: nn.Module, call: ForwardCall) -> bytes | None:
+    """A float model as ONNX; None if it cannot be written."""
     part = isolated_copy(part).float()
     call = call.to_float32()
     traced = TensorsOnly(part, call).eval()
@@ -389,7 +408,19 @@ def float_onnx(part: nn.Module, call: ForwardCall) -> Run | None:
             warnings.simplefilter("ignore")
             translated = torch.onnx.export(program, dynamo=True, verbose=False)
         assert translated is not None
-        session = _session(translated.model_proto.SerializeToString())
+        graph: bytes = translated.model_proto.SerializeToString()
+    except Exception:
+        return None
+    return graph
+
+
+def float_onnx(part: nn.Module, call: ForwardCall) -> Run | None:
+    """A float model in ONNX Runtime; None if it cannot be written or loaded."""
+    graph = float_onnx_model(part, call)
+    if graph is None:
+        return None
+    try:
+        session = _session(graph)
     except Exception:
         return None
     names = [i.name for i in session.get_inputs()]
@@ -426,10 +457,7 @@ def constant_weights(path: Path) -> dict[str, Tensor]:
         if all(name in constants or not name for name in node.input):
             nodes.append(node)
             constants.update(node.output)
-    consumers: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            consumers.setdefault(name, []).append(node)
+    consumers = _consumers(model)
     wanted: dict[str, str] = {}
     for initializer in graph.initializer:
         layer, _, tensor = initializer.name.rpartition(".")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from statqat_lightning.export import runtimes
+from statqat_lightning.export import openvino_runtime, runtimes
 from statqat_lightning.export.compressed_tensors import load_compressed, save_compressed
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.interface import Dynamic
@@ -46,6 +46,7 @@ def writers(
     recipe: QuantRecipe | None,
     dynamic: Dynamic | None = None,
     remarks: Sequence[str] = (),
+    target: str | None = None,
 ) -> list[Writer]:
     """A writer for each kind of file.
 
@@ -56,9 +57,11 @@ def writers(
         recipe: The recipe of the training, for the record.
         dynamic: Open dimensions beside the batch.
         remarks: What is to be known of the training, for the record.
+        target: The runtime that the model is meant for.
     """
     part = frozen.get_submodule(module)
     opened = {"dynamic": dynamic} if dynamic else {}
+    in_openvino = target == "openvino" and openvino_runtime.is_installed()
 
     def weights(
         kind: str,
@@ -90,9 +93,11 @@ def writers(
         ),
         Writer(
             kinds["onnx"],
-            lambda path, call: save_onnx(part, path, call, remarks=remarks, **opened),
-            runtimes.load_onnx,
-            runtimes.float_onnx,
+            lambda path, call: save_onnx(
+                part, path, call, remarks=remarks, target=target or "onnxruntime", **opened
+            ),
+            openvino_runtime.load if in_openvino else runtimes.load_onnx,
+            openvino_runtime.float_run if in_openvino else runtimes.float_onnx,
         ),
         Writer(
             kinds["program"],

@@ -1,0 +1,61 @@
+"""What runtimes need of a model so that their integer kernels run it, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """The rules of one runtime.
+
+    Attributes:
+        name: As it is given to `StatQATCallback` and `export_model`.
+        title: As it is written.
+        fused: Kinds of functions that it computes together with the layer before them, so that what
+            they return is rounded and not what they take.
+        adds_codes: Whether biases are added to sums of products of codes, and so rounded to
+            multiples of input scale times weight scale.
+        unsigned_only: Whether signed inputs are stored as uint8 around 128.
+    """
+
+    name: str
+    title: str
+    fused: tuple[str, ...]
+    adds_codes: bool
+    unsigned_only: bool
+
+
+CLIPPING = ("relu", "ReLU", "relu6", "ReLU6")
+"""Clipping that is part of rounding to unsigned integers."""
+_SMOOTH = (
+    *("silu", "SiLU", "hardswish", "Hardswish", "gelu", "GELU", "sigmoid", "Sigmoid"),
+    *("hardsigmoid", "Hardsigmoid", "tanh", "Tanh", "elu", "ELU", "mish", "Mish"),
+    *("leaky_relu", "LeakyReLU"),
+)
+
+TARGETS = {
+    target.name: target
+    for target in (
+        # QDQ selectors of ONNX Runtime 1.32: QLinearConv takes a Relu or Clip that rounding does,
+        # and int8 inputs are made uint8 on x86.
+        Target("onnxruntime", "ONNX Runtime", CLIPPING, adds_codes=True, unsigned_only=True),
+        # OpenVINO 2026.4, low precision transformations and fusing of the CPU plugin: functions of
+        # single values run on the float32 sums of a layer, as does the bias.
+        Target(
+            "openvino", "OpenVINO", (*CLIPPING, *_SMOOTH), adds_codes=False, unsigned_only=False
+        ),
+    )
+}
+"""Runtimes that quantizers can be placed for, by name."""
+
+
+def check_target(target: str | None) -> str | None:
+    """The name of a target as it is.
+
+    Raises:
+        ValueError: If there is no such target.
+    """
+    if target is not None and target not in TARGETS:
+        raise ValueError(f"target: got {target!r}; expected None or one of {', '.join(TARGETS)}.")
+    return target
