@@ -243,28 +243,34 @@ class _Places:
             for layer in layers:
                 self._change(layer.name, inputs=spec)
             return
-        once = [name for name, calls in self.flow.calls.items() if name and calls == 1]
-        makers = [name for name in value.unread_by if name in once]
+        ahead: Value | None = value
+        while ahead is not None:
+            if (place := self._place(ahead)) is not None:
+                name, role = place
+                self._change(name, **{role: spec})
+                for layer in layers:
+                    self._change(layer.name, inputs=None)
+                return
+            ahead = _kept(ahead)
+        for layer in layers:
+            self._change(layer.name, inputs=spec)
+        if len(layers) < len(readers):
+            self._report(value)
+
+    def _place(self, value: Value) -> tuple[str, str] | None:
+        """A module that can round a value for all that read it, and whether by input or output."""
+        readers = [o for o in value.consumers if o.kind != OUTPUT_KIND]
+        calls = self.flow.calls
+        for name in value.unread_by:
+            if name and calls[name] == 1:
+                return name, "outputs"
         with_weights = {
             o.name for o in readers if o.module is not None and has_weights(kind_of(o.module))
         }
-        takers = [
-            name
-            for name in reversed(value.taken_by)
-            if name in once and name not in with_weights and _reads_all(name, readers)
-        ]
-        if makers:
-            self._change(makers[0], outputs=spec)
-        elif takers:
-            self._change(takers[0], inputs=spec)
-        else:
-            for layer in layers:
-                self._change(layer.name, inputs=spec)
-            if len(layers) < len(readers):
-                self._report(value)
-            return
-        for layer in layers:
-            self._change(layer.name, inputs=None)
+        for name in reversed(value.taken_by):
+            if name and calls[name] == 1 and name not in with_weights and _reads_all(name, readers):
+                return name, "inputs"
+        return None
 
     def _is_on_grid(self, value: Value) -> bool:
         """Whether a value consists of values that are rounded already."""
@@ -298,6 +304,15 @@ def _end_of(value: Value, target: Target) -> Value:
         if len(value.consumers) == 1 and value.consumers[0].kind in kinds:
             value = value.consumers[0].outputs[0]
     return value
+
+
+def _kept(value: Value) -> Value | None:
+    """What becomes of a value that a single operation reads, which leaves it on its grid."""
+    if len(value.consumers) != 1:
+        return None
+    (reader,) = value.consumers
+    keeps = reader.kind in KEEPING and len(reader.inputs) == len(reader.outputs) == 1
+    return reader.outputs[0] if keeps else None
 
 
 def _reads_all(name: str, readers: list[Operation]) -> bool:

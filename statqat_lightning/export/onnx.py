@@ -38,6 +38,7 @@ from statqat_lightning.export.onnx_graph import (
     lay_out_linears,
     own_zero_points,
     pack_tables,
+    round_parts,
     split_clips,
     tidy,
 )
@@ -217,6 +218,7 @@ def _translate(
         ) from error
     drop_clips(graph)
     if target == "onnxruntime":
+        round_parts(graph)
         split_clips(graph)
         keep_biases(graph)
         lay_out_linears(graph)

@@ -258,6 +258,47 @@ def _saturate_at(rounding: Sequence[Any], bound: Any, kind: str) -> bool:
     return True
 
 
+PARTS = "_of_parts"
+"""End of the names of scales that parts of a rounded tensor are rounded with once more."""
+
+
+def round_parts(graph: Any) -> None:
+    """Round the parts of a rounded tensor that Split gives, which changes none of them.
+
+    ONNX Runtime splits codes only where each part is rounded with the scale of the whole.
+    """
+    import onnx_ir
+
+    for node in list(graph.graph):
+        if node.op_type != "Split":
+            continue
+        source = node.inputs[0].producer()
+        while source is not None and source.op_type in _KEEPS_CODES:
+            source = source.inputs[0].producer()
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        scale, zero = source.inputs[1:3]
+        if scale.const_value is None or scale.const_value.size != 1:
+            continue
+        name = f"{node.outputs[0].name}_scale{PARTS}"
+        own = onnx_ir.Value(
+            name=name, const_value=onnx_ir.tensor(scale.const_value.numpy(), name=name)
+        )
+        own.dtype, own.shape = scale.dtype, scale.shape
+        graph.graph.register_initializer(own)
+        for part in node.outputs:
+            uses = list(part.uses())
+            if part.is_graph_output():
+                continue
+            quantize = onnx_ir.node("QuantizeLinear", [part, own, zero])
+            dequantize = onnx_ir.node("DequantizeLinear", [quantize.outputs[0], own, zero])
+            for new, kind in ((quantize, zero.dtype), (dequantize, part.dtype)):
+                new.outputs[0].dtype, new.outputs[0].shape = kind, part.shape
+            graph.graph.insert_after(node, [quantize, dequantize])
+            for user, place in uses:
+                user.replace_input_with(place, dequantize.outputs[0])
+
+
 def keep_biases(graph: Any) -> None:
     """Keep convolutions in float whose bias ONNX Runtime would round too coarsely.
 

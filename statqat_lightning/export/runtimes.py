@@ -22,6 +22,7 @@ from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, outputs_of
 from statqat_lightning.export.interface import BATCH, Dynamic
 from statqat_lightning.export.loading import load_quantized
 from statqat_lightning.export.onnx_files import graph_of
+from statqat_lightning.export.onnx_graph import PARTS
 from statqat_lightning.export.tracing import ExportError, trace
 from statqat_lightning.insertion import remove
 from statqat_lightning.isolated_copy import isolated_copy
@@ -351,7 +352,7 @@ def with_roundings(path: Path) -> tuple[dict[tuple[str, str], list[str]], bytes]
     found: dict[tuple[str, str], list[str]] = {}
     known = {value.name for value in model.graph.output}
     for quantize in model.graph.node:
-        if quantize.op_type != "QuantizeLinear":
+        if quantize.op_type != "QuantizeLinear" or quantize.input[1].endswith(PARTS):
             continue
         layer, _, scale = quantize.input[1].rpartition(".")
         place = _layer_name(layer), scale.removesuffix("_scale")
