@@ -141,6 +141,7 @@ class _Places:
     target: Target
     rounded: dict[Value, TensorSpec] = field(default_factory=dict)
     made: dict[Value, TensorSpec] = field(default_factory=dict)  # by convolutions and their sums
+    of_layers: set[Value] = field(default_factory=set)  # those of them by convolutions alone
     computed: dict[Value, TensorSpec] = field(default_factory=dict)  # as functions of such values
     shared: set[Value] = field(default_factory=set)  # what is rounded for all that read it
     changed: dict[str, dict[str, TensorSpec | None]] = field(default_factory=dict)
@@ -193,7 +194,13 @@ class _Places:
                 self.computed[operation.outputs[0]] = known[0]
             if not joins and operation.kind not in MEANS:
                 continue
+            fused = self._fused_term(operation) if self.target.sums_in_float else None
+            if fused is not None:
+                self.rounded.pop(fused, None)
+                self.shared.discard(fused)
             for value in terms:
+                if value is fused:
+                    continue
                 self.rounded.setdefault(value, known[0])
                 self.shared.add(value)
             if joins:
@@ -208,6 +215,8 @@ class _Places:
             self.rounded.setdefault(end, spec)
             self.made[end] = spec
             self.shared.add(end)
+            if operation.kind in CONVOLUTIONS:
+                self.of_layers.add(end)
 
     def _spec_of(self, operation: Operation) -> TensorSpec | None:
         """How tensors around a layer are rounded; None if the runtime has no integers for it."""
@@ -230,6 +239,17 @@ class _Places:
             gradient=inputs.gradient,
             **dict(inputs.options),
         )
+
+    def _fused_term(self, operation: Operation) -> Value | None:
+        """The term of a sum that the layer which makes it adds the others to; None if none does.
+
+        Of several such layers that is the last to run.
+        """
+        if operation.kind != "add":
+            return None
+        made = [v for v in operation.inputs if v in self.of_layers and len(v.consumers) == 1]
+        order = self.flow.operations
+        return max(made, key=lambda v: order.index(v.producer) if v.producer else -1, default=None)
 
     def _put(self, value: Value, spec: TensorSpec) -> None:
         """Find a module that can round a value, once for all that read it."""

@@ -16,6 +16,8 @@ class Target:
             they return is rounded and not what they take.
         adds_codes: Whether biases are added to sums of products of codes, and so rounded to
             multiples of input scale times weight scale.
+        sums_in_float: Whether it adds other terms to the float32 sums of a layer, ahead of rounding
+            and without rounding those.
         unsigned_only: Whether signed inputs are stored as uint8 around 128.
     """
 
@@ -23,6 +25,7 @@ class Target:
     title: str
     fused: tuple[str, ...]
     adds_codes: bool
+    sums_in_float: bool
     unsigned_only: bool
 
 
@@ -39,11 +42,24 @@ TARGETS = {
     for target in (
         # QDQ selectors of ONNX Runtime 1.32: QLinearConv takes a Relu or Clip that rounding does,
         # and int8 inputs are made uint8 on x86.
-        Target("onnxruntime", "ONNX Runtime", CLIPPING, adds_codes=True, unsigned_only=True),
-        # OpenVINO 2026.4, low precision transformations and fusing of the CPU plugin: functions of
-        # single values run on the float32 sums of a layer, as does the bias.
         Target(
-            "openvino", "OpenVINO", (*CLIPPING, *_SMOOTH), adds_codes=False, unsigned_only=False
+            name="onnxruntime",
+            title="ONNX Runtime",
+            fused=CLIPPING,
+            adds_codes=True,
+            sums_in_float=False,
+            unsigned_only=True,
+        ),
+        # OpenVINO 2026.4, low precision transformations and fusing of the CPU plugin: functions of
+        # single values run on the float32 sums of a layer, as do the bias and a residual sum. With
+        # rounding between a convolution and a sum, a third of the codes of the sum were off.
+        Target(
+            name="openvino",
+            title="OpenVINO",
+            fused=(*CLIPPING, *_SMOOTH),
+            adds_codes=False,
+            sums_in_float=True,
+            unsigned_only=False,
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""`StatQATCallback(target="onnxruntime")`: placed, trained, resumed, exported."""
+"""`StatQATCallback(target=...)`: placed, trained, resumed, exported."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from statqat_lightning.callbacks.export import ExportCallback
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.export.checkpoints import export_checkpoint
 from statqat_lightning.export.loading import load_quantized
+from statqat_lightning.export.openvino_runtime import layers_in_float
 from statqat_lightning.quantized_model import quantized_layers, quantizer_state
 from statqat_lightning.recipe import TensorSpec
 from tests.callbacks.digits import (
@@ -229,6 +230,68 @@ def test_a_run_without_a_batch_to_look_at_says_how_to_go_on() -> None:
 def test_learned_scales_are_refused() -> None:
     with pytest.raises(ValueError, match=r"learned scales .* place them ahead"):
         StatQATCallback(TensorSpec("int8", quantizer="lsq"), target="onnxruntime")
+
+
+class Gated(nn.Module):
+    """Convolutions with SiLU, halves of which one goes on, and a gate of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.SiLU())
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Dropout2d(0.1), nn.SiLU())
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 4, 1), nn.ReLU(), nn.Conv2d(4, 16, 1)
+        )
+        self.act = nn.Sigmoid()
+        self.last = nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, given = self.stem(x).chunk(2, 1)
+        x = torch.cat((kept, self.branch(given) + given), 1)
+        x = F.relu(self.last(x * self.act(self.gate(x))))
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+class GatedModule(DigitsModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Gated()
+
+
+@pytest.mark.parametrize("module", [ResidualModule, GatedModule])
+def test_what_openvino_runs_was_trained_for_it(module: type[DigitsModule], tmp_path: Path) -> None:
+    """Its own runtime proves the file, and computes every layer in integers."""
+    export = ExportCallback(tmp_path / "m", measure_latency=True)
+
+    train(statqat("int8", "int8", target="openvino"), export, module=module, max_epochs=2)
+
+    assert export.report is not None
+    found = export.report.onnx
+    assert found is not None
+    assert found.runtime.startswith("OpenVINO")
+    assert found.agreement == 1
+    assert found.divergence is None
+    assert found.milliseconds is not None
+    assert found.float_milliseconds is not None
+    assert not [remark for remark in found.remarks if "in float" in remark]
+    assert layers_in_float(tmp_path / "m.onnx") == []
+
+
+def test_activations_are_rounded_where_the_runtime_does() -> None:
+    places = {}
+    for target in ("onnxruntime", "openvino"):
+        callback = statqat("int8", "int8", target=target)
+        module, _ = train(callback, module=GatedModule, max_epochs=1)
+        places[target] = {
+            layer.name: [q.role for q in layer.quantizers.activations()]
+            for layer in quantized_layers(module)
+        }
+    assert places["onnxruntime"]["net.stem.1"] == ["output"]
+    assert "net.stem.1" not in places["openvino"]
+    assert places["openvino"]["net.stem.2"] == ["output"]
+    assert places["openvino"]["net.act"] == ["output"]
 
 
 def test_unknown_target() -> None:
