@@ -142,6 +142,7 @@ class _Places:
     rounded: dict[Value, TensorSpec] = field(default_factory=dict)
     made: dict[Value, TensorSpec] = field(default_factory=dict)  # by convolutions and their sums
     of_layers: set[Value] = field(default_factory=set)  # those of them by convolutions alone
+    reaching: dict[Value, bool] = field(default_factory=dict)
     computed: dict[Value, TensorSpec] = field(default_factory=dict)  # as functions of such values
     shared: set[Value] = field(default_factory=set)  # what is rounded for all that read it
     changed: dict[str, dict[str, TensorSpec | None]] = field(default_factory=dict)
@@ -194,6 +195,8 @@ class _Places:
                 self.computed[operation.outputs[0]] = known[0]
             if not joins and operation.kind not in MEANS:
                 continue
+            if not (self.target.rounds_outputs or self._reaches_layer(operation.outputs[0])):
+                continue
             fused = self._fused_term(operation) if self.target.sums_in_float else None
             if fused is not None:
                 self.rounded.pop(fused, None)
@@ -211,7 +214,8 @@ class _Places:
 
     def _round_end(self, operation: Operation, spec: TensorSpec) -> None:
         end = _end_of(operation.outputs[0], self.target)
-        if not _is_result(end):
+        wanted = self.target.rounds_outputs or self._reaches_layer(end)
+        if wanted and not _is_result(end):
             self.rounded.setdefault(end, spec)
             self.made[end] = spec
             self.shared.add(end)
@@ -239,6 +243,19 @@ class _Places:
             gradient=inputs.gradient,
             **dict(inputs.options),
         )
+
+    def _reaches_layer(self, value: Value) -> bool:
+        """Whether a layer that runs in integers takes a value, or what integers make of it."""
+        if value not in self.reaching:
+            self.reaching[value] = any(
+                self._spec_of(reader) is not None
+                or (
+                    reader.kind in (*KEEPING, *_JOINING, *MEANS, *NORMS, *self.target.fused)
+                    and any(map(self._reaches_layer, reader.outputs))
+                )
+                for reader in value.consumers
+            )
+        return self.reaching[value]
 
     def _fused_term(self, operation: Operation) -> Value | None:
         """The term of a sum that the layer which makes it adds the others to; None if none does.

@@ -14,19 +14,20 @@ class Target:
         title: As it is written.
         fused: Kinds of functions that it computes together with the layer before them, so that what
             they return is rounded and not what they take.
+        rounds_outputs: Whether a convolution runs in integers only if its output is rounded,
+            whoever reads it.
         adds_codes: Whether biases are added to sums of products of codes, and so rounded to
             multiples of input scale times weight scale.
         sums_in_float: Whether it adds other terms to the float32 sums of a layer, ahead of rounding
             and without rounding those.
-        unsigned_only: Whether signed inputs are stored as uint8 around 128.
     """
 
     name: str
     title: str
     fused: tuple[str, ...]
+    rounds_outputs: bool
     adds_codes: bool
     sums_in_float: bool
-    unsigned_only: bool
 
 
 CLIPPING = ("relu", "ReLU", "relu6", "ReLU6")
@@ -40,15 +41,14 @@ _SMOOTH = (
 TARGETS = {
     target.name: target
     for target in (
-        # QDQ selectors of ONNX Runtime 1.32: QLinearConv takes a Relu or Clip that rounding does,
-        # and int8 inputs are made uint8 on x86.
+        # QDQ selectors of ONNX Runtime 1.32: QLinearConv takes a Relu or Clip that rounding does.
         Target(
             name="onnxruntime",
             title="ONNX Runtime",
             fused=CLIPPING,
+            rounds_outputs=True,
             adds_codes=True,
             sums_in_float=False,
-            unsigned_only=True,
         ),
         # OpenVINO 2026.4, low precision transformations and fusing of the CPU plugin: functions of
         # single values run on the float32 sums of a layer, as do the bias and a residual sum. With
@@ -57,9 +57,9 @@ TARGETS = {
             name="openvino",
             title="OpenVINO",
             fused=(*CLIPPING, *_SMOOTH),
+            rounds_outputs=False,
             adds_codes=False,
             sums_in_float=True,
-            unsigned_only=False,
         ),
     )
 }

@@ -58,7 +58,7 @@ from statqat_lightning.formats import (
     get_format,
 )
 from statqat_lightning.isolated_copy import isolated_copy
-from statqat_lightning.targets import TARGETS, check_target
+from statqat_lightning.targets import check_target
 
 FLOAT8_ONNX = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
 OPSET = 21
@@ -182,11 +182,6 @@ def _translate(
 ) -> Any:
     import onnxscript.optimizer
 
-    signed = not TARGETS[target].unsigned_only
-
-    def translate_input(x: Any, scale: Any, low: float, high: float, format: str) -> Any:
-        return _translate_input(x, scale, low, high, format, signed)
-
     tensors = tuple(call.tensors())
     automatic = torch.export.Dim.AUTO
     shapes = tuple(dict.fromkeys(titles, automatic) if titles else None for titles in opened)
@@ -204,7 +199,7 @@ def _translate(
                 optimize=False,
                 verbose=False,
                 custom_translation_table={
-                    torch.ops.statqat.round_to_grid.default: translate_input,
+                    torch.ops.statqat.round_to_grid.default: _translate_input,
                     torch.ops.statqat.dequantize_weight.default: _translate_weight,
                 },
             )
@@ -233,7 +228,7 @@ def _translate(
     return graph
 
 
-def _translate_input(x: Any, scale: Any, low: float, high: float, format: str, signed: bool) -> Any:
+def _translate_input(x: Any, scale: Any, low: float, high: float, format: str) -> Any:
     """QuantizeLinear and DequantizeLinear, or arithmetic where runtimes lack the type."""
     import onnx
 
@@ -242,14 +237,12 @@ def _translate_input(x: Any, scale: Any, low: float, high: float, format: str, s
         unit, shift = high / fmt.max, op.Mul(scale, _constant(op, fmt.zero_point))
         ends = unit * fmt.element.min, unit * fmt.element.max
         x = op.Sub(op.Clip(x, _constant(op, 0.0)), shift)
-        return op.Add(_translate_input(x, scale, *ends, fmt.element.name, signed), shift)
+        return op.Add(_translate_input(x, scale, *ends, fmt.element.name), shift)
     if isinstance(fmt, IntFormat):
         lowest, highest = (-128.0, 127.0) if fmt.is_signed else (0.0, 255.0)
-        # Signed codes may be shifted: ONNX Runtime turns int8 inputs into uint8 on x86, and 1.32
-        # makes graphs of them that it refuses itself where a Transpose follows.
+        # Signed codes are shifted: ONNX Runtime turns int8 inputs into uint8 on x86, and 1.32 makes
+        # graphs of them that it refuses itself where a Transpose follows.
         kind, middle = onnx.TensorProto.UINT8, 128 if fmt.is_signed else 0
-        if fmt.is_signed and signed:
-            kind, middle = onnx.TensorProto.INT8, 0
     elif format in FLOAT8:
         # The type saturates by itself. But ONNX Runtime 1.32 takes its zero point of 0 for the
         # lower end of the range and removes a ReLU in front, so something must stand between.
