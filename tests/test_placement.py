@@ -198,6 +198,81 @@ def test_a_relu6_is_part_of_rounding(shift: float, tmp_path: Path) -> None:
     assert all(q.scale * q.fmt.max < 6.000001 for q in limited)
 
 
+class DropPath(nn.Module):
+    """As in timm: whole samples are dropped in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * torch.empty(len(x), 1, 1, 1).bernoulli_(0.5)
+
+
+class Shuffling(nn.Module):
+    """As in ShuffleNet: half of the channels go through, and all are shuffled behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.drop = DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, given = x.chunk(2, 1)
+        x = torch.cat((kept, self.drop(self.branch(given))), 1)
+        batch, channels, *size = x.shape
+        x = x.view(batch, 2, channels // 2, *size).transpose(1, 2).contiguous()
+        return x.view(batch, channels, *size)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_joined_shuffled_and_split_stays_codes(training: bool, tmp_path: Path) -> None:
+    """Seen in a run of evaluation or of training, where samples are dropped."""
+    model = Residual()
+    model.blocks = nn.Sequential(Shuffling(), Shuffling(), nn.Conv2d(8, 8, 1), nn.ReLU())
+    example, twin = torch.randn(2, 3, 8, 8), copy.deepcopy(model).train(training)
+
+    placement = place(twin, W8A8, lambda: twin(example), "onnxruntime")
+
+    rest, operators, expected, given = in_onnxruntime(model, placement.recipe, tmp_path / "a.onnx")
+    assert placement.left == ()
+    assert operators["QLinearConv"] == 4
+    assert operators["QLinearConcat"] == 2
+    assert not operators["Conv"] + operators["FusedConv"] + operators["Concat"] + operators["Mul"]
+    assert "conv" not in rest
+    assert (given - expected).abs().max() <= expected.abs().max() / 127 * 2
+
+
+def test_a_tensor_that_was_read_before_it_is_returned_is_rounded_for_all_who_read_it(
+    tmp_path: Path,
+) -> None:
+    """By what is returned, only those behind could be reached."""
+
+    class ReadsFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = F.relu(x + 0.5 * x)
+            return x, self.conv(x)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner, self.last = nn.Conv2d(3, 8, 1), ReadsFirst(), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, y = self.inner(self.first(x))
+            out: Tensor = self.last(x + y)
+            return out
+
+    model = Net()
+    rounded = placed(model).recipe
+    prepare(model, recipe=rounded)
+    quantizers = {layer.name: layer.quantizers for layer in quantized_layers(model)}
+    assert "inner" not in quantizers or quantizers["inner"].output is None
+    assert quantizers["inner.conv"].of_input("input") is not None
+
+
 def test_without_a_target_convolutions_before_sums_are_in_float(tmp_path: Path) -> None:
     rest, operators, *_ = in_onnxruntime(Residual(), W8A8, tmp_path / "a.onnx")
 

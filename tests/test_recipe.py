@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
 from statqat_lightning.formats import get_format
 from statqat_lightning.insertion import prepare
+from statqat_lightning.quantized_model import quantized_layers, refresh, set_observing
 from statqat_lightning.recipe import (
     QuantRecipe,
     QuantRule,
@@ -378,3 +380,39 @@ def test_first_and_last_layers_of_block_formats_widen_within_them() -> None:
     inputs = rules[-1].inputs
     assert isinstance(inputs, TensorSpec)
     assert inputs.unsigned_if_nonnegative
+
+
+@pytest.mark.parametrize("given", [0, -1.0, float("inf"), float("nan"), "6"])
+def test_a_largest_value_is_a_positive_number(given: Any) -> None:
+    with pytest.raises(ValueError, match="got max_value="):
+        TensorSpec("int8", max_value=given)
+
+
+def test_a_largest_value_is_kept_and_is_none_of_weights() -> None:
+    spec = TensorSpec("int8", unsigned_if_nonnegative=True, max_value=6.0)
+    recipe = QuantRecipe([QuantRule("*", "int8", spec)])
+    assert QuantRecipe.from_dict(recipe.to_dict()) == recipe
+    assert spec.with_format(get_format("int4")).max_value == 6
+    with pytest.raises(ValueError, match="got max_value for weights"):
+        QuantRule("*", spec)
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int3", "fp4_e2m1"])
+def test_a_scale_reaches_no_further_than_the_largest_value(fmt: str) -> None:
+    """Of a tensor that is 6 in half of all places the grid of least error would end beyond it."""
+    x = torch.rand(64, 8).mul(12).clamp(max=6)
+    ends = []
+    for largest in (None, 6.0, 3.0):
+        model = nn.Sequential(nn.Linear(8, 8))
+        spec = TensorSpec(fmt, unsigned_if_nonnegative=True, max_value=largest)
+        prepare(model, recipe=QuantRecipe([QuantRule("*", None, spec)]))
+        set_observing(model, True)
+        for _ in range(3):
+            model(x)
+            refresh(model, search=True)
+        (layer,) = quantized_layers(model)
+        quantizer = layer.quantizers.of_input("input")
+        assert quantizer is not None
+        ends.append(float(quantizer.scale * quantizer.fmt.max))
+    assert ends[1] == pytest.approx(min(6.0, ends[0]), rel=1e-6)
+    assert ends[2] == pytest.approx(3.0, rel=1e-6)

@@ -260,7 +260,32 @@ class GatedModule(DigitsModule):
         self.net = Gated()
 
 
-@pytest.mark.parametrize("module", [ResidualModule, GatedModule])
+class Patches(nn.Module):
+    """A vision transformer: tokens of a convolution, a class token, positions, an encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 16, 2, 2)
+        self.token = nn.Parameter(torch.randn(1, 1, 16))
+        self.positions = nn.Parameter(torch.randn(1, 17, 16))
+        self.block = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU())
+        self.out, self.head = nn.Linear(32, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat((self.token.expand(len(x), -1, -1), x), 1) + self.positions
+        x = x + self.out(self.block(x))
+        out: Tensor = self.head(x[:, 0])
+        return out
+
+
+class PatchesModule(DigitsModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Patches()
+
+
+@pytest.mark.parametrize("module", [ResidualModule, GatedModule, PatchesModule])
 def test_what_openvino_runs_was_trained_for_it(module: type[DigitsModule], tmp_path: Path) -> None:
     """Its own runtime proves the file, and computes every layer in integers."""
     export = ExportCallback(tmp_path / "m", measure_latency=True)
