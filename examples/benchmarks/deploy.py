@@ -258,7 +258,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    common.start(args, "onnx", "onnxruntime", "timm")
+    common.start(args, "timm", "transformers")
     logging.disable(logging.WARNING)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(args.output)

@@ -29,6 +29,7 @@ COMMANDS = (
     "benchmarks/byte_language_model.py",
     "benchmarks/pretrained_language_model.py",
     "benchmarks/image_rounding.py",
+    "benchmarks/deploy.py",
     "benchmarks/ranks.py",
     "benchmarks/scale_quality.py",
     "benchmarks/step_time.py",
