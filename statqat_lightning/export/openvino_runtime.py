@@ -77,8 +77,8 @@ def load(path: Path) -> Runtime:
     entry = {e.key: e.value for e in graph.metadata_props}.get("input_names")
     names = entry.split(",") if entry else [i.name for i in graph.graph.input]
     inputs = [
-        (port.get_any_name(), [_size(d) for d in port.get_partial_shape()])
-        for port in compiled.inputs
+        (i.name, [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim])
+        for i in graph.graph.input
     ]
     fixed = inputs[0][1][0] if inputs and inputs[0][1] else None
     num_outputs = len(graph.graph.output)
@@ -111,10 +111,6 @@ def _outputs(graph: bytes) -> list[Any]:
     import onnx
 
     return [*onnx.load_from_string(graph).graph.output]
-
-
-def _size(dimension: Any) -> int | str:
-    return dimension.get_length() if dimension.is_static else "batch"
 
 
 def layers_in_float(path: Path) -> list[str]:
