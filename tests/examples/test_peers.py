@@ -14,7 +14,8 @@ import pytest
 @pytest.fixture
 def load(repository: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     """A module of the benchmarks, by name."""
-    monkeypatch.syspath_prepend(repository / "examples" / "benchmarks")
+    for folder in ("examples", "examples/benchmarks"):
+        monkeypatch.syspath_prepend(repository / folder)
     return importlib.import_module
 
 
