@@ -70,6 +70,7 @@ class Value:
     Attributes:
         producer: The operation that made it; None for inputs, and what was made out of sight.
         shape: Its shape.
+        number: How many were made before it.
         consumers: The operations that read it; one that reads it twice is there twice.
         returned_by: Names of the modules that it was made in and whose first output it was, the
             innermost first.
@@ -79,6 +80,7 @@ class Value:
 
     producer: Operation | None
     shape: tuple[int, ...]
+    number: int
     consumers: list[Operation] = field(default_factory=list)
     returned_by: list[str] = field(default_factory=list)
     unread_by: list[str] = field(default_factory=list)
@@ -265,7 +267,7 @@ class _Recorder(TorchFunctionMode):
                     self._holders.setdefault(known, []).append((module, name))
         self._values: dict[int, Value] = {}
         self._alive: list[Tensor] = []  # or another tensor would get the same id
-        self._numbers: dict[Value, int] = {}  # in the order in which they were made
+        self._num_values = 0
         self._stack: list[str] = []
         self._entered: list[int] = []  # how many values there were when each of those began
         self._atoms: list[str] = []
@@ -390,7 +392,7 @@ class _Recorder(TorchFunctionMode):
         first = next(_floating((args, kwargs)), None) if self._wants_operations else None
         if first is not None and not self._atoms:
             self._value(first).taken_by.append(name)
-        self._entered.append(len(self._numbers))
+        self._entered.append(self._num_values)
         if atom:
             self._atoms.append(name)
 
@@ -417,7 +419,7 @@ class _Recorder(TorchFunctionMode):
             self._note(_own_class(module).__name__, module, name, given, result)
         if first is not None:
             value = self._value(first)
-            if self._numbers[value] >= entered:
+            if value.number >= entered:
                 value.returned_by.append(name)
                 if not value.consumers:
                     value.unread_by.append(name)
@@ -441,8 +443,8 @@ class _Recorder(TorchFunctionMode):
         return self._values.get(id(tensor)) or self._new(tensor, None)
 
     def _new(self, tensor: Tensor, producer: Operation | None) -> Value:
-        value = Value(producer, tuple(tensor.shape))
-        self._numbers[value] = len(self._numbers)
+        value = Value(producer, tuple(tensor.shape), self._num_values)
+        self._num_values += 1
         self._values[id(tensor)] = value
         self._alive.append(tensor)
         return value

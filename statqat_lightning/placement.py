@@ -34,7 +34,7 @@ from statqat_lightning.integer_kernels import MEANS, IntegerKernel
 from statqat_lightning.layer_kinds import has_weights
 from statqat_lightning.quantized_layer import kind_of
 from statqat_lightning.recipe import ROLES, QuantRecipe, QuantRule, TensorSpec, full_name
-from statqat_lightning.targets import TARGETS, Target, check_target
+from statqat_lightning.targets import LARGEST, TARGETS, Target, check_target
 from statqat_lightning.ties import FUNCTIONS, avoid_ties
 from statqat_lightning.weight_reads import weight_reads
 
@@ -153,8 +153,8 @@ class _Places:
         self._need_layers()
         self._need_what_comes_of_them()
         for value, spec in self.rounded.items():
-            limited = value.producer is not None and value.producer.kind in ("relu6", "ReLU6")
-            self._put(value, replace(spec, max_value=6.0) if limited else spec)
+            kind = None if value.producer is None else value.producer.kind
+            self._put(value, replace(spec, max_value=LARGEST[kind]) if kind in LARGEST else spec)
         rules = [self._rule(name) for name in dict.fromkeys([*self.rules, *self.changed])]
         before = [
             name
@@ -265,8 +265,7 @@ class _Places:
         if operation.kind != "add":
             return None
         made = [v for v in operation.inputs if v in self.of_layers and len(v.consumers) == 1]
-        order = self.flow.operations
-        return max(made, key=lambda v: order.index(v.producer) if v.producer else -1, default=None)
+        return max(made, key=lambda value: value.number, default=None)
 
     def _put(self, value: Value, spec: TensorSpec) -> None:
         """Find a module that can round a value, once for all that read it."""

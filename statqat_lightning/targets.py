@@ -32,6 +32,8 @@ class Target:
 
 CLIPPING = ("relu", "ReLU", "relu6", "ReLU6")
 """Clipping that is part of rounding to unsigned integers."""
+LARGEST = {"relu6": 6.0, "ReLU6": 6.0}
+"""The largest value that functions of some kinds return."""
 _SMOOTH = (
     *("silu", "SiLU", "hardswish", "Hardswish", "gelu", "GELU", "sigmoid", "Sigmoid"),
     *("hardsigmoid", "Hardsigmoid", "tanh", "Tanh", "elu", "ELU", "mish", "Mish"),

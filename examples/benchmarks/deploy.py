@@ -12,12 +12,12 @@ import argparse
 import copy
 import importlib.util
 import logging
-import math
 import sys
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 from common import positive
 from deploy_networks import NETWORKS, network_of
-from measuring import Journal, measure, ratio, versions_text
+from measuring import Journal, code_digest, measure, medians, ratio, versions_text
 
-from statqat_lightning import QuantRecipe, place, prepare
-from statqat_lightning.export import export_model
+from statqat_lightning import QuantRecipe, place, prepare, snr_db
+from statqat_lightning.export import export_model, openvino_runtime
 from statqat_lightning.export.inputs import outputs_of
+from statqat_lightning.export.runtimes import onnx_session
 from statqat_lightning.quantized_model import refresh, set_observing
 
 CALIBRATION, PER_BATCH, TEST = 8, 4, 16
@@ -60,13 +61,11 @@ def float_file(network: nn.Module, batch: Tensor, path: Path) -> None:
 
 
 @torch.no_grad()
-def our_file(network: nn.Module, seen: list[Tensor], path: Path, target: str | None) -> list[str]:
+def our_file(network: nn.Module, seen: list[Tensor], path: Path, target: str) -> list[str]:
     """Write the network as this package quantizes it, without training; what the report says."""
     model = copy.deepcopy(network)
     recipe = QuantRecipe.default("int8", "int8")
-    if target is not None:
-        recipe = place(model, recipe, lambda: model(seen[0]), target).recipe
-    prepare(model, recipe=recipe)
+    prepare(model, recipe=place(model, recipe, lambda: model(seen[0]), target).recipe)
     set_observing(model, True)
     for batch in seen:
         model(batch)
@@ -79,8 +78,8 @@ def our_file(network: nn.Module, seen: list[Tensor], path: Path, target: str | N
     return list(map(str, report.notes))
 
 
-def static_file(source: Path, seen: list[Tensor], path: Path) -> None:
-    """Write what ONNX Runtime's own static quantization makes of the float file."""
+def static_file(source: Path, seen: list[Tensor], path: Path) -> Path:
+    """Write, and give back, what ONNX Runtime's own static quantization makes of the float file."""
     from onnxruntime.quantization import (
         CalibrationDataReader,
         CalibrationMethod,
@@ -110,6 +109,7 @@ def static_file(source: Path, seen: list[Tensor], path: Path) -> None:
         per_channel=True,
         calibrate_method=CalibrationMethod.MinMax,
     )
+    return path
 
 
 def nncf_model(source: Path, seen: list[Tensor]) -> Any:
@@ -128,103 +128,87 @@ def nncf_model(source: Path, seen: list[Tensor]) -> Any:
     )
 
 
-def in_onnxruntime(path: Path, threads: int) -> tuple[Run, Counter[str]]:
+def in_onnxruntime(path: Path) -> tuple[Run, Counter[str]]:
     """A file in ONNX Runtime, and the operators of its optimized graph."""
     import onnx
-    import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
     optimized = path.with_suffix(".optimized.onnx")
-    options.optimized_model_filepath = str(optimized)
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnx_session(path, optimized)
     name = session.get_inputs()[0].name
     nodes = onnx.load(optimized, load_external_data=False).graph.node
     return lambda x: session.run(None, {name: x.numpy()}), Counter(n.op_type for n in nodes)
 
 
-def in_openvino(model: Any, threads: int) -> tuple[Run, Counter[str]]:
+def in_openvino(model: Any) -> tuple[Run, Counter[str]]:
     """A file or a model in OpenVINO, and its layers by type and precision."""
-    import openvino
-
-    compiled = openvino.Core().compile_model(
-        str(model) if isinstance(model, Path) else model,
-        "CPU",
-        {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"},
-    )
-    found: Counter[str] = Counter()
-    for node in compiled.get_runtime_model().get_ops():
-        about = {k: node.get_rt_info()[k].astype(str) for k in ("layerType", "runtimePrecision")}
-        found[f"{about['layerType']} {about['runtimePrecision']}"] += 1
+    compiled = openvino_runtime.compiled(model)
     request = compiled.create_infer_request()
 
     def run(x: Tensor) -> Arrays:
         found = request.infer({0: x.numpy()})
         return [found[output] for output in compiled.outputs]
 
-    return run, found
+    kernels = openvino_runtime.kernels(compiled)
+    return run, Counter(f"{kernel.kind} {kernel.precision}" for kernel in kernels)
 
 
-def snr_db(wanted: list[Tensor], found: Arrays) -> float:
+def mean_snr_db(wanted: list[Tensor], found: Arrays) -> float:
     """Of all outputs together, each in units of its own energy."""
-    noise = 0.0
-    for a, b in zip(wanted, found, strict=True):
-        reference = a.double()
-        noise += float(
-            ((torch.from_numpy(b).double() - reference) ** 2).sum() / (reference**2).sum()
-        )
-    return -10 * math.log10(max(noise / len(wanted), 1e-30))
+    each = [snr_db(a, torch.from_numpy(b)) for a, b in zip(wanted, found, strict=True)]
+    return float(-10 * torch.stack([10 ** (-snr / 10) for snr in each]).mean().log10())
+
+
+LOADERS: dict[str, Callable[[Any], tuple[Run, Counter[str]]]] = {
+    "ort": in_onnxruntime,
+    "ov": in_openvino,
+}
 
 
 @torch.no_grad()
-def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def measured(name: str, runtimes: list[str], rounds: int) -> dict[str, Any]:
     """Figures of one network: by variant speed in units of float, SNR, kernels."""
     network, make = network_of(name)
     seen = [make(PER_BATCH) for _ in range(CALIBRATION)]
     test, one = make(TEST), make(1)
     wanted = outputs_of(network(test))
-    folder = Path(tempfile.mkdtemp(prefix="deploy"))
-    float_file(network, seen[0], folder / "float.onnx")
-    makers: dict[str, Callable[[], Any]] = {
-        "ort float": lambda: folder / "float.onnx",
-        "ort StatQAT": lambda: ours("onnxruntime"),
-        "ort static": lambda: static(),
-        "ov float": lambda: folder / "float.onnx",
-        "ov StatQAT": lambda: ours("openvino"),
-        "ov NNCF": lambda: nncf_model(folder / "float.onnx", seen),
-    }
-    notes: dict[str, list[str]] = {}
-
-    def ours(target: str) -> Path:
-        path = folder / f"{target}.onnx"
-        notes[target] = our_file(network, seen, path, target)
-        return path
-
-    def static() -> Path:
-        static_file(folder / "float.onnx", seen, folder / "static.onnx")
-        return folder / "static.onnx"
-
-    row: dict[str, Any] = {"notes": notes}
+    row: dict[str, Any] = {}
     runs: dict[str, Run] = {}
-    for variant, make_it in makers.items():
-        runtime = variant.split()[0]
-        if runtime not in args.runtimes:
-            continue
-        try:
-            model = make_it()
-            load = in_onnxruntime if runtime == "ort" else in_openvino
-            runs[variant], kernels = load(model, args.threads)
-            found = [runs[variant](x) for x in test.split(1)]
-            joined = [np.concatenate([f[i] for f in found]) for i in range(len(wanted))]
-            row[variant] = {"snr": snr_db(wanted, joined), "kernels": dict(kernels)}
-        except Exception as error:
-            runs.pop(variant, None)
-            row[variant] = {"error": f"{type(error).__name__}: {error}"[:300]}
-    seconds = measure({v: (lambda r=r: r(one)) for v, r in runs.items()}, args.rounds, turn=0.02)
-    for variant in runs:
+    # ONNX Runtime's quantizer leaves files in the working directory when it is interrupted.
+    with tempfile.TemporaryDirectory(prefix="deploy") as name_of_folder, chdir(name_of_folder):
+        folder = Path(name_of_folder)
+        source = folder / "float.onnx"
+        float_file(network, seen[0], source)
+
+        def ours(target: str) -> Path:
+            path = folder / f"{target}.onnx"
+            row[f"{target} notes"] = our_file(network, seen, path, target)
+            return path
+
+        makers: dict[str, Callable[[], Any]] = {
+            "ort float": lambda: source,
+            "ort StatQAT": lambda: ours("onnxruntime"),
+            "ort static": lambda: static_file(source, seen, folder / "static.onnx"),
+            "ov float": lambda: source,
+            "ov StatQAT": lambda: ours("openvino"),
+            "ov NNCF": lambda: nncf_model(source, seen),
+        }
+        for variant, maker in makers.items():
+            runtime = variant.split()[0]
+            if runtime not in runtimes:
+                continue
+            try:
+                run, kernels = LOADERS[runtime](maker())
+                found = [run(x) for x in test.split(1)]
+                joined = [np.concatenate(parts) for parts in zip(*found, strict=True)]
+                row[variant] = {"snr": mean_snr_db(wanted, joined), "kernels": dict(kernels)}
+            except Exception as error:
+                row[variant] = {"error": f"{type(error).__name__}: {error}"[:300]}
+            else:
+                runs[variant] = run
+        seconds = measure({v: (lambda r=r: r(one)) for v, r in runs.items()}, rounds, turn=0.02)
+    for variant, median in medians(seconds).items():
         row[variant]["speed"] = ratio(seconds, f"{variant.split()[0]} float", variant)
-        row[variant]["ms"] = 1000 * float(np.median(seconds[variant]))
+        row[variant]["ms"] = 1000 * median
     return row
 
 
@@ -245,10 +229,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=[*NETWORKS])
-    parser.add_argument("--runtimes", nargs="+", choices=("ort", "ov"), default=["ort", "ov"])
+    parser.add_argument("--runtimes", nargs="+", choices=tuple(LOADERS), default=[*LOADERS])
     parser.add_argument("--rounds", type=positive, default=40, help="turns of each variant")
     parser.add_argument("--threads", type=positive, default=1)
-    parser.add_argument("--again", action="store_true", help="measure what is in the output, too")
     parser.add_argument("--output", type=Path, default=Path("outputs/deploy.json"))
     args = parser.parse_args()
     if "ov" in args.runtimes and importlib.util.find_spec("nncf") is None:
@@ -265,10 +248,12 @@ def main() -> None:
     print(f"W8A8, batch 1, {args.threads} threads: speed in units of float, SNR in dB")
     print(versions_text())
     print(f"{'':20}{'ORT: ours':>12}{'static':>12}{'OV: ours':>12}{'NNCF':>12}")
+    what = code_digest(Path(__file__)), args.runtimes, args.rounds, args.threads
     for name in args.networks:
-        if args.again or name not in journal.entries:
-            journal.add(name, measured(name, args))
-        print(line(name, journal.entries[name]), flush=True)
+        key = f"{name} {what}"  # results of other code or options are others
+        if key not in journal.entries:
+            journal.add(key, measured(name, args.runtimes, args.rounds))
+        print(line(name, journal.entries[key]), flush=True)
 
 
 if __name__ == "__main__":

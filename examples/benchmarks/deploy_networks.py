@@ -33,15 +33,11 @@ def _images(size: int = 224) -> Callable[[int], Tensor]:
     return lambda count: torch.randn(count, 3, size, size)
 
 
-def _tokens(length: int, vocabulary: int) -> Callable[[int], Tensor]:
-    return lambda count: torch.randint(0, vocabulary, (count, length))
-
-
-def _timm(name: str, size: int = 224, **options: Any) -> Network:
+def _timm(name: str, size: int = 224) -> Network:
     def make() -> nn.Module:
         import timm
 
-        network: nn.Module = timm.create_model(name, pretrained=False, **options)
+        network: nn.Module = timm.create_model(name, pretrained=False)
         return network
 
     return Network(make, _images(size))
@@ -51,7 +47,8 @@ def _torchvision(name: str, size: int = 224) -> Network:
     def make() -> nn.Module:
         import torchvision
 
-        options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        # GoogLeNet warns where it is not told.
+        options = {"init_weights": True} if name == "googlenet" else {}
         network: nn.Module = torchvision.models.get_model(name, weights=None, **options)
         return network
 
@@ -70,16 +67,16 @@ class _First(nn.Module):
         return first
 
 
-def _transformer(kind: str, length: int = 128, **options: Any) -> Network:
+def _transformer(kind: str) -> Network:
     def make() -> nn.Module:
         import transformers
 
-        config = getattr(transformers, f"{kind}Config")(**_SIZES[kind], **options)
+        config = getattr(transformers, f"{kind}Config")(**_SIZES[kind])
         config.use_cache, config.return_dict = False, False
         config._attn_implementation = "sdpa"
         return _First(getattr(transformers, f"{kind}Model")(config))
 
-    return Network(make, _tokens(length, 8192))
+    return Network(make, lambda count: torch.randint(0, 8192, (count, 128)))
 
 
 _SIZES: dict[str, dict[str, Any]] = {

@@ -116,12 +116,28 @@ def _is_rounded(x: Any) -> bool:
     """Whether a value comes from integers."""
     import onnx_ir
 
+    source = _dequantized_by(x)
+    return source is not None and bool(source.inputs[2].dtype == onnx_ir.DataType.UINT8)
+
+
+def _dequantized_by(x: Any) -> Any:
+    """The DequantizeLinear that a value comes from, in whatever shape; None if from none."""
     producer = x.producer()
     while producer is not None and producer.op_type in _KEEPS_CODES:
         producer = producer.inputs[0].producer()
-    if producer is None or producer.op_type != "DequantizeLinear":
-        return False
-    return bool(producer.inputs[2].dtype == onnx_ir.DataType.UINT8)
+    is_source = producer is not None and producer.op_type == "DequantizeLinear"
+    return producer if is_source else None
+
+
+def _constant(graph: Any, name: str, array: Any) -> Any:
+    """A new initializer."""
+    import onnx_ir
+
+    tensor = onnx_ir.tensor(array, name=name)
+    value = onnx_ir.Value(name=name, const_value=tensor)
+    value.dtype, value.shape = tensor.dtype, onnx_ir.Shape(array.shape)
+    graph.graph.register_initializer(value)
+    return value
 
 
 def _fits(integers: Any) -> bool:
@@ -249,11 +265,10 @@ def _saturate_at(rounding: Sequence[Any], bound: Any, kind: str) -> bool:
     limit = bound.const_value.numpy()
     for quantize in rounding:
         scale, zero = (value.const_value.numpy() for value in quantize.inputs[1:3])
-        if zero.dtype not in (np.uint8, np.int8):
+        if zero.dtype != np.uint8:
             return False  # float8 saturates nowhere, see `_translate_input`
-        ends = np.iinfo(zero.dtype)
         code = np.round(limit / scale) + zero
-        if code < ends.max if kind == "Min" else code > ends.min:
+        if code < 255 if kind == "Min" else code > 0:
             return False
     return True
 
@@ -272,20 +287,12 @@ def round_parts(graph: Any) -> None:
     for node in list(graph.graph):
         if node.op_type != "Split":
             continue
-        source = node.inputs[0].producer()
-        while source is not None and source.op_type in _KEEPS_CODES:
-            source = source.inputs[0].producer()
-        if source is None or source.op_type != "DequantizeLinear":
+        source = _dequantized_by(node.inputs[0])
+        scale = _constant_scale(source)
+        if scale is None or scale.size != 1:
             continue
-        scale, zero = source.inputs[1:3]
-        if scale.const_value is None or scale.const_value.size != 1:
-            continue
-        name = f"{node.outputs[0].name}_scale{PARTS}"
-        own = onnx_ir.Value(
-            name=name, const_value=onnx_ir.tensor(scale.const_value.numpy(), name=name)
-        )
-        own.dtype, own.shape = scale.dtype, scale.shape
-        graph.graph.register_initializer(own)
+        zero = source.inputs[2]
+        own = _constant(graph, f"{node.outputs[0].name}_scale{PARTS}", scale)
         for part in node.outputs:
             uses = list(part.uses())
             if part.is_graph_output():
@@ -318,15 +325,10 @@ def keep_biases(graph: Any) -> None:
             continue
         (follower,) = node.outputs[0].consumers()
         is_relu = follower.op_type == "Relu"
-        low = 0.0 if is_relu else _ends_of(quantize)[0]
+        low = 0.0 if is_relu else _low_end(quantize)
         if not np.isfinite(low):
             continue
-        bound = onnx_ir.Value(
-            name=f"{node.name}_low",
-            const_value=onnx_ir.tensor(np.float32(low), name=f"{node.name}_low"),
-        )
-        bound.dtype, bound.shape = onnx_ir.DataType.FLOAT, onnx_ir.Shape(())
-        graph.graph.register_initializer(bound)
+        bound = _constant(graph, f"{node.name}_low", np.float32(low))
         barrier = onnx_ir.node("Max", [node.outputs[0], bound])
         barrier.outputs[0].dtype, barrier.outputs[0].shape = (
             node.outputs[0].dtype,
@@ -361,11 +363,8 @@ def keep_weights(graph: Any) -> None:
         output = node.outputs[0]
         if not is_rounded or has_codes or output.is_graph_output():
             continue
-        name = f"{node.name or output.name}_least"
         least = np.float32(np.finfo(np.float32).min)
-        bound = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(least, name=name))
-        bound.dtype, bound.shape = onnx_ir.DataType.FLOAT, onnx_ir.Shape(())
-        graph.graph.register_initializer(bound)
+        bound = _constant(graph, f"{node.name or output.name}_least", least)
         uses = list(output.uses())
         barrier = onnx_ir.node("Max", [output, bound])
         barrier.outputs[0].dtype, barrier.outputs[0].shape = output.dtype, output.shape
@@ -430,15 +429,10 @@ def _constant_scale(dequantize: Any) -> Any:
     return None if scale is None else scale.numpy()
 
 
-def _ends_of(quantize: Any) -> tuple[float, float]:
-    """Where QuantizeLinear saturates; for float8 nowhere, see `_translate_input`."""
-    import onnx_ir
-
-    scale, kind = float(quantize.inputs[1].const_value.numpy()), quantize.inputs[2].dtype
-    if kind != onnx_ir.DataType.UINT8:
-        return -math.inf, math.inf
-    middle = int(quantize.inputs[2].const_value.numpy())
-    return -middle * scale, (255 - middle) * scale
+def _low_end(quantize: Any) -> float:
+    """Where QuantizeLinear saturates below; for float8 nowhere, see `_translate_input`."""
+    scale, zero = (value.const_value.numpy() for value in quantize.inputs[1:3])
+    return -float(scale) * int(zero) if zero.dtype == np.uint8 else -math.inf
 
 
 def own_zero_points(graph: Any) -> None:
@@ -448,20 +442,13 @@ def own_zero_points(graph: Any) -> None:
     one is shared by products of several kinds, and ONNX Runtime refuses a file of several layers
     that share one with `session.x64quantprecision=1`.
     """
-    import onnx_ir
-
     for node in graph.graph:
         if node.op_type != "DequantizeLinear" or node.inputs[0].const_value is None:
             continue
         zero = node.inputs[2] if len(node.inputs) > 2 else None
         if zero is None or zero.const_value is None or len(zero.uses()) == 1:
             continue
-        name = f"{node.inputs[0].name}_zero_point"
-        own = onnx_ir.Value(
-            name=name, const_value=onnx_ir.tensor(zero.const_value.numpy(), name=name)
-        )
-        own.dtype, own.shape = zero.dtype, zero.shape
-        graph.graph.register_initializer(own)
+        own = _constant(graph, f"{node.inputs[0].name}_zero_point", zero.const_value.numpy())
         node.replace_input_with(2, own)
 
 

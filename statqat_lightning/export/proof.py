@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from statqat_lightning.export import openvino_runtime
 from statqat_lightning.export.divergence import (
     Moved,
     first_divergence,
@@ -22,7 +21,7 @@ from statqat_lightning.export.frozen import frozen_layers, scale_name
 from statqat_lightning.export.inputs import ForwardCall, outputs_of
 from statqat_lightning.export.interface import in_words
 from statqat_lightning.export.plain import with_rounded_inputs
-from statqat_lightning.export.runtimes import Runtime, layers_in_float
+from statqat_lightning.export.runtimes import Runtime
 from statqat_lightning.export.verify import (
     ArtefactReport,
     Comparison,
@@ -87,6 +86,16 @@ def _compared_in_double(
         return compare(runtime, _in_double(frozen, examples))
     except Exception:
         return None
+
+
+def _of_target(target: Target, runtime: Runtime) -> list[str]:
+    """What to say of the layers that a target has no integer kernels for."""
+    if runtime.target != target.name:
+        return [f"compared in {runtime.name}: {target.title} is not installed here."]
+    rest = runtime.in_float()
+    names = (name or "(the model)" for name in sorted(rest))
+    text = f"{target.title} computes {len(rest)} quantized layers in float: "
+    return [Note.of_names(text, names)] if rest else []
 
 
 def _verb(names: list[str]) -> str:
@@ -195,7 +204,7 @@ class Proof:
         if runtime.batch is not None and examples:
             remarks.append(f"The forward fixes its batch size: {runtime.batch} only.")
         if self.target in writer.kind.targets:
-            remarks += self._left_in_float(TARGETS[self.target], path)
+            remarks += _of_target(TARGETS[self.target], runtime)
         divergence, exact = None, None
         bound = 0.0 if writer.kind.exact else self.bound
         # Not `max_steps > bound`: that is false for NaN.
@@ -231,23 +240,6 @@ class Proof:
             exact_steps=None if exact is None else exact.max_steps,
             remarks=tuple(remarks),
         )
-
-    def _left_in_float(self, target: Target, path: Path) -> list[str]:
-        """What to say of the layers that the runtime has no integer kernels for."""
-        if target.name == "onnxruntime":
-            rest = layers_in_float(path)
-        elif openvino_runtime.is_installed():
-            rest = openvino_runtime.layers_in_float(path)
-        else:
-            return ["compared in ONNX Runtime: OpenVINO is not installed here."]
-        if not rest:
-            return []
-        return [
-            Note.of_names(
-                f"{target.title} computes {len(rest)} quantized layers in float: ",
-                (name or "(the model)" for name in sorted(rest)),
-            )
-        ]
 
     def _not_proved(
         self, target: Path, comparison: Comparison, bound: float, divergence: str | None

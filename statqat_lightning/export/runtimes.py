@@ -43,6 +43,8 @@ class Runtime:
         inputs: Names and sizes of what the file takes, open sizes by name; empty if it does not
             say.
         roundings: Rounded tensors in a forward, of a runtime that fuses rounding into layers.
+        target: Name of the target that it is, see `targets`, or None.
+        in_float: Names of the quantized layers that it computes in float on this machine.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Runtime:
     batch: int | None = None
     roundings: Callable[[ForwardCall], Roundings] | None = None
     inputs: Sequence[tuple[str, Sequence[int | str]]] = ()
+    target: str | None = None
+    in_float: Callable[[], list[str]] = list
 
 
 def _in_torch(name: str, model: nn.Module, layers: Sequence[str]) -> Runtime:
@@ -192,15 +196,18 @@ def load_onnx(path: Path) -> Runtime:
 
     inputs = [(i.name, [*i.shape]) for i in session.get_inputs()]
     return Runtime(
-        _onnxruntime(), lambda call: _fed(session, call), layer_outputs, fixed, roundings, inputs
+        f"ONNX Runtime {importlib.metadata.version('onnxruntime')}",
+        lambda call: _fed(session, call),
+        layer_outputs,
+        fixed,
+        roundings,
+        inputs,
+        "onnxruntime",
+        lambda: layers_in_float(path),
     )
 
 
-def _onnxruntime() -> str:
-    return f"ONNX Runtime {importlib.metadata.version('onnxruntime')}"
-
-
-def onnx_session(path: str | Path) -> Any:
+def onnx_session(path: str | Path, optimized: Path | None = None) -> Any:
     """An ONNX Runtime session that computes what the file says.
 
     By default, ONNX Runtime rounds the inputs of products with narrow weights to 8 bits on the way
@@ -208,8 +215,12 @@ def onnx_session(path: str | Path) -> Any:
     VNNI it adds up products of uint8 and int8 in 16 bits, where they saturate: a small convolution
     was off by 25 steps of its output. `session.x64quantprecision=1` has it multiply uint8 with
     uint8, whose sums do not saturate, at half the speed where VNNI is there.
+
+    Args:
+        path: The file.
+        optimized: Where to write the graph that it runs in the end.
     """
-    return _session(str(path))
+    return _session(str(path), optimized)
 
 
 def _session(model: str | bytes, optimized: Path | None = None, folder: Path | None = None) -> Any:

@@ -79,35 +79,40 @@ def test_every_rank_knows_the_same_bit_for_bit(ranks: Known, name: str) -> None:
 def test_they_know_what_a_single_process_knows(ranks: Known, single: Known, name: str) -> None:
     own, expected = (refreshed(name, known[name][0]) for known in (ranks, single))
     assert len(own) == len(expected) >= 3
+    # Sums of float32 in another order change the last bit. Of two scales of a weight that are
+    # equally good another one may be found then, and all that comes after moves as little.
+    moved = False
     for state, wanted in zip(own, expected, strict=True):
         assert state.keys() == wanted.keys()
+        weights = [q for q, values in wanted.items() if "input_moments" in values]
+        pairs = [(state[q]["scale"], wanted[q]["scale"]) for q in weights]
+        moved = moved or not all(torch.allclose(a, b, rtol=1e-6, atol=0.0) for a, b in pairs)
         for quantizer, values in wanted.items():
             ours = state[quantizer]
             assert ours["format"] == values["format"], quantizer
             assert ours["ready"] == values["ready"], quantizer
-            # Sums of inputs' moments in another order: of two candidates for the scale of a weight
-            # that are equally good another one may be found, where the processor's sums differ.
-            rtol = 1e-4 if "input_moments" in values else 1e-6
+            rtol = 1e-4 if moved else 1e-6
             torch.testing.assert_close(ours["scale"], values["scale"], rtol=rtol, atol=0.0)
             for key in ("running_extremes", "num_batches", "lowest"):
                 if key in values:
                     assert_same(ours[key], values[key])
-            # Sums of float32 in another order; they move scales of weights, and with them all that
-            # comes after, as little as said.
+            rtol, atol = (1e-3, 1e-7) if moved else (1e-5, 1e-11)
             for key in ("running_spectrum", "running_sums"):
                 if key in values:
                     torch.testing.assert_close(
-                        ours[key], values[key], rtol=1e-3, atol=1e-7, equal_nan=True
+                        ours[key], values[key], rtol=rtol, atol=atol, equal_nan=True
                     )
             if "input_moments" in values:
                 mine, theirs = ours["input_moments"], values["input_moments"]
                 assert_same(mine["num_batches"], theirs["num_batches"])
                 assert mine["known"]
                 assert theirs["known"]
+                rtol, atol = (1e-4, 1e-5) if moved else (1e-5, 1e-6)
                 for key in ("mean", "mean_square"):
-                    torch.testing.assert_close(mine[key], theirs[key], rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(mine[key], theirs[key], rtol=rtol, atol=atol)
+    rtol, atol = (1e-5, 1e-7) if moved else (1e-6, 1e-8)
     for key, value in single[name][0]["weights"].items():
-        torch.testing.assert_close(ranks[name][0]["weights"][key], value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ranks[name][0]["weights"][key], value, rtol=rtol, atol=atol)
 
 
 def test_weights_are_compensated_for_the_rows_of_all_ranks(ranks: Known, single: Known) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +28,7 @@ def test_files_of_all_methods_are_run_and_compared(
     for size in ("CALIBRATION", "TEST"):
         monkeypatch.setattr(deploy, size, 2)
 
-    row = deploy.measured(name, argparse.Namespace(runtimes=["ort"], rounds=2, threads=1))
+    row = deploy.measured(name, ["ort"], 2)
 
     assert row["ort float"]["snr"] > 80
     for method in ("ort StatQAT", "ort static"):
