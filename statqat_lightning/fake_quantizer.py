@@ -406,28 +406,41 @@ class ActivationFakeQuantizer(FakeQuantizer):
         for name in self.observer.tensors():
             setattr(self.observer, name, getattr(self.observer, name).to(device))
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """Make the quantizer ready if its statistics allow it, and choose the sign of its format.
 
         Reads from the device, but only until both are settled.
+
+        Returns:
+            Whether it has a scale from its statistics alone now.
         """
         if self.ready and not self.deciding:
-            return
+            return False
         num_batches = self.observer.num_batches.item()
         if num_batches == 0:
-            return
+            return False
         self.deciding = self.deciding and num_batches < self.batches_to_decide
-        fmt = self._format()
-        if not self.ready or fmt != self.fmt:
-            self._fit(fmt)
+        return self.follow_format()
 
-    def widen(self, bits: int) -> None:
-        """Use a format of at least `bits` bits, with the scale that its statistics give."""
+    def widen(self, bits: int) -> bool:
+        """Use a format of at least `bits` bits, with the scale that its statistics give.
+
+        Returns:
+            Whether it has a scale from its statistics alone now.
+        """
         self.narrowest = bits
         if not self.ready:
             self.fmt = at_least_bits(get_format(self.spec.format), bits)
-        elif (fmt := self._format()) != self.fmt:
-            self._fit(fmt)
+            return False
+        return self.follow_format()
+
+    def follow_format(self) -> bool:
+        """Take the format that is due; whether it is another one, with a scale for it."""
+        fmt = self._format()
+        if self.ready and fmt == self.fmt:
+            return False
+        self._fit(fmt)
+        return True
 
     def _format(self) -> Format:
         """The format of the specification, with the sign of the data and no fewer bits than due."""

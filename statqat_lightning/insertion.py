@@ -156,6 +156,7 @@ def prepare(
         if not _follows(modules[name], rule)
     }
     kept = {name: attached(modules[name]) for name in chosen if name not in made}
+    _check_sharing([q for own in (kept | made).values() for q in own.activations()])
     _share_moments([(modules[name], own) for name, own in (kept | made).items()])
     # The last projection of attention is called by a forward of ours alone.
     for name, module in modules.items():
@@ -330,6 +331,20 @@ def _share_moments(layers: list[tuple[nn.Module, LayerQuantizers]]) -> None:
             quantizer.input_moments = moments[0] if len(channels) == 1 else None
 
 
+def _check_sharing(quantizers: list[ActivationFakeQuantizer]) -> None:
+    """Refuse tensors of different specifications that are to share a scale."""
+    first: dict[str, ActivationFakeQuantizer] = {}
+    for quantizer in quantizers:
+        if (name := quantizer.spec.shared) is None:
+            continue
+        other = first.setdefault(name, quantizer)
+        if other.spec != quantizer.spec:
+            raise ValueError(
+                f"{other.name} and {quantizer.name} share the scale {name!r}: got {other.spec} and "
+                f"{quantizer.spec}; expected the same. Give them names of their own, or one rule."
+            )
+
+
 def _unsupported(modules: Mapping[str, nn.Module]) -> dict[str, str | None]:
     """Why each module is no layer whose weights can be quantized; None for those that are.
 
@@ -455,7 +470,8 @@ def describe(quantizer: FakeQuantizer) -> str:
         and quantizer.spec.unsigned_if_nonnegative
     ):
         fmt = f"{fmt} or u{fmt.removesuffix('_full')}"
-    return f"{fmt} {quantizer.granularity} {quantizer.quantizer.name}"
+    shared = "" if quantizer.spec.shared is None else f" shared:{quantizer.spec.shared}"
+    return f"{fmt} {quantizer.granularity} {quantizer.quantizer.name}{shared}"
 
 
 def _count(module: nn.Module) -> int:

@@ -495,3 +495,19 @@ def statistics_of(observers: Sequence[InputObserver]) -> Statistics:
         extremes = torch.stack([o.running_extremes for o in observers])
         low, high = -extremes[:, 0], extremes[:, 1]
     return Statistics(spectrum, low, high, sums[:, HIGH:PEAKED])
+
+
+def merged(statistics: Statistics) -> Statistics:
+    """Statistics of several tensors as those of one; each counts alike, whatever its size."""
+    spectrum, low, high, peaks = statistics.spectrum, statistics.low, statistics.high, None
+    if spectrum is not None:
+        spectrum = EnergySpectrum(spectrum.energy.mean(0, keepdim=True))
+    if statistics.peaks is not None:
+        reach, size = statistics.peaks[:, :2], statistics.peaks[:, 2:]
+        peaks = torch.cat([reach.amax(0), size.sum(0)]).unsqueeze(0)
+    return Statistics(
+        spectrum,
+        None if low is None else low.amin(0, keepdim=True),
+        None if high is None else high.amax(0, keepdim=True),
+        peaks,
+    )

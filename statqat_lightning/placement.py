@@ -10,6 +10,7 @@ README.)
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -38,7 +39,8 @@ from statqat_lightning.targets import LARGEST, TARGETS, Target, check_target
 from statqat_lightning.ties import FUNCTIONS, avoid_ties
 from statqat_lightning.weight_reads import weight_reads
 
-_JOINING = ("add", "cat", "concat", "mul")
+_CONCATENATING = ("cat", "concat", "concatenate")
+_JOINING = ("add", *_CONCATENATING, "mul")
 
 
 @dataclass
@@ -147,14 +149,21 @@ class _Places:
     shared: set[Value] = field(default_factory=set)  # what is rounded for all that read it
     changed: dict[str, dict[str, TensorSpec | None]] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
+    joined: dict[Value, tuple[Value, ...]] = field(default_factory=dict)  # with one scale
+    concatenated: dict[Value, list[Value]] = field(default_factory=dict)  # what a result is made of
+    unplaced: set[Value] = field(default_factory=set)
 
     def placement(self) -> Placement:
         """What comes of the model."""
         self._need_layers()
         self._need_what_comes_of_them()
-        for value, spec in self.rounded.items():
-            kind = None if value.producer is None else value.producer.kind
-            self._put(value, replace(spec, max_value=LARGEST[kind]) if kind in LARGEST else spec)
+        names = self._names_of_scales()
+        for value in sorted(self.rounded, key=lambda value: value.number):
+            group = self.joined.get(value, (value,))
+            self._put(
+                value,
+                replace(self.rounded[group[0]], max_value=_limit(group), shared=names.get(value)),
+            )
         rules = [self._rule(name) for name in dict.fromkeys([*self.rules, *self.changed])]
         before = [
             name
@@ -196,6 +205,10 @@ class _Places:
             if not joins and operation.kind not in MEANS:
                 continue
             if not (self.target.rounds_outputs or self._reaches_layer(operation.outputs[0])):
+                continue
+            if joins and self._needs_one_scale(operation):
+                if self._keeps_to_layer(operation):
+                    self._share_scale(operation, known[0])
                 continue
             fused = self._fused_term(operation) if self.target.sums_in_float else None
             if fused is not None:
@@ -252,10 +265,58 @@ class _Places:
                 or (
                     reader.kind in (*KEEPING, *_JOINING, *MEANS, *NORMS, *self.target.fused)
                     and any(map(self._reaches_layer, reader.outputs))
+                    and (not self._needs_one_scale(reader) or self._keeps_to_layer(reader))
                 )
                 for reader in value.consumers
             )
         return self.reaching[value]
+
+    def _needs_one_scale(self, operation: Operation) -> bool:
+        return self.target.concatenates_codes and operation.kind in _CONCATENATING
+
+    def _keeps_to_layer(self, operation: Operation) -> bool:
+        """Whether a layer takes the result of an operation, or what leaves it on its grid."""
+        return any(
+            self._spec_of(reader) is not None
+            or (reader.kind in (*KEEPING, *_CONCATENATING) and self._keeps_to_layer(reader))
+            for value in operation.outputs
+            for reader in value.consumers
+        )
+
+    def _share_scale(self, operation: Operation, spec: TensorSpec) -> None:
+        """Give what is concatenated one scale: the result is on its grid, and rounded no more."""
+        result = operation.outputs[0]
+        parts = list(dict.fromkeys(v for term in operation.inputs for v in self._rounded_for(term)))
+        self.concatenated[result], self.computed[result] = parts, spec
+        group: dict[Value, None] = {}
+        for value in parts:
+            self.rounded.setdefault(value, spec)
+            self.shared.add(value)
+            group |= dict.fromkeys(self.joined.get(value, [value]))
+        self.joined |= dict.fromkeys(group, tuple(group))
+
+    def _rounded_for(self, value: Value) -> list[Value]:
+        """What has to be rounded so that a value is on a grid."""
+        if value in self.concatenated:
+            return self.concatenated[value]
+        maker = value.producer
+        if value in self.made or maker is None or maker.kind not in KEEPING:
+            return [value]
+        return self._rounded_for(maker.inputs[0]) if len(maker.inputs) == 1 else [value]
+
+    def _names_of_scales(self) -> dict[Value, str]:
+        """Names of scales that several values share, by the module that concatenates first."""
+        names: dict[Value, str] = {}
+        taken: Counter[str] = Counter()
+        for result, parts in self.concatenated.items():
+            if parts[0] in names:
+                continue
+            assert result.producer is not None, "it is the result of a concatenation"
+            name = f"{result.producer.name}.cat".lstrip(".")
+            taken[name] += 1
+            number = f"_{taken[name]}" if taken[name] > 1 else ""
+            names |= dict.fromkeys(self.joined[parts[0]], name + number)
+        return names
 
     def _fused_term(self, operation: Operation) -> Value | None:
         """The term of a sum that the layer which makes it adds the others to; None if none does.
@@ -291,6 +352,7 @@ class _Places:
         for layer in layers:
             self._change(layer.name, inputs=spec)
         if len(layers) < len(readers):
+            self.unplaced.add(value)
             self._report(value)
 
     def _place(self, value: Value) -> tuple[str, str] | None:
@@ -310,12 +372,14 @@ class _Places:
 
     def _is_on_grid(self, value: Value) -> bool:
         """Whether a value consists of values that are rounded already."""
-        maker = value.producer
-        while maker is not None and maker.kind in KEEPING and len(maker.inputs) == 1:
-            if maker.inputs[0] in self.shared:
-                return True
-            maker = maker.inputs[0].producer
-        return False
+        while value not in self.concatenated:
+            maker = value.producer
+            if maker is None or maker.kind not in KEEPING or len(maker.inputs) != 1:
+                return False
+            value = maker.inputs[0]
+            if value in self.shared:
+                return value not in self.unplaced
+        return not self.unplaced.intersection(self.concatenated[value])
 
     def _change(self, name: str, **specs: TensorSpec | None) -> None:
         self.changed.setdefault(name, {}).update(specs)
@@ -349,6 +413,13 @@ def _kept(value: Value) -> Value | None:
     (reader,) = value.consumers
     keeps = reader.kind in KEEPING and len(reader.inputs) == len(reader.outputs) == 1
     return reader.outputs[0] if keeps else None
+
+
+def _limit(values: Sequence[Value]) -> float | None:
+    """The largest value that all of several can have; None if there is none."""
+    limits = [None if v.producer is None else LARGEST.get(v.producer.kind) for v in values]
+    known = [limit for limit in limits if limit is not None]
+    return max(known) if len(known) == len(limits) else None
 
 
 def _reads_all(name: str, readers: list[Operation]) -> bool:

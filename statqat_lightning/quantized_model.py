@@ -24,7 +24,11 @@ from statqat_lightning.quantized_layer import (
     is_sharded,
     weight_of,
 )
-from statqat_lightning.scale_refresh import refresh_activations, refresh_weights
+from statqat_lightning.scale_refresh import (
+    refresh_activations,
+    refresh_weights,
+    share_scales,
+)
 from statqat_lightning.weight_views import show_weights
 from statqat_lightning.weights_together import WeightsTogether
 
@@ -169,8 +173,8 @@ def set_narrowest(model: nn.Module, bits: int) -> None:
         for name, weight in quantizers.weights.items():
             if weight.widen(bits):
                 refresh_weights([(weight, weight_of(module, name))])
-        for activation in quantizers.activations():
-            activation.widen(bits)
+    activations = activation_quantizers(model)
+    share_scales([a for a in activations if a.widen(bits)], activations)
 
 
 def set_centred(model: nn.Module, layers: Collection[str]) -> None:

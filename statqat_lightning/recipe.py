@@ -155,15 +155,11 @@ def _check_role(role: str, spec: TensorSpec | str | None) -> None:
             f"QuantRule: got granularity {spec.granularity!r} for {role}; expected per_tensor: "
             "a scale that differs along the summed dimension cannot leave an integer product."
         )
-    if role == "weights" and spec.max_value is not None:
-        raise ValueError(
-            "QuantRule: got max_value for weights; expected it for inputs and outputs only."
-        )
-    if role == "weights" and spec.unsigned_if_nonnegative:
-        raise ValueError(
-            "QuantRule: got unsigned_if_nonnegative for weights; expected it for inputs and "
-            "outputs only."
-        )
+    for option in ("max_value", "shared", "unsigned_if_nonnegative"):
+        if role == "weights" and getattr(spec, option) not in (None, False):
+            raise ValueError(
+                f"QuantRule: got {option} for weights; expected it for inputs and outputs only."
+            )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, WeightFakeQuantizer
 from statqat_lightning.formats import BlockFormat, Format
-from statqat_lightning.observers import HIGH, PEAKED, Reduce, fold, statistics_of
+from statqat_lightning.observers import HIGH, PEAKED, Reduce, fold, merged, statistics_of
 from statqat_lightning.quantizers import ErrorWeights
 
 # A weight of more elements keeps a processor busy by itself, and what errors of its rows count is
@@ -137,14 +137,56 @@ def refresh_activations(
     overflow = fold([q.observer for q in quantizers], statistics, reduce)
     if not statistics:
         return overflow
-    _refresh_scales([q for q in quantizers if q.ready and (search or not q.pass_over())])
+    due = [q for q in quantizers if q.ready and (search or not q.pass_over())]
+    _refresh_scales([q for q in due if q.spec.shared is None])
+    for sharing in _groups_of(due, quantizers):
+        ready = [q for q in sharing if q.ready]
+        _refresh_shared(ready, ready[0].scale.view(1))
+    for quantizer in due:
+        quantizer.num_refreshes += not quantizer.quantizer.learned
     undecided = [q for q in quantizers if q.deciding]
     if undecided and reduce is not None:
         lowest = -reduce(-torch.stack([q.lowest for q in undecided]), "max")
         torch._foreach_copy_([q.lowest for q in undecided], list(lowest.unbind()))
-    for quantizer in quantizers:
-        quantizer.settle()
+    for sharing in _groups_of(undecided, quantizers):
+        lowest = torch.stack([q.lowest for q in sharing]).amin()
+        torch._foreach_copy_([q.lowest for q in sharing], [lowest] * len(sharing))
+    share_scales([q for q in quantizers if q.settle()], quantizers)
     return overflow
+
+
+def share_scales(
+    fitted: Sequence[ActivationFakeQuantizer], quantizers: Sequence[ActivationFakeQuantizer]
+) -> None:
+    """Give those that share a scale one that serves them all, see `TensorSpec.shared`.
+
+    Args:
+        fitted: Quantizers that have scales from their own statistics now.
+        quantizers: All quantizers of the model.
+    """
+    for sharing in _groups_of(fitted, quantizers):
+        ready = [q for q in sharing if q.ready]
+        for quantizer in ready:
+            quantizer.follow_format()
+        _refresh_shared(ready, None)
+
+
+def _groups_of(
+    some: Sequence[ActivationFakeQuantizer], quantizers: Sequence[ActivationFakeQuantizer]
+) -> list[list[ActivationFakeQuantizer]]:
+    """The groups with one scale that some quantizers belong to, each once and whole."""
+    names = dict.fromkeys(q.spec.shared for q in some if q.spec.shared is not None)
+    return [[q for q in quantizers if q.spec.shared == name] for name in names]
+
+
+def _refresh_shared(sharing: Sequence[ActivationFakeQuantizer], warm: Tensor | None) -> None:
+    """Choose the scale of ready quantizers that share it."""
+    first = sharing[0]
+    statistics = merged(statistics_of([q.observer for q in sharing]))
+    scale = first.quantizer.from_statistics(statistics, first.fmt, warm).squeeze(0)
+    torch._foreach_copy_([q.scale for q in sharing], [scale] * len(sharing))
+    for quantizer in sharing:
+        quantizer.stay_within_limit()
 
 
 def _refresh_scales(quantizers: Sequence[ActivationFakeQuantizer]) -> None:
@@ -166,4 +208,3 @@ def _refresh_scales(quantizers: Sequence[ActivationFakeQuantizer]) -> None:
         torch._foreach_copy_([q.scale for q in group], list(scales.unbind()))
         for quantizer in group:
             quantizer.stay_within_limit()
-            quantizer.num_refreshes += 1

@@ -20,6 +20,8 @@ class Target:
             multiples of input scale times weight scale.
         sums_in_float: Whether it adds other terms to the float32 sums of a layer, ahead of rounding
             and without rounding those.
+        concatenates_codes: Whether it concatenates integers only if one scale serves them all.
+        signed_codes: Whether signed inputs and outputs are int8 around 0, and not uint8 around 128.
     """
 
     name: str
@@ -28,6 +30,8 @@ class Target:
     rounds_outputs: bool
     adds_codes: bool
     sums_in_float: bool
+    concatenates_codes: bool
+    signed_codes: bool
 
 
 CLIPPING = ("relu", "ReLU", "relu6", "ReLU6")
@@ -51,10 +55,13 @@ TARGETS = {
             rounds_outputs=True,
             adds_codes=True,
             sums_in_float=False,
+            concatenates_codes=False,
+            signed_codes=False,
         ),
         # OpenVINO 2026.4, low precision transformations and fusing of the CPU plugin: functions of
         # single values run on the float32 sums of a layer, as do the bias and a residual sum. With
-        # rounding between a convolution and a sum, a third of the codes of the sum were off.
+        # rounding between a convolution and a sum, a third of the codes of the sum were off. Zero
+        # points of inputs cost convolutions a fifth of their time.
         Target(
             name="openvino",
             title="OpenVINO",
@@ -62,6 +69,8 @@ TARGETS = {
             rounds_outputs=False,
             adds_codes=False,
             sums_in_float=True,
+            concatenates_codes=True,
+            signed_codes=True,
         ),
     )
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from statqat_lightning.formats import BlockFormat, Format, get_format, unsigned
@@ -45,6 +45,9 @@ class TensorSpec:
             weigh errors. Scales of inputs and outputs do not depend on it.
         max_value: The largest value that an input or output can have, as 6 behind a ReLU6, beyond
             which its scale never reaches; None where there is none.
+        shared: A name that inputs and outputs have in common if one scale serves them all, as some
+            runtimes need it where tensors are concatenated. It is the scale of least squared error
+            in the mean of the tensors. None for a scale of its own.
         **options: Options of the quantizer.
 
     Raises:
@@ -59,6 +62,7 @@ class TensorSpec:
     gradient: str = "clipped"
     objective: str | None = None
     max_value: float | None = None
+    shared: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
     def __init__(
@@ -70,6 +74,7 @@ class TensorSpec:
         gradient: str = "clipped",
         objective: str | None = None,
         max_value: float | None = None,
+        shared: str | None = None,
         **options: Any,
     ) -> None:
         if isinstance(options.get("options"), tuple):  # from `dataclasses.replace`
@@ -85,6 +90,11 @@ class TensorSpec:
                 raise ValueError(
                     f"TensorSpec: got gradient={gradient!r} with quantizer {quantizer!r}; expected "
                     "'clipped': the gradient of a learned scale belongs to that of clipping."
+                )
+            if rule.learned and shared is not None:
+                raise ValueError(
+                    f"TensorSpec: got shared={shared!r} with quantizer {quantizer!r}; expected "
+                    "None: each layer learns a scale of its own."
                 )
         elif options:
             raise ValueError(
@@ -114,6 +124,8 @@ class TensorSpec:
             raise ValueError(
                 f"TensorSpec: got max_value={max_value!r}; expected a positive number, or None."
             )
+        if shared is not None and not (isinstance(shared, str) and shared):
+            raise ValueError(f"TensorSpec: got shared={shared!r}; expected a name, or None.")
         values = {
             "format": fmt.name,
             "granularity": granularity,
@@ -122,6 +134,7 @@ class TensorSpec:
             "gradient": gradient,
             "objective": objective,
             "max_value": max_value,
+            "shared": shared,
             "options": tuple(sorted(options.items())),
         }
         for name, value in values.items():
@@ -144,18 +157,16 @@ class TensorSpec:
         adapts = adapts and unsigned(fmt) is not None
         if isinstance(old, BlockFormat) != isinstance(fmt, BlockFormat):
             return TensorSpec(
-                fmt.name, None, None, adapts, self.gradient, self.objective, self.max_value
+                fmt.name,
+                unsigned_if_nonnegative=adapts,
+                gradient=self.gradient,
+                objective=self.objective,
+                max_value=self.max_value,
+                shared=self.shared,
             )
         granularity = None if isinstance(fmt, BlockFormat) else self.granularity
-        return TensorSpec(
-            fmt.name,
-            granularity,
-            self.quantizer,
-            adapts,
-            self.gradient,
-            self.objective,
-            self.max_value,
-            **dict(self.options),
+        return replace(
+            self, format=fmt.name, granularity=granularity, unsigned_if_nonnegative=adapts
         )
 
     def weight_granularity(self, axis: int = 0) -> Granularity:
@@ -190,6 +201,8 @@ class TensorSpec:
             entries["objective"] = self.objective
         if self.max_value is not None:
             entries["max_value"] = self.max_value
+        if self.shared is not None:
+            entries["shared"] = self.shared
         return entries | dict(self.options)
 
 

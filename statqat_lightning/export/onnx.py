@@ -1,8 +1,8 @@
 """The ONNX file: QuantizeLinear and DequantizeLinear around integer or float8 codes.
 
 - Inputs: Clip to the grid where the container type is wider than the format, QuantizeLinear and
-  DequantizeLinear with zero point 0, or 128 for signed integers; FP6 and FP4 by arithmetic that
-  rounds as the format does.
+  DequantizeLinear with zero point 0, or 128 for signed integers (0 where the target wants int8);
+  FP6 and FP4 by arithmetic that rounds as the format does.
 - Weights: DequantizeLinear over int8, uint8, int4, uint4 or float8 initializers; FP6, FP4 and
   codebooks as indices of a table of values (in 4 bits where it has 16), and block formats as rows
   of blocks times a scale each: ONNX Runtime turns these into weights once, when it loads.
@@ -32,6 +32,7 @@ from statqat_lightning.export.interface import dimensions_of, open_dimensions
 from statqat_lightning.export.native import KEY, library_version
 from statqat_lightning.export.onnx_files import replacing_onnx
 from statqat_lightning.export.onnx_graph import (
+    centre_codes,
     drop_clips,
     keep_biases,
     keep_weights,
@@ -58,7 +59,7 @@ from statqat_lightning.formats import (
     get_format,
 )
 from statqat_lightning.isolated_copy import isolated_copy
-from statqat_lightning.targets import check_target
+from statqat_lightning.targets import TARGETS, check_target
 
 FLOAT8_ONNX = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
 OPSET = 21
@@ -114,7 +115,8 @@ def save_onnx(
             agree.
         dynamic: Which other dimensions are open, see `export_model`; None for none.
         remarks: What is to be known of the training, for the file's metadata.
-        target: The runtime whose kernels the graph is laid out for; others run it, too.
+        target: The runtime whose kernels the graph is laid out for. Others run it, too; but
+            ONNX Runtime 1.32 refuses some graphs with int8 inputs, which `openvino` has.
 
     Raises:
         ValueError: If `dynamic` names no input or no dimension, or there is no such target.
@@ -212,6 +214,8 @@ def _translate(
             "the model is needed, name it (module=...); the native file does not need tracing."
         ) from error
     drop_clips(graph)
+    if TARGETS[target].signed_codes:
+        centre_codes(graph)
     if target == "onnxruntime":
         round_parts(graph)
         split_clips(graph)

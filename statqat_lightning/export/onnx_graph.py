@@ -435,6 +435,28 @@ def _low_end(quantize: Any) -> float:
     return -float(scale) * int(zero) if zero.dtype == np.uint8 else -math.inf
 
 
+def centre_codes(graph: Any) -> None:
+    """Store signed codes of inputs and outputs as int8 around 0, and not as uint8 around 128."""
+    import onnx_ir
+
+    zeros: dict[str, Any] = {}
+    for node in list(graph.graph):
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.inputs) < 3:
+            continue
+        zero, codes = node.inputs[2], node.inputs[0]
+        if codes.const_value is not None or zero.const_value is None:
+            continue  # a weight
+        number = zero.const_value.numpy()
+        if number.dtype != np.uint8 or number.size != 1 or int(number.flat[0]) != 128:
+            continue
+        if zero.name not in zeros:
+            none = np.zeros(number.shape, np.int8)
+            zeros[zero.name] = _constant(graph, f"{zero.name}_signed", none)
+        node.replace_input_with(2, zeros[zero.name])
+        if node.op_type == "QuantizeLinear":
+            node.outputs[0].dtype = onnx_ir.DataType.INT8
+
+
 def own_zero_points(graph: Any) -> None:
     """Give each weight's DequantizeLinear a zero point of its own.
 

@@ -138,10 +138,11 @@ def load(path: Path) -> Runtime:
 def layers_in_float(path: Path) -> list[str]:
     """Quantized layers of an `.onnx` file that OpenVINO computes in float on this machine."""
     in_integers = {
-        name
+        known
         for kernel in kernels(compiled(path))
         if kernel.kind in _PRODUCTS and kernel.precision in _INTEGERS
         for name in kernel.names
+        for known in (name, name.rpartition("/")[0])  # `node/DequantizationMultiply`
     }
     return [
         layer
