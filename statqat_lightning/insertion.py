@@ -26,7 +26,7 @@ from statqat_lightning.fake_quantizer import (
 from statqat_lightning.fast_paths import set_fast_paths
 from statqat_lightning.formats import get_format, unsigned
 from statqat_lightning.insertion_report import InsertionReport, LayerReport, float_row
-from statqat_lightning.layer_kinds import KINDS, RECURRENT
+from statqat_lightning.layer_kinds import GATE, KINDS, RECURRENT, gate_of_class
 from statqat_lightning.module_names import aliases_by_name, modules_by_name, plain_name
 from statqat_lightning.observers import ObserverConfig
 from statqat_lightning.quantized_layer import (
@@ -222,10 +222,12 @@ def recipe_of(model: nn.Module) -> QuantRecipe:
     rules = []
     for name, _, quantizers in quantized_layers(model):
         weight = next((q.spec for q in quantizers.weights.values()), None)
-        inputs = next((q.spec for q in quantizers.inputs.values()), None)
+        inputs = next((q.spec for role, q in quantizers.inputs.items() if role != GATE), None)
         output = quantizers.output.spec if quantizers.output else None
+        gate = quantizers.of_input(GATE)
         if quantizers.present():
-            rules.append(QuantRule(full_name(name), weight, inputs, output))
+            gates = None if gate is None else gate.spec
+            rules.append(QuantRule(full_name(name), weight, inputs, output, gates))
     return QuantRecipe(rules)
 
 
@@ -242,14 +244,15 @@ def _follows(module: nn.Module, rule: QuantRule) -> bool:
     if not is_quantized(module):
         return False
     kind, quantizers = kind_of(module), attached(module)
-    weights, inputs, outputs = rule.weights, rule.inputs, rule.outputs
+    weights, inputs, outputs, gates = rule.weights, rule.inputs, rule.outputs, rule.gates
     if has_own_forward(module):
-        inputs = outputs = None
+        inputs = outputs = gates = None
     return (
         {name: q.spec for name, q in quantizers.weights.items()}
         == ({} if weights is None else dict.fromkeys(kind.weights(module), weights))
         and {name: q.spec for name, q in quantizers.inputs.items()}
         == ({} if inputs is None else dict.fromkeys(kind.inputs, inputs))
+        | ({} if gates is None else {GATE: gates})
         and (quantizers.output and quantizers.output.spec) == outputs
     )
 
@@ -300,6 +303,13 @@ def _quantizers(
             inputs[role] = ActivationFakeQuantizer(
                 name, rule.inputs, config, device, role, optional
             )
+    if isinstance(rule.gates, TensorSpec):
+        if gate_of_class(base_class(module)) is None:
+            raise ValueError(
+                f"{name}: rule {rule.pattern!r} gives gates={rule.gates.format!r}, but "
+                f"{base_class(module).__name__} has no gate; expected nn.SiLU."
+            )
+        inputs[GATE] = ActivationFakeQuantizer(name, rule.gates, config, device, GATE)
     if isinstance(rule.outputs, TensorSpec):
         output = ActivationFakeQuantizer(name, rule.outputs, config, device, OUTPUT)
     quantizers = LayerQuantizers(weights, inputs, output)

@@ -25,6 +25,7 @@ from statqat_lightning.dataflow import (
 from statqat_lightning.fake_quantizer import INPUT, OUTPUT, ActivationFakeQuantizer, FakeQuantizer
 from statqat_lightning.formats import IntFormat
 from statqat_lightning.granularity import PerChannel, PerTensor
+from statqat_lightning.layer_kinds import GATE
 from statqat_lightning.quantized_layer import LayerQuantizers
 from statqat_lightning.quantized_model import quantized_layers
 from statqat_lightning.targets import CLIPPING
@@ -193,6 +194,10 @@ class IntegerQuantizers:
         """The one that rounds what passes a chain of places to 8 bits; None if another does."""
         found = self._first(chain)
         return found if found is not None and _is_integer(found) and found.fmt.bits == 8 else None
+
+    def gate(self, kernel: IntegerKernel) -> ActivationFakeQuantizer | None:
+        """That of what an activation multiplies its input with; None without."""
+        return self.first(((kernel.name, GATE),))
 
     def rounds(self, chain: Chain) -> bool:
         """Whether anything rounds what passes a chain of places, be it to integers or not."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -140,8 +141,11 @@ KINDS = (
         for cls in (nn.Embedding, nn.EmbeddingBag)
     ),
 )
-INPUT_ROLES = frozenset(role for kind in KINDS for role in kind.inputs)
-"""Names of inputs; outputs are called `output`, and all other tensors are weights."""
+GATE = "gate"
+"""What an activation such as SiLU multiplies its input with."""
+INPUT_ROLES = frozenset([GATE, *(role for kind in KINDS for role in kind.inputs)])
+"""Names of inputs, and of gates; outputs are called `output`, and all other tensors are weights."""
+_GATES: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {nn.SiLU: torch.sigmoid}
 CONV1D = "Conv1D"
 """A linear layer of transformers, in GPT-2 and its kin, whose weight is `(in, out)`."""
 RECURRENT = (nn.RNN, nn.LSTM, nn.GRU)
@@ -160,6 +164,12 @@ def kind_of_class(cls: type[nn.Module]) -> LayerKind:
 @functools.cache
 def _turned_linear(cls: type[nn.Module]) -> LayerKind:
     return LayerKind(cls, lambda module: {"weight": 1}, channels=_of_turned_linear)
+
+
+def gate_of_class(cls: type[nn.Module]) -> Callable[[Tensor], Tensor] | None:
+    """The function of its input that an activation of a class multiplies it with; None without."""
+    own = next((own for own in _GATES if issubclass(cls, own) and cls.forward is own.forward), None)
+    return None if own is None else _GATES[own]
 
 
 def has_weights(kind: LayerKind) -> bool:

@@ -32,8 +32,8 @@ from statqat_lightning.dataflow import (
 from statqat_lightning.formats import CodebookFormat, IntFormat, get_format
 from statqat_lightning.insertion import assigned_rules
 from statqat_lightning.integer_kernels import MEANS, IntegerKernel
-from statqat_lightning.layer_kinds import has_weights
-from statqat_lightning.quantized_layer import kind_of
+from statqat_lightning.layer_kinds import gate_of_class, has_weights
+from statqat_lightning.quantized_layer import base_class, kind_of
 from statqat_lightning.recipe import ROLES, QuantRecipe, QuantRule, TensorSpec, full_name
 from statqat_lightning.targets import LARGEST, TARGETS, Target, check_target
 from statqat_lightning.ties import FUNCTIONS, avoid_ties
@@ -157,6 +157,8 @@ class _Places:
         """What comes of the model."""
         self._need_layers()
         self._need_what_comes_of_them()
+        if self.target.splits_gates:
+            self._round_gates()
         names = self._names_of_scales()
         for value in sorted(self.rounded, key=lambda value: value.number):
             group = self.joined.get(value, (value,))
@@ -221,6 +223,16 @@ class _Places:
                 self.shared.add(value)
             if joins:
                 self._round_end(operation, known[0])
+
+    def _round_gates(self) -> None:
+        """The gates of activations whose input and output are rounded."""
+        for operation in self.flow.operations:
+            module, name = operation.module, operation.name
+            if module is None or gate_of_class(base_class(module)) is None:
+                continue
+            x, y = operation.inputs[0], operation.outputs[0]
+            if x in self.rounded and y in self.rounded and self.flow.calls[name] == 1:
+                self._change(name, gates=replace(self.rounded[y], max_value=1.0))
 
     def _origin(self, value: Value) -> TensorSpec | None:
         return self.made.get(value) or self.computed.get(value)

@@ -23,7 +23,14 @@ from statqat_lightning.fake_quantizer import (
     WeightFakeQuantizer,
     recomputing,
 )
-from statqat_lightning.layer_kinds import RECURRENT, LayerKind, has_weights, kind_of_class
+from statqat_lightning.layer_kinds import (
+    GATE,
+    RECURRENT,
+    LayerKind,
+    gate_of_class,
+    has_weights,
+    kind_of_class,
+)
 from statqat_lightning.recompute import Inputs
 
 
@@ -237,6 +244,8 @@ def _showing_properties(base: type[nn.Module]) -> dict[str, property]:
 
 def _quantizing_forward(base: type[nn.Module]) -> Callable[..., Any]:
     kind = kind_of_class(base)
+    if (gate := gate_of_class(base)) is not None:
+        return _gated_forward(base, gate)
     if base.forward is kind.cls.forward:
         if kind.functional is not None:
             return _explicit_forward(kind.functional)
@@ -259,6 +268,22 @@ def _explicit_forward(functional: Callable[[Any, Tensor, Tensor], Tensor]) -> Ca
         with inputs.not_kept():
             result = functional(self, x, weight)
         return result if output is None else output(result)
+
+    return forward
+
+
+def _gated_forward(base: type[nn.Module], gate: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """The forward of an activation, which is a product with its gate where that is quantized."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:  # named as in torch
+        quantizers: LayerQuantizers = self._statqat
+        quantizers.ran = True
+        inputs, of_gate = Inputs(quantizers.inputs), quantizers.of_input(GATE)
+        quantize = inputs.of(INPUT)
+        x = input if quantize is None else quantize(input)
+        with inputs.not_kept():
+            result: Tensor = base.forward(self, x) if of_gate is None else x * of_gate(gate(x))
+        return result if quantizers.output is None else quantizers.output(result)
 
     return forward
 

@@ -17,7 +17,7 @@ from statqat_lightning.formats import IntFormat, at_least_bits, get_format, unsi
 from statqat_lightning.layer_kinds import KINDS
 from statqat_lightning.tensor_spec import TensorSpec as TensorSpec
 
-ROLES = ("weights", "inputs", "outputs")
+ROLES = ("weights", "inputs", "outputs", "gates")
 
 DEFAULT = "default"
 """Stands for an argument that nobody gave: what it means depends on what comes beside it."""
@@ -64,17 +64,21 @@ class QuantRule:
             that it describes, with weights or not: `QuantRule("type:BatchNorm2d", outputs="int8")`.
             One with inputs, too, matches modules without weights by their full name only: what is
             quantized there is the first argument of their forward.
+        gates: Specification of what an activation multiplies its input with, likewise: the sigmoid
+            of `nn.SiLU`. Some runtimes compute such activations in integers only if it is rounded.
     """
 
     pattern: str
     weights: TensorSpec | str | None = None
     inputs: TensorSpec | str | None = None
     outputs: TensorSpec | str | None = None
+    gates: TensorSpec | str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", weight_spec(self.weights))
         object.__setattr__(self, "inputs", activation_spec(self.inputs, "inputs"))
         object.__setattr__(self, "outputs", activation_spec(self.outputs, "outputs"))
+        object.__setattr__(self, "gates", activation_spec(self.gates, "gates"))
         if self.pattern.startswith("position:") and self.pattern not in (
             "position:first",
             "position:last",

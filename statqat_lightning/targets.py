@@ -21,6 +21,8 @@ class Target:
         sums_in_float: Whether it adds other terms to the float32 sums of a layer, ahead of rounding
             and without rounding those.
         concatenates_codes: Whether it concatenates integers only if one scale serves them all.
+        splits_gates: Whether it computes activations such as SiLU as a product of their input with
+            a gate, in integers if that is rounded, too.
         signed_codes: Whether signed inputs and outputs are int8 around 0, and not uint8 around 128.
     """
 
@@ -31,6 +33,7 @@ class Target:
     adds_codes: bool
     sums_in_float: bool
     concatenates_codes: bool
+    splits_gates: bool
     signed_codes: bool
 
 
@@ -56,6 +59,7 @@ TARGETS = {
             adds_codes=True,
             sums_in_float=False,
             concatenates_codes=False,
+            splits_gates=True,
             signed_codes=False,
         ),
         # OpenVINO 2026.4, low precision transformations and fusing of the CPU plugin: functions of
@@ -70,6 +74,7 @@ TARGETS = {
             adds_codes=False,
             sums_in_float=True,
             concatenates_codes=True,
+            splits_gates=False,
             signed_codes=True,
         ),
     )

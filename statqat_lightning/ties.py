@@ -72,6 +72,9 @@ def avoid_ties(model: nn.Module, kernels: Sequence[IntegerKernel]) -> list[str]:
     changed = []
     # In the order of the run: a scale that is changed is a term of what follows.
     for kernel in kernels:
+        if (gate := quantizers.gate(kernel)) is not None:
+            term = quantizers.first(kernel.terms[0])
+            changed += [] if term is None else _clear_all([gate], torch.sigmoid(_grid(term)))
         values = None if kernel.has_weights else _values(kernel, kernels, quantizers)
         if values is not None:
             changed += _clear_all(quantizers.all(kernel.results), values)
@@ -102,13 +105,20 @@ def _values(
     if kernel.kind in _PAIRS and len(sets) == 2:
         return _PAIRS[kernel.kind](sets[0][:, None], sets[1]).flatten()
     if kernel.kind in FUNCTIONS and len(sets) == 1:
-        return FUNCTIONS[kernel.kind](sets[0])
+        gate = quantizers.gate(kernel)
+        return FUNCTIONS[kernel.kind](sets[0]) if gate is None else sets[0] * _gated(gate, sets[0])
     term = quantizers.first(kernel.terms[0])
     if kernel.kind in MEANS and term is not None and len(sets) == 1:
         lowest, highest = (int(end) * kernel.count for end in (term.fmt.min, term.fmt.max))
         if 0 < highest - lowest < _MOST_VALUES:
             return torch.arange(lowest, highest + 1).double() * (_scale(term) / kernel.count)
     return None
+
+
+def _gated(gate: ActivationFakeQuantizer, x: Tensor) -> Tensor:
+    """The sigmoid of values, on the grid of a gate."""
+    codes = (torch.sigmoid(x) / _scale(gate)).round().clamp(gate.fmt.min, gate.fmt.max)
+    return codes * _scale(gate)
 
 
 def _grid(quantizer: ActivationFakeQuantizer) -> Tensor:

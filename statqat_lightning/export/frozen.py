@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from statqat_lightning.attention import attend, each_input
 from statqat_lightning.fake_quantizer import (
+    INPUT,
     OUTPUT,
     WEIGHT,
     FakeQuantizer,
@@ -22,7 +23,13 @@ from statqat_lightning.formats import Format
 from statqat_lightning.functional import QParams, dequantize, quantize
 from statqat_lightning.granularity import Granularity
 from statqat_lightning.isolated_copy import isolated_copy
-from statqat_lightning.layer_kinds import RECURRENT, LayerKind, kind_of_class
+from statqat_lightning.layer_kinds import (
+    GATE,
+    RECURRENT,
+    LayerKind,
+    gate_of_class,
+    kind_of_class,
+)
 from statqat_lightning.quantized_layer import (
     InputNames,
     LayerQuantizers,
@@ -98,6 +105,7 @@ class FrozenLayer(nn.Module):
 
     kind: LayerKind
     input_names: InputNames
+    statqat_gate: Callable[[Tensor], Tensor]
     frozen_weights: dict[str, FrozenTensor]
     frozen_activations: dict[str, FrozenTensor]
     weight_dtype: torch.dtype
@@ -131,8 +139,11 @@ class FrozenLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward on the rounded inputs."""
+        result: Any
         if self.kind.cls is nn.MultiheadAttention:
             result = self._attend(*args, **kwargs)
+        elif GATE in self.frozen_activations:
+            result = self._gated(*args, **kwargs)
         else:
             args, kwargs = with_each_input(self.input_names, self._rounding, args, kwargs)
             if self.kind.cls in RECURRENT:
@@ -143,6 +154,11 @@ class FrozenLayer(nn.Module):
             finally:
                 self._forget_flat_weights()
         return with_output(self._rounding(OUTPUT), result)
+
+    def _gated(self, input: Tensor) -> Tensor:  # named as in torch
+        rounding = self._rounding(INPUT)
+        x = input if rounding is None else rounding(input)
+        return x * self.rounded(GATE, self.statqat_gate(x))
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
@@ -374,6 +390,7 @@ def _frozen_class(base: type[nn.Module], weights: tuple[str, ...]) -> type[nn.Mo
                 "__doc__": f"Frozen `{base.__name__}`.",
                 "kind": kind_of_class(base),
                 "input_names": names_of_inputs(base),
+                "statqat_gate": staticmethod(gate_of_class(base) or torch.ones_like),
                 **{role: property(_reader(role)) for role in weights},
             },
         )

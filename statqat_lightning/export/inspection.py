@@ -82,7 +82,7 @@ class Inspection:
                     f"{role} {spec.format}" if spec is not None else f"{role} float"
                     for role in ROLES
                     for spec in [getattr(rule, role)]
-                    if spec is not None or role != "outputs"
+                    if spec is not None or role in ("weights", "inputs")
                 ]
                 lines.append(f"  {rule.pattern}: {', '.join(parts)}")
         columns = ["weight", "input"]

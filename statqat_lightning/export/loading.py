@@ -29,6 +29,7 @@ from statqat_lightning.formats import at_least_bits, get_format
 from statqat_lightning.functional import QParams, dequantize
 from statqat_lightning.granularity import get_granularity
 from statqat_lightning.insertion import prepare, remove
+from statqat_lightning.layer_kinds import GATE
 from statqat_lightning.quantized_layer import kind_of, weight_of
 from statqat_lightning.quantized_model import (
     QuantizedLayer,
@@ -248,13 +249,16 @@ class _Entry:
         return [self.key(name) for name in names]
 
     def rule(self) -> QuantRule:
-        inputs = [part for role, part in self.activations.items() if role != OUTPUT]
+        inputs = [part for role, part in self.activations.items() if role not in (OUTPUT, GATE)]
         specs = [
             TensorSpec(**parts[0]["spec"]) if parts else None
             for parts in (
                 list(self.weights.values()),
                 inputs,
-                [part for role, part in self.activations.items() if role == OUTPUT],
+                *(
+                    [part for role, part in self.activations.items() if role == own]
+                    for own in (OUTPUT, GATE)
+                ),
             )
         ]
         return QuantRule(full_name(self.name), *specs)

@@ -39,6 +39,7 @@ from statqat_lightning.export.onnx_graph import (
     lay_out_linears,
     own_zero_points,
     pack_tables,
+    pool_means,
     round_parts,
     split_clips,
     tidy,
@@ -218,6 +219,7 @@ def _translate(
         centre_codes(graph)
     if target == "onnxruntime":
         round_parts(graph)
+        pool_means(graph)
         split_clips(graph)
         keep_biases(graph)
         lay_out_linears(graph)

@@ -435,6 +435,26 @@ def _low_end(quantize: Any) -> float:
     return -float(scale) * int(zero) if zero.dtype == np.uint8 else -math.inf
 
 
+def pool_means(graph: Any) -> None:
+    """Write means over all places of an image as GlobalAveragePool, where they are of codes.
+
+    ONNX Runtime has an integer kernel for that, and none for ReduceMean.
+    """
+    for node in graph.graph:
+        if node.op_type != "ReduceMean" or len(node.inputs) < 2:
+            continue
+        x, axes = node.inputs[0], node.inputs[1].const_value
+        if axes is None or x.shape is None or not node.attributes.get_int("keepdims", 1):
+            continue
+        rank = len(x.shape)
+        over = sorted(int(axis) % rank for axis in axes.numpy().flatten())
+        if rank < 3 or over != list(range(2, rank)) or not _is_rounded(x):
+            continue
+        node.op_type = "GlobalAveragePool"
+        node.attributes.clear()
+        node.resize_inputs(1)
+
+
 def centre_codes(graph: Any) -> None:
     """Store signed codes of inputs and outputs as int8 around 0, and not as uint8 around 128."""
     import onnx_ir
