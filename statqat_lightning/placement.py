@@ -134,6 +134,13 @@ def _refuse_formats(rules: Mapping[str, QuantRule], target: str) -> None:
                     "operator that rounds to levels. Use integers or floats there, or no target: "
                     "the native and the .pt2 file hold any format."
                 )
+            fmt = None if spec is None else get_format(spec.format)
+            unsigned = isinstance(fmt, IntFormat) and not fmt.is_signed
+            if unsigned and not TARGETS[target].unsigned_codes:
+                raise ValueError(
+                    f"{name}: got {role}={spec.format!r}; {target} has signed integers only: "
+                    f"use {spec.format.removeprefix('u')!r}."
+                )
 
 
 @dataclass
@@ -178,7 +185,10 @@ class _Places:
     def _rule(self, name: str) -> QuantRule:
         given = self.rules.get(name)
         specs = {role: getattr(given, role) for role in ROLES} if given is not None else {}
-        return QuantRule(full_name(name), **(specs | self.changed.get(name, {})))
+        specs |= self.changed.get(name, {})
+        if not self.target.unsigned_codes:
+            specs = {role: None if spec is None else _signed(spec) for role, spec in specs.items()}
+        return QuantRule(full_name(name), **specs)
 
     def _need_layers(self) -> None:
         """Inputs of integer layers, and what convolutions give on."""
@@ -264,7 +274,7 @@ class _Places:
             "int8_full",
             inputs.granularity,
             inputs.quantizer,
-            unsigned_if_nonnegative=True,
+            unsigned_if_nonnegative=self.target.unsigned_codes,
             gradient=inputs.gradient,
             **dict(inputs.options),
         )
@@ -425,6 +435,11 @@ def _kept(value: Value) -> Value | None:
     (reader,) = value.consumers
     keeps = reader.kind in KEEPING and len(reader.inputs) == len(reader.outputs) == 1
     return reader.outputs[0] if keeps else None
+
+
+def _signed(spec: TensorSpec) -> TensorSpec:
+    is_integer = isinstance(get_format(spec.format), IntFormat)
+    return replace(spec, unsigned_if_nonnegative=False) if is_integer else spec
 
 
 def _limit(values: Sequence[Value]) -> float | None:

@@ -23,6 +23,7 @@ class Target:
         concatenates_codes: Whether it concatenates integers only if one scale serves them all.
         splits_gates: Whether it computes activations such as SiLU as a product of their input with
             a gate, in integers if that is rounded, too.
+        unsigned_codes: Whether what is never negative may be unsigned.
         signed_codes: Whether signed inputs and outputs are int8 around 0, and not uint8 around 128.
     """
 
@@ -34,6 +35,7 @@ class Target:
     sums_in_float: bool
     concatenates_codes: bool
     splits_gates: bool
+    unsigned_codes: bool
     signed_codes: bool
 
 
@@ -60,6 +62,7 @@ TARGETS = {
             sums_in_float=False,
             concatenates_codes=False,
             splits_gates=True,
+            unsigned_codes=True,
             signed_codes=False,
         ),
         # OpenVINO 2026.4, low precision transformations and fusing of the CPU plugin: functions of
@@ -75,6 +78,22 @@ TARGETS = {
             sums_in_float=True,
             concatenates_codes=True,
             splits_gates=False,
+            unsigned_codes=True,
+            signed_codes=True,
+        ),
+        # TensorRT 10, explicit quantization in its documentation: codes are symmetric int8; inputs
+        # of products are rounded, and the other term of a sum, but nothing between a convolution
+        # and what is computed with it. What a file has to keep to is in `export.tensorrt_rules`.
+        Target(
+            name="tensorrt",
+            title="TensorRT",
+            fused=(*CLIPPING, *_SMOOTH),
+            rounds_outputs=False,
+            adds_codes=False,
+            sums_in_float=True,
+            concatenates_codes=True,
+            splits_gates=False,
+            unsigned_codes=False,
             signed_codes=True,
         ),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from statqat_lightning.export import tensorrt_rules
 from statqat_lightning.export.divergence import (
     Moved,
     first_divergence,
@@ -88,8 +89,10 @@ def _compared_in_double(
         return None
 
 
-def _of_target(target: Target, runtime: Runtime) -> list[str]:
-    """What to say of the layers that a target has no integer kernels for."""
+def _of_target(target: Target, runtime: Runtime, path: Path) -> list[str]:
+    """What to say of the layers that a target has no integer kernels for, and of its rules."""
+    if target.name == "tensorrt":
+        return [f"compared in {runtime.name}.", *tensorrt_rules.remarks(path)]
     if runtime.target != target.name:
         return [f"compared in {runtime.name}: {target.title} is not installed here."]
     rest = runtime.in_float()
@@ -204,7 +207,7 @@ class Proof:
         if runtime.batch is not None and examples:
             remarks.append(f"The forward fixes its batch size: {runtime.batch} only.")
         if self.target in writer.kind.targets:
-            remarks += _of_target(TARGETS[self.target], runtime)
+            remarks += _of_target(TARGETS[self.target], runtime, path)
         divergence, exact = None, None
         bound = 0.0 if writer.kind.exact else self.bound
         # Not `max_steps > bound`: that is false for NaN.

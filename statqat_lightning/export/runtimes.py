@@ -175,28 +175,35 @@ def _layers_of_program(module: Any, call: ForwardCall) -> LayerOutputs:
     return outputs
 
 
-def load_onnx(path: Path) -> Runtime:
-    """An `.onnx` file in ONNX Runtime on the CPU, with the runtime's own optimizations."""
-    session = onnx_session(path)
+def load_onnx(path: Path, optimize: bool = True) -> Runtime:
+    """An `.onnx` file in ONNX Runtime on the CPU.
+
+    Args:
+        path: The file.
+        optimize: Whether with the runtime's own optimizations, or operator by operator as the file
+            says: what is written for another runtime need not be to its taste.
+    """
+    session = _session(str(path), optimize=optimize)
     dimensions = session.get_inputs()[0].shape if session.get_inputs() else []
     fixed = dimensions[0] if dimensions and isinstance(dimensions[0], int) else None
 
     def layer_outputs(call: ForwardCall) -> LayerOutputs:
         names, extended = with_layer_outputs(path)
-        session = _session(extended, folder=path.parent)
+        session = _session(extended, folder=path.parent, optimize=optimize)
         values = _fed(session, call, [n for layer in names.values() for n in layer])
         given = iter(values)
         return {layer: [next(given) for _ in layer_names] for layer, layer_names in names.items()}
 
     def roundings(call: ForwardCall) -> Roundings:
         names, extended = with_roundings(path)
-        session = _session(extended, folder=path.parent)
+        session = _session(extended, folder=path.parent, optimize=optimize)
         values = iter(_fed(session, call, [n for each in names.values() for n in each]))
         return {place: [next(values) for _ in each] for place, each in names.items()}
 
     inputs = [(i.name, [*i.shape]) for i in session.get_inputs()]
     return Runtime(
-        f"ONNX Runtime {importlib.metadata.version('onnxruntime')}",
+        f"ONNX Runtime {importlib.metadata.version('onnxruntime')}"
+        f"{'' if optimize else ' without its optimizations'}",
         lambda call: _fed(session, call),
         layer_outputs,
         fixed,
@@ -223,11 +230,18 @@ def onnx_session(path: str | Path, optimized: Path | None = None) -> Any:
     return _session(str(path), optimized)
 
 
-def _session(model: str | bytes, optimized: Path | None = None, folder: Path | None = None) -> Any:
+def _session(
+    model: str | bytes,
+    optimized: Path | None = None,
+    folder: Path | None = None,
+    optimize: bool = True,
+) -> Any:
     """A session of a file, or of a graph whose weights may be in files of a folder."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")

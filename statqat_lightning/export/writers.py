@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -39,6 +40,10 @@ class Writer:
     float_run: Callable[[nn.Module, ForwardCall], Run | None]
 
 
+def _no_run(plain: nn.Module, call: ForwardCall) -> Run | None:
+    return None
+
+
 def writers(
     frozen: nn.Module,
     reference: nn.Module,
@@ -61,7 +66,13 @@ def writers(
     """
     part = frozen.get_submodule(module)
     opened = {"dynamic": dynamic} if dynamic else {}
-    in_openvino = target == "openvino" and openvino_runtime.is_installed()
+    load_onnx: Callable[[Path], Runtime] = runtimes.load_onnx
+    float_onnx: Callable[[nn.Module, ForwardCall], Run | None] = runtimes.float_onnx
+    if target == "openvino" and openvino_runtime.is_installed():
+        load_onnx, float_onnx = openvino_runtime.load, openvino_runtime.float_run
+    elif target == "tensorrt":  # there is nothing to time
+        load_onnx = partial(runtimes.load_onnx, optimize=False)
+        float_onnx = _no_run
 
     def weights(
         kind: str,
@@ -96,8 +107,8 @@ def writers(
             lambda path, call: save_onnx(
                 part, path, call, remarks=remarks, target=target or "onnxruntime", **opened
             ),
-            openvino_runtime.load if in_openvino else runtimes.load_onnx,
-            openvino_runtime.float_run if in_openvino else runtimes.float_onnx,
+            load_onnx,
+            float_onnx,
         ),
         Writer(
             kinds["program"],
