@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml
 	  $$found -m venv $(VENV); \
 	fi
 	$(BIN)/python -m pip install --quiet uv
-	$(INSTALL) --python $(BIN)/python torch torchvision --editable ".[dev]"
+	$(INSTALL) --python $(BIN)/python torch torchvision --editable ".[dev,executorch]"
 	@touch $@
 
 demo: $(STAMP)  ## train, quantize and export a small network on scanned digits
@@ -58,7 +58,8 @@ test-lowest: $(LOWEST_STAMP)  ## the quick tests on the oldest supported version
 	$(LOWEST)/bin/python -m pytest --numprocesses auto --dist worksteal -m "not cifar and not slow"
 
 # `lowest-direct` takes the lowest version that pyproject.toml allows of everything it names. Torch
-# and torchvision are resolved together, as each release of one goes with one of the other.
+# and torchvision are resolved together, as each release of one goes with one of the other. Without
+# ExecuTorch, each release of which wants one of torchao.
 $(LOWEST_STAMP): pyproject.toml | $(STAMP)
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(LOWEST)
 	$(INSTALL) --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[dev]"

@@ -198,7 +198,7 @@ class _Places:
                 continue
             if operation.inputs:
                 self.rounded.setdefault(operation.inputs[0], spec)
-            if operation.kind in CONVOLUTIONS:
+            if operation.kind in CONVOLUTIONS or self.target.rounds_all:
                 self._round_end(operation, spec)
 
     def _need_what_comes_of_them(self) -> None:
@@ -250,7 +250,7 @@ class _Places:
     def _round_end(self, operation: Operation, spec: TensorSpec) -> None:
         end = _end_of(operation.outputs[0], self.target)
         wanted = self.target.rounds_outputs or self._reaches_layer(end)
-        if wanted and not _is_result(end):
+        if wanted and (self.target.rounds_all or not _is_result(end)):
             self.rounded.setdefault(end, spec)
             self.made[end] = spec
             self.shared.add(end)

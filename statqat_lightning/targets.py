@@ -16,6 +16,7 @@ class Target:
             they return is rounded and not what they take.
         rounds_outputs: Whether a convolution runs in integers only if its output is rounded,
             whoever reads it.
+        rounds_all: Whether that holds for linear layers, too, and for what the model returns.
         adds_codes: Whether biases are added to sums of products of codes, and so rounded to
             multiples of input scale times weight scale.
         sums_in_float: Whether it adds other terms to the float32 sums of a layer, ahead of rounding
@@ -31,6 +32,7 @@ class Target:
     title: str
     fused: tuple[str, ...]
     rounds_outputs: bool
+    rounds_all: bool
     adds_codes: bool
     sums_in_float: bool
     concatenates_codes: bool
@@ -58,6 +60,7 @@ TARGETS = {
             title="ONNX Runtime",
             fused=CLIPPING,
             rounds_outputs=True,
+            rounds_all=False,
             adds_codes=True,
             sums_in_float=False,
             concatenates_codes=False,
@@ -74,6 +77,7 @@ TARGETS = {
             title="OpenVINO",
             fused=(*CLIPPING, *_SMOOTH),
             rounds_outputs=False,
+            rounds_all=False,
             adds_codes=False,
             sums_in_float=True,
             concatenates_codes=True,
@@ -89,12 +93,28 @@ TARGETS = {
             title="TensorRT",
             fused=(*CLIPPING, *_SMOOTH),
             rounds_outputs=False,
+            rounds_all=False,
             adds_codes=False,
             sums_in_float=True,
             concatenates_codes=True,
             splits_gates=False,
             unsigned_codes=False,
             signed_codes=True,
+        ),
+        # XNNPACK in ExecuTorch 1.5: its partitioner takes a layer in integers only if its input and
+        # its output are int8, and sums, products and concatenations likewise.
+        Target(
+            name="executorch",
+            title="ExecuTorch",
+            fused=CLIPPING,
+            rounds_outputs=True,
+            rounds_all=True,
+            adds_codes=True,
+            sums_in_float=False,
+            concatenates_codes=False,
+            splits_gates=False,
+            unsigned_codes=True,
+            signed_codes=False,
         ),
     )
 }

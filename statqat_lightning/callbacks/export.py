@@ -88,6 +88,8 @@ class ExportCallback(Callback):
         onnx: Whether to write the `.onnx` file. It needs the extra `statqat-lightning[onnx]`.
         native: Whether to write the `.safetensors` file.
         program: Whether to write the `.pt2` file, which `torch.export.load` reads.
+        executorch: Whether to write the `.pte` file for ExecuTorch, for batches of one. It needs
+            the extra `statqat-lightning[executorch]`.
         torchao: Whether to write the `.torchao.pt` file: integer weights of Linear layers as
             torchao tensors. It needs the extra `statqat-lightning[torchao]`.
         compressed: Whether to write the folder `.compressed` for language-model runtimes: integer
@@ -128,6 +130,7 @@ class ExportCallback(Callback):
         onnx: bool = True,
         native: bool = True,
         program: bool = False,
+        executorch: bool = False,
         torchao: bool = False,
         compressed: bool = False,
         strict: bool = True,
@@ -140,6 +143,7 @@ class ExportCallback(Callback):
             "onnx": onnx,
             "native": native,
             "program": program,
+            "executorch": executorch,
             "torchao": torchao,
             "compressed": compressed,
         }
@@ -308,6 +312,7 @@ class ExportCallback(Callback):
                 onnx=self.files["onnx"],
                 native=self.files["native"],
                 program=self.files["program"],
+                executorch=self.files["executorch"],
                 torchao=self.files["torchao"],
                 compressed=self.files["compressed"],
                 strict=self.strict,

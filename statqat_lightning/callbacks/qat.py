@@ -116,14 +116,15 @@ class StatQATCallback(Callback):
         enabled: False inserts, observes and reports, but changes no number: the run is the float
             run, bit for bit.
         verbose: Print the insertion report.
-        target: A runtime whose integer kernels the model is trained for, `"onnxruntime"` or
-            `"openvino"`. Tensors are rounded where it needs them rounded, or it would compute in
-            float: the outputs of convolutions and the terms of residual sums, too, for ONNX
-            Runtime, what activations return for OpenVINO (see `targets`). Where that is, one
+        target: A runtime whose integer kernels the model is trained for: `"onnxruntime"`,
+            `"openvino"`, `"tensorrt"` or `"executorch"` (XNNPACK). Tensors are rounded where it
+            needs them rounded, or it would compute in float: the outputs of convolutions and the
+            terms of residual sums, too, for ONNX Runtime, those of all layers for ExecuTorch, what
+            activations return for OpenVINO and TensorRT (see `targets`). Where that is, one
             training batch shows, ahead of calibration; the checkpoint remembers. At the end of the
-            fit, scales move a little, and biases for ONNX Runtime, to where the runtime computes
-            the same codes as the model, see `placement.settle`. Formats without integer kernels
-            stay as they are.
+            fit, scales move a little, and biases for ONNX Runtime and ExecuTorch, to where the
+            runtime computes the same codes as the model, see `placement.settle`. Formats without
+            integer kernels stay as they are.
         compensate: True makes up for the rounding errors of weights before the first step, on the
             batches that calibrate, see `compensate`: training starts at a better model. It costs
             some more passes over these batches and, for each layer, a matrix of the size of its

@@ -4,6 +4,7 @@ from statqat_lightning.export.artefacts import export_model as export_model
 from statqat_lightning.export.checkpoints import export_checkpoint as export_checkpoint
 from statqat_lightning.export.compressed_tensors import load_compressed as load_compressed
 from statqat_lightning.export.compressed_tensors import save_compressed as save_compressed
+from statqat_lightning.export.executorch import save_executorch as save_executorch
 from statqat_lightning.export.frozen import FrozenLayer as FrozenLayer
 from statqat_lightning.export.frozen import LeftInFloatWarning as LeftInFloatWarning
 from statqat_lightning.export.frozen import freeze as freeze

@@ -67,6 +67,7 @@ def export_model(
     onnx: bool = True,
     native: bool = True,
     program: bool = False,
+    executorch: bool = False,
     torchao: bool = False,
     compressed: bool = False,
     strict: bool = True,
@@ -105,6 +106,7 @@ def export_model(
         onnx: Whether to write the `.onnx` file.
         native: Whether to write the `.safetensors` file.
         program: Whether to write the `.pt2` file, see `save_program`.
+        executorch: Whether to write the `.pte` file, see `save_executorch`.
         torchao: Whether to write the `.torchao.pt` file, see `save_torchao`. It holds weights
             alone, and is compared with the model whose inputs are in float, like the next.
         compressed: Whether to write the folder `.compressed`, see `save_compressed`.
@@ -120,8 +122,8 @@ def export_model(
             in a mapping, or inputs alone. Where there is no accuracy, a note says why.
         most_data: Most examples of `data` to use; None for all.
         measure_latency: Whether to time the files against the float model.
-        target: The runtime that the model is meant for, `"onnxruntime"` or `"openvino"`. The
-            `.onnx` file is laid out for it and compared in it, if it is installed. The report then
+        target: The runtime that the model is meant for, one of `TARGETS`. The `.onnx` file is laid
+            out for it and compared in it, if it is installed. The report then
             names the quantized layers for which it has no integer kernels, which is most of them
             unless the model was trained with this target, see `StatQATCallback`. Scales and biases
             are moved to where it computes the same codes, see `settle`, and files compared with
@@ -144,7 +146,8 @@ def export_model(
             All other files have been written then, and its `report` describes them.
         ValueError: If the model cannot be frozen and `strict`, or has no submodule of that name; if
             there is no such target, input or dimension.
-        ModuleNotFoundError: If the extra `onnx` or `torchao` is needed and not installed.
+        ModuleNotFoundError: If the extra `onnx`, `executorch` or `torchao` is needed and not
+            installed.
         OSError: If a file cannot be written, and `strict`; if the report cannot.
         CannotCopy: If the model cannot be copied.
     """
@@ -152,6 +155,7 @@ def export_model(
         "native": native,
         "onnx": onnx,
         "program": program,
+        "executorch": executorch,
         "torchao": torchao,
         "compressed": compressed,
     }

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ENDINGS = (".onnx", ".safetensors", ".pt2")
+ENDINGS = (".onnx", ".safetensors", ".pt2", ".pte")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from statqat_lightning.export.compressed_tensors import FILES as COMPRESSED_FILES
+from statqat_lightning.export.executorch import require_executorch
 from statqat_lightning.export.files import replacing, replacing_folder
 from statqat_lightning.export.onnx import require_packages
 from statqat_lightning.export.onnx_files import replacing_onnx
@@ -69,9 +70,20 @@ KINDS = (
         needs_call=True,
         in_float32=True,
         folded=True,
-        targets=tuple(TARGETS),
+        targets=tuple(name for name in TARGETS if name != "executorch"),
     ),
     Kind("program", "pt2", "torch.export", ".pt2", needs_call=True),
+    Kind(
+        "executorch",
+        "pte",
+        "ExecuTorch",
+        ".pte",
+        require=require_executorch,
+        needs_call=True,
+        in_float32=True,
+        folded=True,
+        targets=("executorch",),
+    ),
     Kind(
         "torchao",
         "torchao",

@@ -99,6 +99,7 @@ class ExportReport:
         float_bytes: Size of the float32 model: all parameters and buffers.
         notes: What a reader has to know: tensors left in float, files not written, and why.
         program: The `.pt2` file.
+        executorch: The `.pte` file.
         torchao: The `.torchao.pt` file.
         compressed: The folder for language-model runtimes.
         accuracy: Accuracy of the fake-quantized model on the labelled examples, None without.
@@ -113,6 +114,7 @@ class ExportReport:
     float_bytes: int
     notes: tuple[str, ...] = ()
     program: ArtefactReport | None = None
+    executorch: ArtefactReport | None = None
     torchao: ArtefactReport | None = None
     compressed: ArtefactReport | None = None
     accuracy: float | None = None

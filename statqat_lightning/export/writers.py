@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from statqat_lightning.export import openvino_runtime, runtimes
+from statqat_lightning.export import executorch, openvino_runtime, runtimes
 from statqat_lightning.export.compressed_tensors import load_compressed, save_compressed
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.interface import Dynamic
@@ -115,6 +115,12 @@ def writers(
             lambda path, call: save_program(part, path, call, **opened),
             lambda path: runtimes.load_program(path, dynamic),
             lambda plain, call: runtimes.float_program(plain, call, dynamic),
+        ),
+        Writer(
+            kinds["executorch"],
+            lambda path, call: executorch.save_executorch(part, path, call, remarks=remarks),
+            executorch.load,
+            executorch.float_run,
         ),
         weights("torchao", save_torchao, "torchao", load_torchao),
         weights("compressed", save_compressed, "load_compressed", load_compressed),

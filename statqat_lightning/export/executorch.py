@@ -1,0 +1,329 @@
+"""The `.pte` file: the frozen model for ExecuTorch, its layers in integer kernels of XNNPACK.
+
+Roundings are `quantized_decomposed` operators around int8 codes, which XNNPACK's partitioner knows;
+what is never negative has the zero point -128. The file takes batches of one size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from statqat_lightning.export.files import replacing
+from statqat_lightning.export.folding import fold_batch_norm
+from statqat_lightning.export.frozen import (
+    FrozenLayer,
+    FrozenTensor,
+    codes_name,
+    freeze,
+    frozen_layers,
+    scale_name,
+)
+from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, outputs_of
+from statqat_lightning.export.runtimes import Run, Runtime
+from statqat_lightning.export.tracing import ExportError, where_it_stopped
+from statqat_lightning.export.wording import in_short
+from statqat_lightning.formats import IntFormat
+from statqat_lightning.granularity import PerChannel, PerTensor
+from statqat_lightning.isolated_copy import isolated_copy
+
+_LOWEST, _HIGHEST = -128, 127
+_ABOUT = "statqat_lightning"
+"""Name of the method of a file that says what is to be known of it, as JSON."""
+_KEEPS_GRID = (
+    *("view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "clone"),
+    *("contiguous", "max_pool2d", "relu", "hardtanh", "slice", "select", "expand"),
+)
+"""Operators whose results lie on the grid of what they are given."""
+
+
+def require_executorch() -> None:
+    """Check that ExecuTorch is installed.
+
+    Raises:
+        ModuleNotFoundError: If it is not; the message names the extra.
+    """
+    if importlib.util.find_spec("executorch") is None:
+        raise ModuleNotFoundError(
+            'A .pte file needs ExecuTorch: pip install "statqat-lightning[executorch]", or, in a '
+            'checkout, pip install ".[executorch]".'
+        )
+
+
+def save_executorch(
+    model: nn.Module, path: str | Path, example: Any, *, remarks: Sequence[str] = ()
+) -> None:
+    """Write a quantized model to a `.pte` file for batches of one.
+
+    The file computes in float32 what is not in integers, and appears under its name when it is
+    complete. BatchNorm is folded into the layers before it where that is exact. Layers that XNNPACK
+    has no integer kernel for, because nothing rounds their output for instance, are written with
+    float weights; `StatQATCallback(target="executorch")` trains a model without such layers.
+
+    Args:
+        model: A frozen model, or a model with quantizers, which is frozen first.
+        path: The file.
+        example: Input of one forward call: a tensor, a tuple of positional or a mapping of keyword
+            arguments, or a `ForwardCall`. Sizes other than the batch are fixed as they are there.
+        remarks: What is to be known of the training, for the record.
+
+    Raises:
+        ModuleNotFoundError: If the extra `executorch` is not installed.
+        ExportError: If the forward cannot be traced or lowered.
+        OSError: If the file cannot be written.
+    """
+    require_executorch()
+    frozen = isolated_copy(model) if frozen_layers(model) else freeze(model)
+    frozen = frozen.cpu().float().eval()
+    call = ForwardCall.of(example).copy().to_float32().with_batch(1)
+    frozen = fold_batch_norm(frozen, call).model
+    _decompose(frozen)
+    in_float: list[str] = []
+    try:
+        while True:
+            lowered, rest = _lowered(frozen, call, {"in_float": in_float, "remarks": [*remarks]})
+            if not rest:
+                break
+            in_float += rest
+            for name in rest:
+                _use_float_weights(frozen.get_submodule(name))
+        with _quiet():
+            data = lowered.to_executorch().buffer
+    except Exception as error:
+        raise ExportError(
+            f"Stopped{where_it_stopped(error)}: {in_short(error)}\n"
+            "This forward cannot be exported to ExecuTorch as it is. If only a part of the model "
+            "is needed, name it (module=...); the native file does not need tracing."
+        ) from error
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
+class DecomposedLayer(FrozenLayer):
+    """A frozen layer whose roundings are `quantized_decomposed` operators."""
+
+    decomposed: dict[str, tuple[float, int]]
+    """Scale and zero point of inputs and output, by role."""
+
+    def dequantized_weight(self, role: str) -> Tensor:
+        codes, scale = self.get_buffer(codes_name(role)), self.get_buffer(scale_name(role))
+        operators = torch.ops.quantized_decomposed
+        ends = (_LOWEST, _HIGHEST, torch.int8)
+        weight: Tensor
+        if scale.dim() == 0:
+            weight = operators.dequantize_per_tensor(codes, float(scale), 0, *ends)
+        else:
+            zeros = self.get_buffer(f"{role}_zero_points")
+            axis = self.frozen_weights[role].granularity.axis  # type: ignore[attr-defined]
+            weight = operators.dequantize_per_channel(codes, scale, zeros, axis, *ends)
+        return weight
+
+    def rounded(self, role: str, x: Tensor) -> Tensor:
+        if role not in self.decomposed:
+            return super().rounded(role, x)
+        return _rounded(x, *self.decomposed[role])
+
+
+def _rounded(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    operators, ends = torch.ops.quantized_decomposed, (_LOWEST, _HIGHEST, torch.int8)
+    codes = operators.quantize_per_tensor(x, scale, zero_point, *ends)
+    rounded: Tensor = operators.dequantize_per_tensor(codes, scale, zero_point, *ends)
+    return rounded
+
+
+_CLASSES: dict[type[Any], type[Any]] = {}
+
+
+@torch.no_grad()
+def _decompose(frozen: nn.Module) -> None:
+    """Make layers compute by the operators that the partitioner knows, in place."""
+    import torch.ao.quantization.fx._decomposed  # registers them
+
+    for _, layer in frozen_layers(frozen):
+        own = type(layer)
+        if own not in _CLASSES:
+            _CLASSES[own] = type(f"Decomposed{own.__name__}", (DecomposedLayer, own), {})
+        changed: Any = layer
+        changed.decomposed = {
+            role: (
+                float(layer.get_buffer(scale_name(role))),
+                0 if tensor.fmt.is_signed else _LOWEST,
+            )
+            for role, tensor in layer.frozen_activations.items()
+            if isinstance(tensor.fmt, IntFormat) and tensor.fmt.bits == 8
+        }
+        if not all(_has_kernels(tensor) for tensor in layer.frozen_weights.values()):
+            _use_float_weights(changed)
+        changed.__class__ = _CLASSES[own]
+        for role, tensor in layer.frozen_weights.items():
+            codes = tensor.fmt.decode(layer.get_buffer(codes_name(role))).to(torch.int8)
+            scale = layer.get_buffer(scale_name(role))
+            scale = scale.flatten() if isinstance(tensor.granularity, PerChannel) else scale
+            layer.register_buffer(codes_name(role), codes)
+            layer.register_buffer(scale_name(role), scale.contiguous())
+            if scale.dim():
+                zeros = torch.zeros(len(scale), dtype=torch.int64)
+                layer.register_buffer(f"{role}_zero_points", zeros)
+
+
+def _has_kernels(tensor: FrozenTensor) -> bool:
+    is_integer = isinstance(tensor.fmt, IntFormat) and tensor.fmt.is_signed and tensor.fmt.bits <= 8
+    return is_integer and isinstance(tensor.granularity, PerChannel | PerTensor)
+
+
+def _use_float_weights(layer: Any) -> None:
+    """Let a frozen layer hold its dequantized weights."""
+    weights = {role: layer.read_weight(role).detach().clone() for role in layer.frozen_weights}
+    for role, weight in weights.items():
+        for name in (codes_name(role), scale_name(role), f"{role}_zero_points"):
+            layer._buffers.pop(name, None)
+        layer.register_parameter(role, nn.Parameter(weight, requires_grad=False))
+    layer.frozen_weights = {}
+
+
+def _lowered(frozen: nn.Module, call: ForwardCall, about: dict[str, Any]) -> tuple[Any, list[str]]:
+    """A model with XNNPACK's delegates, and the quantized layers that are in none of them."""
+    with _quiet():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        inputs = tuple(call.tensors())
+        traced = TensorsOnly(frozen, call).eval()
+        with torch.no_grad():
+            module = torch.export.export(traced, inputs, strict=False).module()
+            _round_again(module)
+            program = torch.export.export(module, inputs, strict=False)
+        lowered = to_edge_transform_and_lower(
+            program,
+            partitioner=[XnnpackPartitioner()],
+            constant_methods={_ABOUT: json.dumps(about)},
+        )
+    exported = lowered.exported_program()
+    names = exported.graph_signature.inputs_to_buffers
+    buffers = {names.get(node.name) for node in exported.graph.nodes if node.op == "placeholder"}
+    rest = sorted(
+        name.removesuffix(f".{tensor}").removeprefix("model.")
+        for name in buffers
+        if name is not None and (tensor := name.rpartition(".")[2]).endswith("_codes")
+    )
+    return lowered, rest
+
+
+def _round_again(module: Any) -> None:
+    """Round what an operator has left on its grid once more, which changes nothing.
+
+    The partitioner takes what follows in integers only if it reads what was rounded just before.
+    """
+    operators = torch.ops.quantized_decomposed
+    dequantize = operators.dequantize_per_tensor.default
+    grids: dict[Any, tuple[Any, ...]] = {}
+    for node in list(module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is dequantize:
+            grids[node] = node.args[1:]
+            continue
+        kind = getattr(node.target, "__name__", "").partition(".")[0].removesuffix("_copy")
+        given = [arg for arg in node.all_input_nodes if arg in grids]
+        if kind.removesuffix("_") not in _KEEPS_GRID or len(node.all_input_nodes) != 1 or not given:
+            continue
+        users = list(node.users)
+        grid = grids[given[0]]
+        with module.graph.inserting_after(node):
+            codes = module.graph.call_function(operators.quantize_per_tensor.default, (node, *grid))
+        with module.graph.inserting_after(codes):
+            again = module.graph.call_function(dequantize, (codes, *grid))
+        for user in users:
+            user.replace_input_with(node, again)
+        grids[again] = grid
+    # Each reader gets what was rounded from an operator of its own: of one that several share, the
+    # partitioner makes delegates that need one another.
+    for node in grids:
+        for user in list(node.users)[1:]:
+            with module.graph.inserting_before(user):
+                own = module.graph.call_function(dequantize, node.args)
+            user.replace_input_with(node, own)
+    module.graph.lint()
+    module.recompile()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what ExecuTorch says of its own insides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+class _Program:
+    """A program in ExecuTorch's Python runtime; what its methods read lives as long as this."""
+
+    def __init__(self, data: bytes) -> None:
+        with _quiet():
+            from executorch.runtime import Runtime as Executor
+
+            self._data = data
+            self._program = Executor.get().load_program(data)
+            self._forward = self._program.load_method("forward")
+
+    def run(self, call: ForwardCall) -> list[Tensor]:
+        given = [tensor.contiguous() for tensor in call.to_float32().tensors()]
+        return [output.clone() for output in outputs_of(self._forward.execute(given))]
+
+    def sizes(self) -> list[list[int]]:
+        """Of the inputs."""
+        about = self._forward.metadata
+        return [list(about.input_tensor_meta(n).sizes()) for n in range(about.num_inputs())]
+
+    def about(self) -> dict[str, Any]:
+        """What its writer has to say."""
+        known: dict[str, Any] = json.loads(self._program.load_method(_ABOUT).execute([])[0])
+        return known
+
+
+def load(path: Path) -> Runtime:
+    """A `.pte` file in ExecuTorch's Python runtime."""
+    program = _Program(path.read_bytes())
+    sizes, in_float = program.sizes(), program.about()["in_float"]
+    return Runtime(
+        f"ExecuTorch {importlib.metadata.version('executorch')}",
+        program.run,
+        lambda call: {},
+        sizes[0][0] if sizes and sizes[0] else None,
+        inputs=[(f"input_{number}", size) for number, size in enumerate(sizes)],
+        target="executorch",
+        in_float=lambda: in_float,
+    )
+
+
+def float_run(plain: nn.Module, call: ForwardCall) -> Run | None:
+    """A float model in the same runtime; None if it cannot be written."""
+    call = call.to_float32()
+    traced = TensorsOnly(isolated_copy(plain).cpu().float().eval(), call).eval()
+    try:
+        with _quiet(), torch.no_grad():
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
+                XnnpackPartitioner,
+            )
+            from executorch.exir import to_edge_transform_and_lower
+
+            program = torch.export.export(traced, tuple(call.tensors()), strict=False)
+            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            return _Program(lowered.to_executorch().buffer).run
+    except Exception:
+        return None
