@@ -1,9 +1,10 @@
 """Speed and SNR of what is deployed, against the quantizers of the runtimes themselves.
 
 Public networks with random weights at W8A8, one thread, batch 1, in ONNX Runtime (against
-`onnxruntime.quantization.quantize_static`: QDQ, per channel, MinMax) and in OpenVINO (against
-NNCF). Speed is in units of the float model in the same runtime, all variants in turns in one
-process; SNR is that of the outputs to float on inputs that no method saw.
+`onnxruntime.quantization.quantize_static`: QDQ, per channel, MinMax), in OpenVINO (against NNCF)
+and, if asked for, in ExecuTorch with XNNPACK (against PT2E; extra `executorch`). Speed is in units
+of the float model in the same runtime, all variants in turns in one process; SNR is that of the
+outputs to float on inputs that no method saw.
 """
 
 from __future__ import annotations
@@ -72,8 +73,15 @@ def our_file(network: nn.Module, seen: list[Tensor], path: Path, target: str) ->
         refresh(model)
     refresh(model, search=True)
     set_observing(model, False)
+    mobile = target == "executorch"
     report = export_model(
-        model, path, seen[0], native=False, target=target, strict=False, measure_latency=False
+        *(model, path, seen[0]),
+        native=False,
+        onnx=not mobile,
+        executorch=mobile,
+        target=target,
+        strict=False,
+        measure_latency=False,
     )
     return list(map(str, report.notes))
 
@@ -128,6 +136,48 @@ def nncf_model(source: Path, seen: list[Tensor]) -> Any:
     )
 
 
+def executorch_program(module: nn.Module, one: Tensor) -> bytes:
+    """A module in ExecuTorch, with XNNPACK for whatever it takes."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    program = torch.export.export(module, (one,))
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    data: bytes = lowered.to_executorch().buffer
+    return data
+
+
+def pt2e_program(network: nn.Module, seen: list[Tensor], one: Tensor) -> bytes:
+    """What PT2E and XNNPACK's own quantizer make of the network."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = XNNPACKQuantizer()
+    quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
+    prepared = prepare_pt2e(torch.export.export(network, (one,)).module(), quantizer)
+    for batch in seen:
+        for row in batch.split(1):
+            prepared(row)
+    return executorch_program(convert_pt2e(prepared), one)
+
+
+def in_executorch(data: bytes) -> tuple[Run, Counter[str]]:
+    """A program in ExecuTorch; its kernels are XNNPACK's own."""
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(data)
+    method = program.load_method("forward")
+
+    def run(x: Tensor) -> Arrays:
+        assert program is not None, "it has to outlive its method"
+        return [output.numpy().copy() for output in method.execute([x.contiguous()])]
+
+    return run, Counter()
+
+
 def in_onnxruntime(path: Path) -> tuple[Run, Counter[str]]:
     """A file in ONNX Runtime, and the operators of its optimized graph."""
     import onnx
@@ -161,6 +211,7 @@ def mean_snr_db(wanted: list[Tensor], found: Arrays) -> float:
 LOADERS: dict[str, Callable[[Any], tuple[Run, Counter[str]]]] = {
     "ort": in_onnxruntime,
     "ov": in_openvino,
+    "et": in_executorch,
 }
 
 
@@ -180,7 +231,7 @@ def measured(name: str, runtimes: list[str], rounds: int) -> dict[str, Any]:
         float_file(network, seen[0], source)
 
         def ours(target: str) -> Path:
-            path = folder / f"{target}.onnx"
+            path = folder / f"{target}.{'pte' if target == 'executorch' else 'onnx'}"
             row[f"{target} notes"] = our_file(network, seen, path, target)
             return path
 
@@ -191,6 +242,9 @@ def measured(name: str, runtimes: list[str], rounds: int) -> dict[str, Any]:
             "ov float": lambda: source,
             "ov StatQAT": lambda: ours("openvino"),
             "ov NNCF": lambda: nncf_model(source, seen),
+            "et float": lambda: executorch_program(network, one),
+            "et StatQAT": lambda: ours("executorch").read_bytes(),
+            "et PT2E": lambda: pt2e_program(network, seen, one),
         }
         for variant, maker in makers.items():
             runtime = variant.split()[0]
@@ -212,10 +266,20 @@ def measured(name: str, runtimes: list[str], rounds: int) -> dict[str, Any]:
     return row
 
 
+PAIRS = {
+    "ort StatQAT": "ORT: ours",
+    "ort static": "static",
+    "ov StatQAT": "OV: ours",
+    "ov NNCF": "NNCF",
+    "et StatQAT": "ET: ours",
+    "et PT2E": "PT2E",
+}
+
+
 def line(name: str, row: dict[str, Any]) -> str:
     """Speed and SNR of a network in each runtime."""
     parts = [f"{name:20}"]
-    for variant in ("ort StatQAT", "ort static", "ov StatQAT", "ov NNCF"):
+    for variant in PAIRS:
         found = row.get(variant)
         if found is None:
             continue
@@ -229,13 +293,15 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=[*NETWORKS])
-    parser.add_argument("--runtimes", nargs="+", choices=tuple(LOADERS), default=[*LOADERS])
+    parser.add_argument("--runtimes", nargs="+", choices=tuple(LOADERS), default=["ort", "ov"])
     parser.add_argument("--rounds", type=positive, default=40, help="turns of each variant")
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--output", type=Path, default=Path("outputs/deploy.json"))
     args = parser.parse_args()
     if "ov" in args.runtimes and importlib.util.find_spec("nncf") is None:
         parser.error('OpenVINO is compared with NNCF: pip install "statqat-lightning[bench]"')
+    if "et" in args.runtimes and importlib.util.find_spec("executorch") is None:
+        parser.error('ExecuTorch is missing: pip install "statqat-lightning[executorch]"')
     return args
 
 
@@ -247,7 +313,8 @@ def main() -> None:
     journal = Journal(args.output)
     print(f"W8A8, batch 1, {args.threads} threads: speed in units of float, SNR in dB")
     print(versions_text())
-    print(f"{'':20}{'ORT: ours':>12}{'static':>12}{'OV: ours':>12}{'NNCF':>12}")
+    shown = [title for variant, title in PAIRS.items() if variant.split()[0] in args.runtimes]
+    print(f"{'':20}" + "".join(f"{title:>12}" for title in shown))
     what = code_digest(Path(__file__)), args.runtimes, args.rounds, args.threads
     for name in args.networks:
         key = f"{name} {what}"  # results of other code or options are others

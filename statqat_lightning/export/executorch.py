@@ -45,6 +45,8 @@ _KEEPS_GRID = (
     *("contiguous", "max_pool2d", "relu", "hardtanh", "slice", "select", "expand"),
 )
 """Operators whose results lie on the grid of what they are given."""
+_IDENTITIES = ("dropout", "feature_dropout", "alpha_dropout")
+"""Operators that do nothing in evaluation."""
 
 
 def require_executorch() -> None:
@@ -234,6 +236,10 @@ def _round_again(module: Any) -> None:
             grids[node] = node.args[1:]
             continue
         kind = getattr(node.target, "__name__", "").partition(".")[0].removesuffix("_copy")
+        if kind.removesuffix("_") in _IDENTITIES:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+            continue
         given = [arg for arg in node.all_input_nodes if arg in grids]
         if kind.removesuffix("_") not in _KEEPS_GRID or len(node.all_input_nodes) != 1 or not given:
             continue

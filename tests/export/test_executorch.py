@@ -37,11 +37,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed, self.norm = nn.Linear(12, 16), nn.LayerNorm(16)
         self.up, self.act, self.down = nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)
+        self.drop = nn.Dropout(0.1)  # what it returns has two readers
         self.sum, self.head = nn.Identity(), nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x.flatten(2).flatten(0, 1).view(len(x), -1, 12))
-        x = x + self.down(self.act(self.up(self.norm(x))))
+        x = self.drop(self.norm(x))
+        x = x + self.down(self.act(self.up(x)))
         out: Tensor = self.head(self.sum(x).mean(1))
         return out
 
