@@ -45,6 +45,11 @@ _KEEPS_GRID = (
     *("contiguous", "max_pool2d", "relu", "hardtanh", "slice", "select", "expand"),
 )
 """Operators whose results lie on the grid of what they are given."""
+_IN_INTEGERS = (
+    *("linear", "conv1d", "conv2d", "conv_transpose2d", "add", "mul", "cat", "mean"),
+    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"),
+)
+"""Operators that XNNPACK has kernels for integers of."""
 _IDENTITIES = ("dropout", "feature_dropout", "alpha_dropout")
 """Operators that do nothing in evaluation."""
 
@@ -235,13 +240,13 @@ def _round_again(module: Any) -> None:
         if node.target is dequantize:
             grids[node] = node.args[1:]
             continue
-        kind = getattr(node.target, "__name__", "").partition(".")[0].removesuffix("_copy")
-        if kind.removesuffix("_") in _IDENTITIES:
+        if _kind(node) in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
             continue
         given = [arg for arg in node.all_input_nodes if arg in grids]
-        if kind.removesuffix("_") not in _KEEPS_GRID or len(node.all_input_nodes) != 1 or not given:
+        keeps = _kind(node) in _KEEPS_GRID and len(node.all_input_nodes) == 1
+        if not (given and keeps and _leads_to_integers(node)):
             continue
         users = list(node.users)
         grid = grids[given[0]]
@@ -261,6 +266,20 @@ def _round_again(module: Any) -> None:
             user.replace_input_with(node, own)
     module.graph.lint()
     module.recompile()
+
+
+def _kind(node: Any) -> str:
+    """The name of an operator whatever its form: `view` for `view_copy.default`."""
+    name: str = getattr(node.target, "__name__", "").partition(".")[0]
+    return name.removesuffix("_copy").rstrip("_")
+
+
+def _leads_to_integers(node: Any) -> bool:
+    """Whether what has a kernel for integers reads a result, or what leaves it on its grid."""
+    return any(
+        _kind(user) in _IN_INTEGERS or (_kind(user) in _KEEPS_GRID and _leads_to_integers(user))
+        for user in node.users
+    )
 
 
 @contextlib.contextmanager
