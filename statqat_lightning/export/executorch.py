@@ -42,7 +42,7 @@ _ABOUT = "statqat_lightning"
 """Name of the method of a file that says what is to be known of it, as JSON."""
 _KEEPS_GRID = (
     *("view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "clone"),
-    *("contiguous", "max_pool2d", "relu", "hardtanh", "slice", "select", "expand"),
+    *("contiguous", "max_pool2d", "relu", "slice", "select", "expand"),
 )
 """Operators whose results lie on the grid of what they are given."""
 _IN_INTEGERS = (
@@ -218,12 +218,9 @@ def _lowered(frozen: nn.Module, call: ForwardCall, about: dict[str, Any]) -> tup
     exported = lowered.exported_program()
     names = exported.graph_signature.inputs_to_buffers
     buffers = {names.get(node.name) for node in exported.graph.nodes if node.op == "placeholder"}
-    rest = sorted(
-        name.removesuffix(f".{tensor}").removeprefix("model.")
-        for name in buffers
-        if name is not None and (tensor := name.rpartition(".")[2]).endswith("_codes")
-    )
-    return lowered, rest
+    codes = [name for name in buffers if name is not None and name.endswith("_codes")]
+    layers = {name.rpartition(".")[0].removeprefix("model").removeprefix(".") for name in codes}
+    return lowered, sorted(layers)
 
 
 def _round_again(module: Any) -> None:

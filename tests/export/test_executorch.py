@@ -112,6 +112,16 @@ def test_other_formats_compute_what_was_trained(
     assert (given - expected).abs().max() <= bound * expected.abs().max()
 
 
+def test_a_model_of_one_layer(tmp_path: Path) -> None:
+    x = torch.randn(8, 6)
+    model = observed(nn.Linear(6, 3).eval(), W8A8, x)
+    save_executorch(model, tmp_path / "m.pte", x)
+    runtime = load(tmp_path / "m.pte")
+    assert runtime.in_float() == [""]
+    given = runtime.run(ForwardCall.of(x[:1]))[0]
+    torch.testing.assert_close(given, outputs(model, x[:1]), rtol=0.02, atol=0.02)
+
+
 def test_what_lightning_trains_is_what_it_runs(tmp_path: Path) -> None:
     export = ExportCallback(tmp_path / "m", onnx=False, executorch=True)
 
