@@ -412,8 +412,8 @@ def test_formats_the_target_cannot_run_are_refused() -> None:
 
 
 def test_unknown_target() -> None:
-    with pytest.raises(ValueError, match="got 'tensorrt'; expected None or one of onnxruntime"):
-        place(Residual(), W8A8, lambda: None, "tensorrt")
+    with pytest.raises(ValueError, match="got 'tflite'; expected None or one of onnxruntime"):
+        place(Residual(), W8A8, lambda: None, "tflite")
 
 
 def test_the_quantizer_and_its_options_are_kept() -> None:

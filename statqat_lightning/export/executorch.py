@@ -7,6 +7,7 @@ what is never negative has the zero point -128. The file takes batches of one si
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -154,7 +155,8 @@ _CLASSES: dict[type[Any], type[Any]] = {}
 @torch.no_grad()
 def _decompose(frozen: nn.Module) -> None:
     """Make layers compute by the operators that the partitioner knows, in place."""
-    import torch.ao.quantization.fx._decomposed  # registers them
+    with _quiet():
+        importlib.import_module("executorch.exir")  # brings these operators along
 
     for _, layer in frozen_layers(frozen):
         own = type(layer)

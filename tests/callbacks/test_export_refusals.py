@@ -53,7 +53,8 @@ def test_a_folder_in_place_of_a_file_that_is_not_asked_for_does_no_harm() -> Non
 
 @pytest.mark.parametrize("path", ["err/m.pt", "m.ckpt", Path("model.ONNX")])
 def test_another_ending_is_refused(path: str | Path) -> None:
-    expected = rf"got path '{path}'.*expected .onnx or .safetensors or .pt2, or none: '.*m(odel)?'"
+    endings = r"\.onnx or \.safetensors or \.pt2 or \.pte"
+    expected = rf"got path '{path}'.*expected {endings}, or none: '.*m(odel)?'"
     with pytest.raises(ValueError, match=expected):
         ExportCallback(path)
 
