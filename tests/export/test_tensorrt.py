@@ -27,7 +27,7 @@ INT8, UINT8, INT4 = TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4
 
 
 def tensor(name: str, values: Any, kind: int = TensorProto.FLOAT) -> Any:
-    array = np.asarray(values)
+    array = np.asarray(values, np.float32 if kind == TensorProto.FLOAT else np.int64)
     return helper.make_tensor(name, kind, array.shape, array.flatten().tolist())
 
 
