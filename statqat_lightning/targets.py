@@ -31,14 +31,14 @@ class Target:
     name: str
     title: str
     fused: tuple[str, ...]
-    rounds_outputs: bool
-    rounds_all: bool
-    adds_codes: bool
-    sums_in_float: bool
-    concatenates_codes: bool
-    splits_gates: bool
-    unsigned_codes: bool
-    signed_codes: bool
+    rounds_outputs: bool = False
+    rounds_all: bool = False
+    adds_codes: bool = False
+    sums_in_float: bool = False
+    concatenates_codes: bool = False
+    splits_gates: bool = False
+    unsigned_codes: bool = True
+    signed_codes: bool = False
 
 
 CLIPPING = ("relu", "ReLU", "relu6", "ReLU6")
@@ -60,13 +60,8 @@ TARGETS = {
             title="ONNX Runtime",
             fused=CLIPPING,
             rounds_outputs=True,
-            rounds_all=False,
             adds_codes=True,
-            sums_in_float=False,
-            concatenates_codes=False,
             splits_gates=True,
-            unsigned_codes=True,
-            signed_codes=False,
         ),
         # OpenVINO 2026.4, low precision transformations and fusing of the CPU plugin: functions of
         # single values run on the float32 sums of a layer, as do the bias and a residual sum. With
@@ -76,13 +71,8 @@ TARGETS = {
             name="openvino",
             title="OpenVINO",
             fused=(*CLIPPING, *_SMOOTH),
-            rounds_outputs=False,
-            rounds_all=False,
-            adds_codes=False,
             sums_in_float=True,
             concatenates_codes=True,
-            splits_gates=False,
-            unsigned_codes=True,
             signed_codes=True,
         ),
         # TensorRT 10, explicit quantization in its documentation: codes are symmetric int8; inputs
@@ -92,12 +82,8 @@ TARGETS = {
             name="tensorrt",
             title="TensorRT",
             fused=(*CLIPPING, *_SMOOTH),
-            rounds_outputs=False,
-            rounds_all=False,
-            adds_codes=False,
             sums_in_float=True,
             concatenates_codes=True,
-            splits_gates=False,
             unsigned_codes=False,
             signed_codes=True,
         ),
@@ -110,11 +96,6 @@ TARGETS = {
             rounds_outputs=True,
             rounds_all=True,
             adds_codes=True,
-            sums_in_float=False,
-            concatenates_codes=False,
-            splits_gates=False,
-            unsigned_codes=True,
-            signed_codes=False,
         ),
     )
 }

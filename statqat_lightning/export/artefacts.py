@@ -123,11 +123,10 @@ def export_model(
         most_data: Most examples of `data` to use; None for all.
         measure_latency: Whether to time the files against the float model.
         target: The runtime that the model is meant for, one of `TARGETS`. The `.onnx` file is laid
-            out for it and compared in it, if it is installed. The report then
-            names the quantized layers for which it has no integer kernels, which is most of them
-            unless the model was trained with this target, see `StatQATCallback`. Scales and biases
-            are moved to where it computes the same codes, see `settle`, and files compared with
-            that model.
+            out for it and compared in it, if it is installed. The report then names the quantized
+            layers for which it has no integer kernels, which is most of them unless the model was
+            trained with this target, see `StatQATCallback`. Scales and biases are moved to where it
+            computes the same codes, see `settle`, and files compared with that model.
         dynamic: Which dimensions beside the batch `.onnx` and `.pt2` files leave open: names by
             input and dimension, `{"x": {2: "height", 3: "width"}}`, or a second example, whose
             sizes differ from those of the first where dimensions are open. The files are run at

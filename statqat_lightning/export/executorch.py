@@ -26,7 +26,7 @@ from statqat_lightning.export.frozen import (
     FrozenLayer,
     FrozenTensor,
     codes_name,
-    freeze,
+    frozen_copy,
     frozen_layers,
     scale_name,
 )
@@ -91,7 +91,7 @@ def save_executorch(
         OSError: If the file cannot be written.
     """
     require_executorch()
-    frozen = isolated_copy(model) if frozen_layers(model) else freeze(model)
+    frozen = frozen_copy(model)
     frozen = frozen.cpu().float().eval()
     call = ForwardCall.of(example).copy().to_float32().with_batch(1)
     frozen = fold_batch_norm(frozen, call).model
@@ -203,26 +203,31 @@ def _use_float_weights(layer: Any) -> None:
 def _lowered(frozen: nn.Module, call: ForwardCall, about: dict[str, Any]) -> tuple[Any, list[str]]:
     """A model with XNNPACK's delegates, and the quantized layers that are in none of them."""
     with _quiet():
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
-
         inputs = tuple(call.tensors())
         traced = TensorsOnly(frozen, call).eval()
         with torch.no_grad():
             module = torch.export.export(traced, inputs, strict=False).module()
             _round_again(module)
             program = torch.export.export(module, inputs, strict=False)
-        lowered = to_edge_transform_and_lower(
-            program,
-            partitioner=[XnnpackPartitioner()],
-            constant_methods={_ABOUT: json.dumps(about)},
-        )
+        lowered = _with_delegates(program, {_ABOUT: json.dumps(about)})
     exported = lowered.exported_program()
     names = exported.graph_signature.inputs_to_buffers
     buffers = {names.get(node.name) for node in exported.graph.nodes if node.op == "placeholder"}
     codes = [name for name in buffers if name is not None and name.endswith("_codes")]
     layers = {name.rpartition(".")[0].removeprefix("model").removeprefix(".") for name in codes}
     return lowered, sorted(layers)
+
+
+def _with_delegates(
+    program: torch.export.ExportedProgram, methods: dict[str, str] | None = None
+) -> Any:
+    """A program in which XNNPACK computes what it takes, with methods that return constants."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    return to_edge_transform_and_lower(
+        program, partitioner=[XnnpackPartitioner()], constant_methods=methods
+    )
 
 
 def _round_again(module: Any) -> None:
@@ -341,13 +346,7 @@ def float_run(plain: nn.Module, call: ForwardCall) -> Run | None:
     traced = TensorsOnly(isolated_copy(plain).cpu().float().eval(), call).eval()
     try:
         with _quiet(), torch.no_grad():
-            from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
-                XnnpackPartitioner,
-            )
-            from executorch.exir import to_edge_transform_and_lower
-
             program = torch.export.export(traced, tuple(call.tensors()), strict=False)
-            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-            return _Program(lowered.to_executorch().buffer).run
+            return _Program(_with_delegates(program).to_executorch().buffer).run
     except Exception:
         return None

@@ -242,6 +242,11 @@ def freeze(model: nn.Module) -> nn.Module:
     return frozen
 
 
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A frozen model to change at will: a copy of one, or what `freeze` makes of another."""
+    return isolated_copy(model) if frozen_layers(model) else freeze(model)
+
+
 @torch.no_grad()
 def freeze_quietly(model: nn.Module) -> nn.Module:
     """Like `freeze`, for whoever reports `left_in_float` in another way than by a warning."""

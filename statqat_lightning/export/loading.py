@@ -249,18 +249,14 @@ class _Entry:
         return [self.key(name) for name in names]
 
     def rule(self) -> QuantRule:
-        inputs = [part for role, part in self.activations.items() if role not in (OUTPUT, GATE)]
-        specs = [
-            TensorSpec(**parts[0]["spec"]) if parts else None
-            for parts in (
-                list(self.weights.values()),
-                inputs,
-                *(
-                    [part for role, part in self.activations.items() if role == own]
-                    for own in (OUTPUT, GATE)
-                ),
-            )
-        ]
+        inputs = (part for role, part in self.activations.items() if role not in (OUTPUT, GATE))
+        parts = (
+            next(iter(self.weights.values()), None),
+            next(inputs, None),
+            self.activations.get(OUTPUT),
+            self.activations.get(GATE),
+        )
+        specs = (None if part is None else TensorSpec(**part["spec"]) for part in parts)
         return QuantRule(full_name(self.name), *specs)
 
     def dequantized(self, role: str, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from torch import nn
 
 from statqat_lightning.export.files import data_name
 from statqat_lightning.export.folding import fold_batch_norm
-from statqat_lightning.export.frozen import freeze, frozen_layers
+from statqat_lightning.export.frozen import frozen_copy, frozen_layers
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, first_that_runs, output_names
 from statqat_lightning.export.interface import dimensions_of, open_dimensions
 from statqat_lightning.export.native import KEY, library_version
@@ -59,7 +59,6 @@ from statqat_lightning.formats import (
     ShiftedFloatFormat,
     get_format,
 )
-from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.targets import TARGETS, check_target
 
 FLOAT8_ONNX = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
@@ -127,7 +126,7 @@ def save_onnx(
     """
     require_packages()
     check_target(target)
-    frozen = isolated_copy(model) if frozen_layers(model) else freeze(model)
+    frozen = frozen_copy(model)
     frozen = frozen.cpu().float()
     _refuse_what_has_no_operators(frozen)
     # A dimension of size 1 would be taken for a constant.

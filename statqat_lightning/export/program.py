@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from statqat_lightning.export.files import replacing
-from statqat_lightning.export.frozen import freeze, frozen_layers
+from statqat_lightning.export.frozen import frozen_copy
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.export.interface import dimensions_of
 from statqat_lightning.export.tracing import ExportError, forget_sources, operators_of, trace
-from statqat_lightning.isolated_copy import isolated_copy
 
 _NAMESPACES = ("aten.", "prim.", "prims.", "_operator.", "<built-in function", "torch._ops.higher")
 
@@ -42,7 +41,7 @@ def save_program(model: nn.Module, path: str | Path, example: Any, *, dynamic: A
             have.
         OSError: If the file cannot be written.
     """
-    frozen = isolated_copy(model) if frozen_layers(model) else freeze(model)
+    frozen = frozen_copy(model)
     call = ForwardCall.of(example).copy()
     frozen = frozen.cpu().eval()
     program = trace(frozen, call, dimensions_of(dynamic, call, frozen))
