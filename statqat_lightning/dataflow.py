@@ -266,7 +266,8 @@ class _Recorder(TorchFunctionMode):
                 for known in self._made_of.get(id(parameter), ()):
                     self._holders.setdefault(known, []).append((module, name))
         self._values: dict[int, Value] = {}
-        self._alive: list[Tensor] = []  # or another tensor would get the same id
+        # Tensors that are known by their ids, until they are gone and others may have those.
+        self._alive: dict[int, weakref.ref[Tensor]] = {}
         self._num_values = 0
         self._stack: list[str] = []
         self._entered: list[int] = []  # how many values there were when each of those began
@@ -344,7 +345,7 @@ class _Recorder(TorchFunctionMode):
         elif alone:
             for tensor in _floating(made):
                 self._made_of.setdefault(id(tensor), parameters)
-                self._alive.append(tensor)
+                self._follow(tensor)
 
     def _is_norms_own(self, args: Any, kwargs: Any) -> bool:
         """Whether the module that calls `batch_norm` is a BatchNorm, and calls it for itself."""
@@ -430,7 +431,7 @@ class _Recorder(TorchFunctionMode):
         is_identity = kind in IDENTITIES and not (module is not None and is_quantized(module))
         if is_identity and len(inputs) == len(results) == 1:
             self._values[id(results[0])] = inputs[0]
-            self._alive.append(results[0])
+            self._follow(results[0])
             return
         operation = Operation(kind, module, name, inputs, [])
         for value in inputs:
@@ -446,8 +447,20 @@ class _Recorder(TorchFunctionMode):
         value = Value(producer, tuple(tensor.shape), self._num_values)
         self._num_values += 1
         self._values[id(tensor)] = value
-        self._alive.append(tensor)
+        self._follow(tensor)
         return value
+
+    def _follow(self, tensor: Tensor) -> None:
+        """Forget a tensor, which is known by its id, when it is gone: nothing is kept in memory."""
+        key = id(tensor)
+        if key in self._parameters or key in self._alive:
+            return
+
+        def forget(gone: weakref.ref[Tensor]) -> None:
+            for known in (self._alive, self._values, self._made_of):
+                known.pop(key, None)
+
+        self._alive[key] = weakref.ref(tensor, forget)
 
 
 def _running_forwards() -> set[int]:

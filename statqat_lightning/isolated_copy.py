@@ -10,7 +10,7 @@ cannot be copied is shared, hooks of loggers stay behind, and `guarding` notices
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -36,11 +36,14 @@ class ReachesOriginal(Exception):
     """A copy of a module that runs, or reads, a part of the module it was copied from."""
 
 
-def isolated_copy(module: _Module) -> _Module:
+def isolated_copy(module: _Module, shared: Iterable[Tensor] = ()) -> _Module:
     """A deep copy of a module, of whatever training has left on it as well.
 
     Args:
         module: Any module. It is not touched.
+        shared: Parameters and buffers whose memory the copy uses, too: for a copy in which nothing
+            writes to them. Their objects are others, so `requires_grad_` and `to` on the copy do
+            not reach the module.
 
     Returns:
         The copy. Tensors that belong to a graph are copied without it; attributes, or parts of
@@ -50,13 +53,20 @@ def isolated_copy(module: _Module) -> _Module:
     Raises:
         CannotCopy: If the module cannot be copied in this way either.
     """
+    own = {id(tensor): _same_memory(tensor) for tensor in shared}
     with _Detaching():
         try:
-            copied = copy.deepcopy(module)
+            copied = copy.deepcopy(module, dict(own))
         except Exception:
-            copied = _copy_in_parts(module)
+            copied = _copy_in_parts(module, own)
     _drop_hooks_of_loggers(copied)
     return copied
+
+
+def _same_memory(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach(), tensor.requires_grad)
+    return tensor.detach()
 
 
 class _Detaching(TorchFunctionMode):
@@ -73,11 +83,16 @@ class _Detaching(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _copy_in_parts(module: _Module) -> _Module:
-    """A copy that shares the parts of attributes that cannot be copied."""
+def _copy_in_parts(module: _Module, same: Mapping[int, Tensor]) -> _Module:
+    """A copy that shares the parts of attributes that cannot be copied.
+
+    Args:
+        module: The module.
+        same: What stands for some of its tensors in the copy, by their ids.
+    """
     # While parts are tried, the modules themselves count as copied: a hook or a Trainer would lead
     # back to the module, and to all that is wrong with it.
-    own: dict[int, Any] = {id(part): part for part in module.modules()}
+    own: dict[int, Any] = {id(part): part for part in module.modules()} | {**same}
     found = dict(own)
     for part in module.modules():
         state = part.__getstate__()  # type: ignore[no-untyped-call]  # a module drops its Trainer
@@ -86,7 +101,7 @@ def _copy_in_parts(module: _Module) -> _Module:
                 _share_what_cannot_be_copied(value, found, set())
     shared = {key: value for key, value in found.items() if key not in own}
     try:
-        return copy.deepcopy(module, dict(shared))
+        return copy.deepcopy(module, shared | {**same})
     except Exception as error:
         raise CannotCopy(
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error})"

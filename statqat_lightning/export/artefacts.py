@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from statqat_lightning.export import runtimes
 from statqat_lightning.export.evaluation import Evaluation, accuracy_of
 from statqat_lightning.export.files import with_ending
 from statqat_lightning.export.frozen import freeze_quietly, left_in_float
-from statqat_lightning.export.inputs import ForwardCall, outputs_of
+from statqat_lightning.export.inputs import ForwardCall, first_that_runs, outputs_of
 from statqat_lightning.export.interface import (
     Dynamic,
     at_another_size,
@@ -25,6 +25,8 @@ from statqat_lightning.export.interface import (
     second_example,
 )
 from statqat_lightning.export.kinds import KINDS, REPORT_ENDING
+from statqat_lightning.export.light_copy import light_copy
+from statqat_lightning.export.memory import returned_at_once
 from statqat_lightning.export.onnx import ONNXExportError
 from statqat_lightning.export.proof import Proof
 from statqat_lightning.export.stale import refit, stale_scales
@@ -39,13 +41,15 @@ from statqat_lightning.export.wording import Note, in_full, in_short
 from statqat_lightning.export.writers import Writer, writers
 from statqat_lightning.insertion import remove
 from statqat_lightning.integer_kernels import integer_kernels
-from statqat_lightning.isolated_copy import guarding, isolated_copy
+from statqat_lightning.isolated_copy import guarding
 from statqat_lightning.placement import Settled, settle
 from statqat_lightning.quantized_model import quantized_layers, state_tensors
 from statqat_lightning.recipe import QuantRecipe
 from statqat_lightning.targets import check_target
 
 _MOST_EXAMPLES = 256
+LARGE = 2**29
+"""Bytes of a float model from which on an export makes no other one: half a gigabyte."""
 
 NO_EXAMPLE = (
     "not written, because no input is known to trace the model with. Set example_input_array in "
@@ -121,7 +125,8 @@ def export_model(
         data: Batches for predictions and accuracy: inputs and labels as a tuple or list or by name
             in a mapping, or inputs alone. Where there is no accuracy, a note says why.
         most_data: Most examples of `data` to use; None for all.
-        measure_latency: Whether to time the files against the float model.
+        measure_latency: Whether to time the files against the float model, if that has less than
+            `LARGE` bytes.
         target: The runtime that the model is meant for, one of `TARGETS`. The `.onnx` file is laid
             out for it and compared in it, if it is installed. The report then names the quantized
             layers for which it has no integer kernels, which is most of them unless the model was
@@ -169,57 +174,68 @@ def export_model(
         )
     export = _Export(path, module, strict, _Steps(progress, 2 + sum(chosen.values())))
     export.notes += remarks
-    export.steps.next("copy of the model")
-    reference = isolated_copy(model).cpu().eval()
-    part = reference.get_submodule(module)
-    if left := left_in_float(reference):
-        each = [f"{name} ({why})" for name, why in left.items()]
-        export.notes.append(Note.of_names("Left in float: ", each))
-    export.renew_scales(reference, target)
-    call = export.call_that_runs(model, part, example)
-    opened = dimensions_of(dynamic, call, part) if call is not None else {}
-    if call is not None and target:
-        export.settle(reference, call, target)
-    frozen = export.freeze(reference)
-    examples = [Example(call, outputs_of(call.run(part)))] if call is not None else []
-    is_random = any(not _equal(e.outputs, outputs_of(e.call.run(part))) for e in examples)
-    if is_random:
-        export.notes.append(
-            "The model gives other outputs each time, in eval mode, too: nothing can be proved."
-        )
-    export.steps.next("predictions")
-    if examples and opened and not is_random:
-        examples += export.at_other_sizes(part, examples[0], opened, dynamic)
-    if examples and data is not None and not is_random and frozen is not None:
-        examples += export.labelled(part, examples[0], data, most_data, opened)
+    float_bytes = sum(4 * t.numel() for t in state_tensors(model).values())
+    is_large = float_bytes >= LARGE
     reports: dict[str, ArtefactReport] = {}
-    if frozen is not None:
-        proof = Proof(
-            frozen.get_submodule(module),
-            part,
-            examples,
-            strict and not is_random,
-            bound,
-            runtimes.float_model(reference, module) if examples and measure_latency else None,
-            target,
-            is_random,
-        )
-        outside = [
-            layer.name
-            for layer in quantized_layers(reference)
-            if module and not f"{layer.name}.".startswith(f"{module}.")
-        ]
-        for writer in writers(frozen, reference, module, recipe, opened, remarks, target):
-            if chosen[writer.kind.field]:
-                found = export.write(writer, proof, call, outside, example is not None)
-                reports |= {} if found is None else {writer.kind.field: found}
+    with returned_at_once() if is_large else nullcontext():
+        export.steps.next("copy of the model")
+        reference = light_copy(model).cpu().eval()
+        part = reference.get_submodule(module)
+        if left := left_in_float(reference):
+            each = [f"{name} ({why})" for name, why in left.items()]
+            export.notes.append(Note.of_names("Left in float: ", each))
+        export.renew_scales(reference, target)
+        call = export.call_that_runs(model, part, example)
+        opened = dimensions_of(dynamic, call, part) if call is not None else {}
+        if call is not None and target:
+            export.settle(reference, call, target)
+        frozen = export.freeze(reference)
+        examples = [Example(call, outputs_of(call.run(part)))] if call is not None else []
+        is_random = any(not _equal(e.outputs, outputs_of(e.call.run(part))) for e in examples)
+        if is_random:
+            export.notes.append(
+                "The model gives other outputs each time, in eval mode, too: nothing can be proved."
+            )
+        export.steps.next("predictions")
+        if examples and opened and not is_random:
+            examples += export.at_other_sizes(part, examples[0], opened, dynamic)
+        if examples and data is not None and not is_random and frozen is not None:
+            examples += export.labelled(part, examples[0], data, most_data, opened)
+        is_timed = measure_latency and not is_large
+        if measure_latency and is_large:
+            export.notes.append(
+                f"Not timed: a float model of {float_bytes / 1e9:.1f} GB is not loaded into "
+                "runtimes for comparison."
+            )
+        if frozen is not None:
+            proof = Proof(
+                frozen.get_submodule(module),
+                part,
+                examples,
+                strict and not is_random,
+                bound,
+                runtimes.float_model(reference, module) if examples and is_timed else None,
+                target,
+                is_random,
+            )
+            outside = [
+                layer.name
+                for layer in quantized_layers(reference)
+                if module and not f"{layer.name}.".startswith(f"{module}.")
+            ]
+            for writer in writers(
+                frozen, reference, module, recipe, opened, remarks, target, is_large
+            ):
+                if chosen[writer.kind.field]:
+                    found = export.write(writer, proof, call, outside, example is not None)
+                    reports |= {} if found is None else {writer.kind.field: found}
     report = ExportReport(
         **{kind.field: reports.get(kind.field) for kind in KINDS},
         examples=(call.batch_size or 0) if call is not None else 0,
         output_range=max(
             (float(t.float().abs().max()) for t in _outputs(examples[:1]) if t.numel()), default=0.0
         ),
-        float_bytes=sum(4 * t.numel() for t in state_tensors(reference).values()),
+        float_bytes=float_bytes,
         notes=tuple(export.notes),
         accuracy=accuracy_of(examples),
         details=export.details,
@@ -449,10 +465,11 @@ class _Export:
 
 def _settle(reference: nn.Module, module: str, call: ForwardCall, target: str) -> Settled:
     """See `settle`; nothing is left to do for a model that was trained for the target."""
-    plain = isolated_copy(reference)
+    plain = light_copy(reference)
     remove(plain)
     part = plain.get_submodule(module)
-    kernels = integer_kernels(record(part, lambda: call.run(part)))
+    few = first_that_runs(part, call.with_batch(2), call)  # all that they compute is kept
+    kernels = integer_kernels(record(part, lambda: few.run(part)))
     return settle(reference, [kernel.below(module) for kernel in kernels], target)
 
 

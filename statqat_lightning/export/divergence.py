@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -163,15 +164,40 @@ def first_rounding(
             divergences.append(Divergence(name, float(difference.max()), step, role))
         return theirs
 
+    with _rounding_by(frozen, lambda name, layer: partial(compare, name, layer)):
+        expected = outputs_of(call.run(frozen))
+    return divergences[0] if divergences else _of_outputs(expected, outputs)
+
+
+@torch.no_grad()
+def count_of_roundings(frozen: nn.Module, call: ForwardCall) -> int:
+    """How many values a frozen model rounds in a run."""
+    count = 0
+
+    def add(layer: FrozenLayer, role: str, x: Tensor) -> Tensor:
+        nonlocal count
+        count += x.numel()
+        return type(layer).rounded(layer, role, x)
+
+    with _rounding_by(frozen, lambda name, layer: partial(add, layer)):
+        call.run(frozen)
+    return count
+
+
+@contextmanager
+def _rounding_by(
+    frozen: nn.Module,
+    make: Callable[[str, FrozenLayer], Callable[[str, Tensor], Tensor]],
+) -> Iterator[None]:
+    """While it lasts, layers of a frozen model round by another function, made for each."""
     layers = frozen_layers(frozen)
     for name, layer in layers:
-        layer.__dict__["rounded"] = partial(compare, name, layer)
+        layer.__dict__["rounded"] = make(name, layer)
     try:
-        expected = outputs_of(call.run(frozen))
+        yield
     finally:
         for _, layer in layers:
             del layer.__dict__["rounded"]
-    return divergences[0] if divergences else _of_outputs(expected, outputs)
 
 
 @dataclass(frozen=True)
@@ -234,20 +260,16 @@ def _roundings_of(
             return None
         return given[number].to(output.dtype).reshape(output.shape)
 
-    layers = frozen_layers(frozen)
     handles = [
         layer.register_forward_hook(lambda module, args, output, name=name: replace(name, output))
-        for name, layer in layers
+        for name, layer in frozen_layers(frozen)
     ]
-    for name, layer in layers:
-        layer.__dict__["rounded"] = partial(keep, name, layer)
     try:
-        call.run(frozen)
+        with _rounding_by(frozen, lambda name, layer: partial(keep, name, layer)):
+            call.run(frozen)
     finally:
         for handle in handles:
             handle.remove()
-        for _, layer in layers:
-            del layer.__dict__["rounded"]
     return roundings
 
 

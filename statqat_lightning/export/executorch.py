@@ -31,12 +31,12 @@ from statqat_lightning.export.frozen import (
     scale_name,
 )
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, outputs_of
+from statqat_lightning.export.light_copy import light_copy
 from statqat_lightning.export.runtimes import Run, Runtime
 from statqat_lightning.export.tracing import ExportError, where_it_stopped
 from statqat_lightning.export.wording import in_short
 from statqat_lightning.formats import IntFormat
 from statqat_lightning.granularity import PerChannel, PerTensor
-from statqat_lightning.isolated_copy import isolated_copy
 
 _LOWEST, _HIGHEST = -128, 127
 _ABOUT = "statqat_lightning"
@@ -343,7 +343,7 @@ def load(path: Path) -> Runtime:
 def float_run(plain: nn.Module, call: ForwardCall) -> Run | None:
     """A float model in the same runtime; None if it cannot be written."""
     call = call.to_float32()
-    traced = TensorsOnly(isolated_copy(plain).cpu().float().eval(), call).eval()
+    traced = TensorsOnly(light_copy(plain).cpu().float().eval(), call).eval()
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(traced, tuple(call.tensors()), strict=False)

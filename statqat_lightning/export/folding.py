@@ -26,9 +26,9 @@ from statqat_lightning.export.frozen import (
     scale_name,
 )
 from statqat_lightning.export.inputs import ForwardCall, first_that_runs
+from statqat_lightning.export.light_copy import light_copy
 from statqat_lightning.fake_quantizer import OUTPUT, WEIGHT
 from statqat_lightning.granularity import PerBlock, PerChannel, PerGroup, PerTensor
-from statqat_lightning.isolated_copy import isolated_copy
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -69,7 +69,7 @@ def fold_batch_norm(frozen: nn.Module, *calls: ForwardCall) -> Folded:
         *calls: Inputs of a forward, of which the first that runs is taken: a forward may fix the
             size of its batch.
     """
-    model = isolated_copy(frozen)
+    model = light_copy(frozen)
     call = first_that_runs(model, *calls)
     flow = record(model, lambda: call.run(model))
     layers, left = {}, {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from statqat_lightning.attention import attend, each_input
+from statqat_lightning.export.light_copy import CODES, light_copy, own_weights
 from statqat_lightning.fake_quantizer import (
     INPUT,
     OUTPUT,
@@ -22,7 +23,6 @@ from statqat_lightning.fake_quantizer import (
 from statqat_lightning.formats import Format
 from statqat_lightning.functional import QParams, dequantize, quantize
 from statqat_lightning.granularity import Granularity
-from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.layer_kinds import (
     GATE,
     RECURRENT,
@@ -47,7 +47,7 @@ from statqat_lightning.weight_views import show_weights
 
 def codes_name(role: str) -> str:
     """Name of the buffer that holds the codes of a weight."""
-    return f"{role}_codes"
+    return role + CODES
 
 
 def scale_name(role: str) -> str:
@@ -236,6 +236,7 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     left = left_in_float(model)
     frozen = freeze_quietly(model)
+    own_weights(frozen)
     if left:
         named = ", ".join(f"{name} ({reason})" for name, reason in left.items())
         warnings.warn(f"freeze: left in float: {named}.", LeftInFloatWarning, stacklevel=2)
@@ -243,13 +244,16 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A frozen model to change at will: a copy of one, or what `freeze` makes of another."""
-    return isolated_copy(model) if frozen_layers(model) else freeze(model)
+    """A frozen model whose layers may be changed: a light copy of one, or another one frozen."""
+    return light_copy(model) if frozen_layers(model) else freeze(model)
 
 
 @torch.no_grad()
 def freeze_quietly(model: nn.Module) -> nn.Module:
-    """Like `freeze`, for whoever reports `left_in_float` in another way than by a warning."""
+    """Like `freeze`, but what stays in float has the model's own memory, and nothing warns.
+
+    For whoever reports `left_in_float` in another way, and needs no model that lasts.
+    """
     kind = type(model).__name__
     if not quantized_layers(model):
         raise ValueError(
@@ -257,7 +261,7 @@ def freeze_quietly(model: nn.Module) -> nn.Module:
             "prepare(model) first."
         )
     refuse_weights_from_hooks(model)
-    frozen = isolated_copy(model).eval()
+    frozen = light_copy(model).eval()
     for name, module, quantizers in quantized_layers(frozen):
         _freeze_layer(name, module, quantizers)
     show_weights(frozen)

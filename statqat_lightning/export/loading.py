@@ -189,6 +189,16 @@ def native_weights(path: Path) -> dict[str, Tensor]:
     }
 
 
+def frozen_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a native file by their names in the frozen model, codes unpacked."""
+    header, tensors = read_header(path), _read_tensors(path)
+    for name, layer in header["layers"].items():
+        entry = _Entry(path, name, layer)
+        for role in entry.weights:
+            tensors[entry.key(codes_name(role))] = entry.codes(role, tensors)
+    return tensors | {alias: tensors[name] for alias, name in header["aliases"].items()}
+
+
 def read_checkpoint(path: Path, trust: bool = False) -> Mapping[str, Any]:
     """A Lightning checkpoint of a training with `StatQATCallback`, on the CPU.
 
@@ -259,19 +269,24 @@ class _Entry:
         specs = (None if part is None else TensorSpec(**part["spec"]) for part in parts)
         return QuantRule(full_name(self.name), *specs)
 
-    def dequantized(self, role: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    def codes(self, role: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Codes of a weight, uint8 in its shape."""
         part = self.weights[role]
         fmt, shape = get_format(part["format"]), tuple(part["shape"])
-        granularity = get_granularity(part["granularity"], part["axis"])
-        packed = self._tensor(tensors, codes_name(role))
-        scale = self._tensor(tensors, scale_name(role))
-        count = math.prod(shape)
+        packed, count = self._tensor(tensors, codes_name(role)), math.prod(shape)
         if packed.numel() != packed_size(count, fmt.bits):
             raise ValueError(
                 f"{self.where}: got {packed.numel()} bytes of codes; expected "
                 f"{packed_size(count, fmt.bits)} for shape {shape} "
                 f"in {fmt.name}. The file is damaged; export it again."
             )
+        return unpack(packed, fmt.bits, count).view(shape)
+
+    def dequantized(self, role: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        part = self.weights[role]
+        shape = tuple(part["shape"])
+        granularity = get_granularity(part["granularity"], part["axis"])
+        scale = self._tensor(tensors, scale_name(role))
         if tuple(scale.shape) != granularity.scale_shape(shape):
             raise ValueError(
                 f"{self.where}: got a scale of shape {tuple(scale.shape)}; expected "
@@ -280,7 +295,7 @@ class _Entry:
             )
         dtype: torch.dtype = getattr(torch, part["dtype"])
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        values = fmt.decode(unpack(packed, fmt.bits, count).view(shape)).to(wide)
+        values = get_format(part["format"]).decode(self.codes(role, tensors)).to(wide)
         return dequantize(values, QParams(scale, None, granularity)).to(dtype)
 
     def restore(self, layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> None:

@@ -150,10 +150,11 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 def _tensors(frozen: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """State of a model on the CPU, each piece of memory once, and the other names it goes by."""
+    """State of a model on the CPU, each tensor once, and the other names it goes by."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
+    seen: set[int] = set()
     for name, tensor in frozen.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             continue  # `get_extra_state` may return anything
@@ -161,9 +162,18 @@ def _tensors(frozen: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         if known != name:
             aliases[name] = known
         else:
-            # A copy: safetensors refuses views that share memory.
-            tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            tensors[name] = _of_its_own(tensor.detach().cpu(), seen)
     return tensors, aliases
+
+
+def _of_its_own(tensor: Tensor, seen: set[int]) -> Tensor:
+    """The tensor, or a copy where it is a view: safetensors refuses those that share memory."""
+    memory = tensor.untyped_storage()
+    is_whole = tensor.is_contiguous() and memory.nbytes() == tensor.nbytes
+    if is_whole and memory.data_ptr() not in seen:
+        seen.add(memory.data_ptr())
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _describe(layer: FrozenLayer) -> dict[str, Any]:

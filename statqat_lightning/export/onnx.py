@@ -13,6 +13,7 @@ QuantizeLinear divides by the scale and rounds half to even, as fake quantizatio
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
@@ -64,8 +65,9 @@ from statqat_lightning.targets import TARGETS, check_target
 FLOAT8_ONNX = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
 OPSET = 21
 """The first with 4-bit types and blocks in DequantizeLinear. ONNX Runtime 1.25 reads all of it."""
-MOST_BYTES = 2**31 - 2**24
-"""Most bytes of weights in an `.onnx` file: protobuf ends at 2 GiB, and the graph takes some."""
+MOST_BYTES = 2**28
+"""Most bytes of weights in an `.onnx` file. Protobuf ends at 2 GiB, and whoever reads or writes a
+file holds it in memory several times; weights in a file of their own are streamed and mapped."""
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "ml_dtypes")
 
 # The optimizer computes ahead of time what is constant, and would turn codes into float weights. It
@@ -103,8 +105,8 @@ def save_onnx(
     """Write a quantized model to an `.onnx` file with a dynamic batch dimension.
 
     The file computes in float32, and appears under its name when it is complete. BatchNorm is
-    folded into the layers before it where that is exact, see `fold_batch_norm`. A model beyond the
-    2 GB that an `.onnx` file can hold has its weights in a second file beside it,
+    folded into the layers before it where that is exact, see `fold_batch_norm`. A model
+    with more than `MOST_BYTES` of weights has them in a second file beside it,
     `{name}.{digits}.data`, see `replacing_onnx`.
 
     Args:
@@ -142,23 +144,38 @@ def save_onnx(
     if remarks:
         metadata["remarks"] = [*remarks]
     traced = TensorsOnly(frozen, call).eval()
-    graph = _translate(traced, call, opened, metadata, names, output_names(outputs), target)
+    graph = _translate(traced, call, opened, names, output_names(outputs))
+    is_large = _bytes_of(graph) >= MOST_BYTES
+    del frozen, folded, traced
+    if is_large:
+        gc.collect()  # codes that are laid out anew leave memory: traces go round in circles
+    _lay_out(graph, target)
+    tidy(graph, opened)
+    graph.producer_name = "statqat_lightning"
+    graph.producer_version = library_version()
+    graph.metadata_props[KEY] = json.dumps(metadata)
+    graph.metadata_props["input_names"] = ",".join(names)
     with replacing_onnx(Path(path)) as temporary:
-        _write(graph, temporary)
+        _write(graph, temporary, is_large)
+    del graph
+    if is_large:
+        gc.collect()
 
 
-def _write(graph: Any, path: Path) -> None:
-    """Write a graph, with its weights in a file of their own where one file cannot hold them."""
+def _bytes_of(graph: Any) -> int:
+    values = (value.const_value for value in graph.graph.initializers.values())
+    return sum(value.nbytes for value in values if value is not None)
+
+
+def _write(graph: Any, path: Path, is_large: bool) -> None:
+    """Write a graph, with its weights in a file of their own if it is large."""
     import onnx
     import onnx_ir
 
-    weights = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value)
-    if weights < MOST_BYTES:
-        proto = onnx_ir.to_proto(graph)
-        onnx.checker.check_model(proto)
-        path.write_bytes(proto.SerializeToString())
-        return
-    onnx_ir.save(graph, path, external_data=data_name(path), size_threshold_bytes=256)
+    if not is_large:
+        onnx_ir.save(graph, path)
+    else:
+        onnx_ir.save(graph, path, external_data=data_name(path), size_threshold_bytes=256)
     onnx.checker.check_model(path)
 
 
@@ -177,10 +194,8 @@ def _translate(
     model: nn.Module,
     call: ForwardCall,
     opened: list[dict[int, str]],
-    metadata: dict[str, Any],
     input_names: list[str],
     output_names: list[str],
-    target: str,
 ) -> Any:
     import onnxscript.optimizer
 
@@ -206,13 +221,17 @@ def _translate(
                 },
             )
             assert translated is not None
-            graph = onnxscript.optimizer.optimize(translated.model, input_size_limit=_MOST_FOLDED)
+            return onnxscript.optimizer.optimize(translated.model, input_size_limit=_MOST_FOLDED)
     except Exception as error:
         raise ONNXExportError(
             f"Stopped{where_it_stopped(error)}: {in_short(error)}\n"
             "This forward cannot be exported to ONNX as it is. If only a part of "
             "the model is needed, name it (module=...); the native file does not need tracing."
         ) from error
+
+
+def _lay_out(graph: Any, target: str) -> None:
+    """Turn a graph into what the kernels of a target want, in place."""
     drop_clips(graph)
     if TARGETS[target].signed_codes:
         centre_codes(graph)
@@ -225,12 +244,6 @@ def _translate(
         keep_weights(graph)
     pack_tables(graph)
     own_zero_points(graph)
-    tidy(graph, opened)
-    graph.producer_name = "statqat_lightning"
-    graph.producer_version = library_version()
-    graph.metadata_props[KEY] = json.dumps(metadata)
-    graph.metadata_props["input_names"] = ",".join(input_names)
-    return graph
 
 
 def _translate_input(x: Any, scale: Any, low: float, high: float, format: str) -> Any:

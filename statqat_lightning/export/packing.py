@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_PIECE = 2**16
+"""Words that are made at a time: a code takes eight bytes in one."""
+
 
 def packed_size(count: int, bits: int) -> int:
     """Bytes that `count` codes of `bits` bits take."""
@@ -20,7 +23,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Returns:
         uint8 `(packed_size(codes.numel(), bits),)`; bit `i * bits + j` of the string is bit `j` of
-        code `i`, and bits beyond the last code are zero.
+        code `i`, and bits beyond the last code are zero. Codes of 8 bits are that already.
 
     Raises:
         ValueError: If `bits` is out of range, or a code needs more bits.
@@ -29,12 +32,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     flat = codes.reshape(-1)
     if flat.numel() and int(flat.max()) >= 2**bits:
         raise ValueError(f"pack: got code {int(flat.max())}; expected codes below 2**{bits}.")
-    # Eight codes fill `bits` whole bytes, and fit into one 64-bit word. The highest byte of 8-bit
-    # codes would reach into its sign, but a shift and a mask bring it back.
-    words = _words(torch.nn.functional.pad(flat, (0, -flat.numel() % 8)), bits)
+    if bits == 8:
+        return flat
+    # Eight codes fill `bits` whole bytes, and fit into one 64-bit word.
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
     shifts = 8 * torch.arange(bits, device=codes.device)
-    packed = (words.unsqueeze(1) >> shifts) & 0xFF
-    return packed.to(torch.uint8).reshape(-1)[: packed_size(flat.numel(), bits)]
+    pieces = [
+        ((_words(piece, bits).unsqueeze(1) >> shifts) & 0xFF).to(torch.uint8).flatten()
+        for piece in torch.split(padded, 8 * _PIECE)
+    ]
+    return torch.cat(pieces)[: packed_size(flat.numel(), bits)]
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -57,10 +64,15 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
             f"unpack: got shape {tuple(packed.shape)}; expected ({packed_size(count, bits)},) for "
             f"{count} codes of {bits} bits."
         )
-    words = _words(torch.nn.functional.pad(packed, (0, -packed.numel() % bits)), 8, bits)
+    if bits == 8:
+        return packed
+    padded = torch.nn.functional.pad(packed, (0, -packed.numel() % bits))
     shifts = bits * torch.arange(8, device=packed.device)
-    codes: Tensor = (words.unsqueeze(1) >> shifts) & (2**bits - 1)
-    return codes.to(torch.uint8).reshape(-1)[:count]
+    pieces = [
+        ((_words(piece, 8, bits).unsqueeze(1) >> shifts) & (2**bits - 1)).to(torch.uint8).flatten()
+        for piece in torch.split(padded, bits * _PIECE)
+    ]
+    return torch.cat(pieces)[:count]
 
 
 def _words(parts: Tensor, bits: int, per_word: int = 8) -> Tensor:

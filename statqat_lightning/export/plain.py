@@ -14,10 +14,10 @@ from statqat_lightning.export.frozen import (
     frozen_layers,
     scale_name,
 )
+from statqat_lightning.export.light_copy import light_copy
 from statqat_lightning.fake_quantizer import WEIGHT
 from statqat_lightning.formats import Format, IntFormat
 from statqat_lightning.granularity import PerBlock, PerGroup
-from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.layer_kinds import RECURRENT
 
 WeightOf = Callable[[str, FrozenLayer, str], Tensor]
@@ -34,7 +34,7 @@ def plain_model(frozen: nn.Module, weight_of: WeightOf | None = None) -> nn.Modu
         weight_of: A weight by the name of its layer, the frozen layer and its role; None
             dequantizes.
     """
-    plain = isolated_copy(frozen)
+    plain = light_copy(frozen)
     shared: dict[int, nn.Parameter] = {}
     for name, layer in frozen_layers(plain):
         weights = {}

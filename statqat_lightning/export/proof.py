@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export import tensorrt_rules
 from statqat_lightning.export.divergence import (
     Moved,
+    count_of_roundings,
     first_divergence,
     first_rounding,
     moved_codes,
@@ -21,6 +23,7 @@ from statqat_lightning.export.folding import fold_batch_norm
 from statqat_lightning.export.frozen import frozen_layers, scale_name
 from statqat_lightning.export.inputs import ForwardCall, outputs_of
 from statqat_lightning.export.interface import in_words
+from statqat_lightning.export.light_copy import light_copy
 from statqat_lightning.export.plain import with_rounded_inputs
 from statqat_lightning.export.runtimes import Runtime
 from statqat_lightning.export.verify import (
@@ -35,7 +38,6 @@ from statqat_lightning.export.verify import (
 from statqat_lightning.export.wording import Note, in_short
 from statqat_lightning.export.writers import Writer
 from statqat_lightning.fake_quantizer import OUTPUT
-from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.quantized_model import set_enabled
 from statqat_lightning.targets import TARGETS, Target
 
@@ -44,7 +46,7 @@ _LATENCY_BATCH = 32
 
 def _in_double(frozen: nn.Module, examples: list[Example]) -> list[Example]:
     """What the frozen model makes of the examples where sums are as good as exact."""
-    double = isolated_copy(frozen).double()
+    double = light_copy(frozen).double()
 
     def outputs(call: ForwardCall) -> list[Tensor]:
         wide = call.map(lambda t: t.double() if t.is_floating_point() else t)
@@ -108,6 +110,35 @@ def _verb(names: list[str]) -> str:
 def _few_rows(call: ForwardCall) -> tuple[ForwardCall, ForwardCall]:
     """Two rows of a call, and all of them for a forward that fixes its batch size."""
     return call.with_batch(2), call
+
+
+_MOST_VALUES = 2**24
+"""Rounded values of a run that are looked at one by one, each in three copies or so."""
+
+
+def _in_view(runtime: Runtime, frozen: nn.Module, example: Example) -> ForwardCall:
+    """The rows of an example that differ most, as many as there is memory to look into."""
+    call = example.call
+    if runtime.batch is not None:
+        return call.with_batch(runtime.batch, least=runtime.batch)
+    size, one = call.batch_size or 1, call.with_batch(1)
+    if size == 1 or one is call:
+        return call
+    try:
+        most = max(1, _MOST_VALUES // max(1, count_of_roundings(frozen, one)))
+    except Exception:  # a forward may want more rows than one
+        return call
+    if most >= size:
+        return call
+    differences = [
+        (ours.float() - theirs.float()).abs().nan_to_num(torch.inf).flatten(1).amax(1)
+        for ours, theirs in zip(runtime.run(call), example.outputs, strict=True)
+        if ours.dim() and len(ours) == size and ours.numel()
+    ]
+    if not differences:
+        return call.with_batch(most)
+    rows = torch.stack(differences).amax(0).topk(most).indices.sort().values
+    return call.map(lambda t: t[rows.to(t.device)])
 
 
 _FROZEN = 0.1
@@ -186,7 +217,7 @@ class Proof:
         unfolded = frozen
         if writer.kind.folded and examples:
             folded = fold_batch_norm(
-                isolated_copy(frozen).float(), *_few_rows(examples[0].call.to_float32())
+                light_copy(frozen).float(), *_few_rows(examples[0].call.to_float32())
             )
             frozen = folded.model
             reasons: dict[str, list[str]] = {}
@@ -262,9 +293,9 @@ class Proof:
 
     def _without_inputs(self) -> tuple[nn.Module, list[Example]]:
         """The model whose inputs are in float, and what it makes of the examples."""
-        part = isolated_copy(self.part)
+        part = light_copy(self.part)
         set_enabled(part, inputs=False)
-        frozen = isolated_copy(self.frozen)
+        frozen = light_copy(self.frozen)
         for _, layer in frozen_layers(frozen):
             for role in layer.frozen_activations:
                 del layer._buffers[scale_name(role)]
@@ -277,11 +308,9 @@ class Proof:
         self, writer: Writer, runtime: Runtime, frozen: nn.Module, examples: list[Example]
     ) -> str | None:
         """The first layer that differs, on the first example on which one does."""
-        frozen = isolated_copy(frozen)
+        frozen = light_copy(frozen)
         for example in examples:
-            call = example.call
-            if runtime.batch is not None:
-                call = call.with_batch(runtime.batch, least=runtime.batch)
+            call = _in_view(runtime, frozen, example)
             outputs = runtime.run(call)
             if writer.kind.in_float32:
                 frozen, call = frozen.float(), call.to_float32()
@@ -305,9 +334,7 @@ class Proof:
         self, writer: Writer, runtime: Runtime, frozen: nn.Module, example: Example
     ) -> Moved:
         """How many rounded values of a file are others than the frozen model's."""
-        frozen, call = isolated_copy(frozen), example.call
-        if runtime.batch is not None:
-            call = call.with_batch(runtime.batch, least=runtime.batch)
+        frozen, call = light_copy(frozen), _in_view(runtime, frozen, example)
         if writer.kind.in_float32:
             frozen, call = frozen.float(), call.to_float32()
         shown = {} if runtime.roundings is None else runtime.roundings(call)

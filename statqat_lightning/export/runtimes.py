@@ -10,25 +10,27 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export.divergence import LayerOutputs, Roundings, record_layers
+from statqat_lightning.export.files import data_beside
 from statqat_lightning.export.frozen import frozen_layers, weight_key
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, outputs_of
 from statqat_lightning.export.interface import BATCH, Dynamic
-from statqat_lightning.export.loading import load_quantized
+from statqat_lightning.export.light_copy import light_copy
+from statqat_lightning.export.loading import frozen_tensors, load_quantized
 from statqat_lightning.export.onnx_files import graph_of
 from statqat_lightning.export.onnx_graph import PARTS
 from statqat_lightning.export.tracing import ExportError, trace
 from statqat_lightning.insertion import remove
-from statqat_lightning.isolated_copy import isolated_copy
 from statqat_lightning.quantized_model import quantized_layers, state_tensors
 
 Run = Callable[[ForwardCall], list[Tensor]]
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def load_native(path: Path, model: nn.Module, module: str = "") -> Runtime:
         model: The model with quantizers that was saved.
         module: Name of the submodule to run; empty for the model itself.
     """
-    blank = isolated_copy(model)
+    blank = light_copy(model)
     remove(blank)
     forget_weights(blank)
     load_quantized(blank, path)
@@ -92,10 +94,33 @@ def load_native(path: Path, model: nn.Module, module: str = "") -> Runtime:
     return _in_torch(f"{_torch()}, load_quantized", part, names_of_quantized(part))
 
 
+@torch.no_grad()
+def load_codes(path: Path, frozen: nn.Module, module: str = "") -> Runtime:
+    """A native file as a frozen model of the codes that it holds, which takes a quarter of memory.
+
+    Args:
+        path: The file.
+        frozen: The frozen model that was saved; nothing of its state is used.
+        module: Name of the submodule to run; empty for the model itself.
+    """
+    loaded = light_copy(frozen)
+    for name, tensor in frozen_tensors(path).items():
+        owner, _, own = name.rpartition(".")
+        layer = loaded.get_submodule(owner)
+        if own in layer._parameters:
+            layer._parameters[own] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            layer._buffers[own] = tensor
+    part = loaded.get_submodule(module)
+    layers = [layer.name for layer in frozen_layers(part)]
+    return _in_torch(f"{_torch()}, codes of the file", part, layers)
+
+
 def forget_weights(model: nn.Module) -> None:
-    """Fill a model with NaN: whatever a file does not bring shows up in the outputs."""
-    for tensor in state_tensors(model).values():
-        tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.zero_()
+    """Give a model tensors of NaN: whatever a file does not bring shows up in the outputs."""
+    for tensor in state_tensors(model, keep_vars=True).values():
+        blank = float("nan") if tensor.is_floating_point() else 0
+        tensor.data = torch.full_like(tensor, blank, requires_grad=False)
 
 
 def names_of_quantized(model: nn.Module) -> list[str]:
@@ -183,20 +208,19 @@ def load_onnx(path: Path, optimize: bool = True) -> Runtime:
         optimize: Whether with the runtime's own optimizations, or operator by operator as the file
             says: what is written for another runtime need not be to its taste.
     """
-    session = _session(str(path), optimize=optimize)
+    sessions = _Sessions(path, optimize)
+    session = sessions.plain()
     dimensions = session.get_inputs()[0].shape if session.get_inputs() else []
     fixed = dimensions[0] if dimensions and isinstance(dimensions[0], int) else None
 
     def layer_outputs(call: ForwardCall) -> LayerOutputs:
-        names, extended = with_layer_outputs(path)
-        session = _session(extended, folder=path.parent, optimize=optimize)
+        names, session = sessions.extended(with_layer_outputs)
         values = _fed(session, call, [n for layer in names.values() for n in layer])
         given = iter(values)
         return {layer: [next(given) for _ in layer_names] for layer, layer_names in names.items()}
 
     def roundings(call: ForwardCall) -> Roundings:
-        names, extended = with_roundings(path)
-        session = _session(extended, folder=path.parent, optimize=optimize)
+        names, session = sessions.extended(with_roundings)
         values = iter(_fed(session, call, [n for each in names.values() for n in each]))
         return {place: [next(values) for _ in each] for place, each in names.items()}
 
@@ -204,7 +228,7 @@ def load_onnx(path: Path, optimize: bool = True) -> Runtime:
     return Runtime(
         f"ONNX Runtime {importlib.metadata.version('onnxruntime')}"
         f"{'' if optimize else ' without its optimizations'}",
-        lambda call: _fed(session, call),
+        lambda call: _fed(sessions.plain(), call),
         layer_outputs,
         fixed,
         roundings,
@@ -212,6 +236,30 @@ def load_onnx(path: Path, optimize: bool = True) -> Runtime:
         "onnxruntime",
         lambda: layers_in_float(path),
     )
+
+
+class _Sessions:
+    """Sessions of a file and of its graph with more outputs: one at a time if it is large."""
+
+    def __init__(self, path: Path, optimize: bool) -> None:
+        self._path, self._optimize = path, optimize
+        self._is_large = bool(data_beside(path))
+        self._plain: Any = None
+
+    def plain(self) -> Any:
+        """The session of the file as it is."""
+        if self._plain is None:
+            self._plain = _session(str(self._path), optimize=self._optimize)
+        return self._plain
+
+    def extended(
+        self, extend: Callable[[Path], tuple[dict[_Key, list[str]], bytes]]
+    ) -> tuple[dict[_Key, list[str]], Any]:
+        """Names of further outputs, and a session that has them."""
+        if self._is_large:
+            self._plain = None
+        names, graph = extend(self._path)
+        return names, _session(graph, folder=self._path.parent, optimize=self._optimize)
 
 
 def onnx_session(path: str | Path, optimized: Path | None = None) -> Any:
@@ -403,7 +451,7 @@ def _products(name: str, consumers: dict[str, list[Any]]) -> Iterator[Any]:
 
 def float_model(model: nn.Module, module: str = "") -> nn.Module:
     """A part of a copy of a model, without its quantizers."""
-    plain = isolated_copy(model)
+    plain = light_copy(model)
     remove(plain)
     return plain.get_submodule(module).cpu().eval()
 
@@ -425,7 +473,7 @@ def float_program(part: nn.Module, call: ForwardCall, dynamic: Dynamic | None = 
 
 def float_onnx_model(part: nn.Module, call: ForwardCall) -> bytes | None:
     """A float model as ONNX; None if it cannot be written."""
-    part = isolated_copy(part).float()
+    part = light_copy(part).float()
     call = call.to_float32()
     traced = TensorsOnly(part, call).eval()
     try:

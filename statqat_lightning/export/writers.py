@@ -52,6 +52,7 @@ def writers(
     dynamic: Dynamic | None = None,
     remarks: Sequence[str] = (),
     target: str | None = None,
+    is_large: bool = False,
 ) -> list[Writer]:
     """A writer for each kind of file.
 
@@ -63,6 +64,8 @@ def writers(
         dynamic: Open dimensions beside the batch.
         remarks: What is to be known of the training, for the record.
         target: The runtime that the model is meant for.
+        is_large: Whether there is no room for another float model: the native file is read as the
+            codes that it holds, see `runtimes.load_codes`.
     """
     part = frozen.get_submodule(module)
     opened = {"dynamic": dynamic} if dynamic else {}
@@ -99,7 +102,11 @@ def writers(
             lambda path, call: save_native(
                 frozen, path, recipe, module, snr_by_tensor(reference), remarks
             ),
-            lambda path: runtimes.load_native(path, reference, module),
+            (
+                partial(runtimes.load_codes, frozen=frozen, module=module)
+                if is_large
+                else partial(runtimes.load_native, model=reference, module=module)
+            ),
             in_torch,
         ),
         Writer(
