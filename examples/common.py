@@ -107,8 +107,9 @@ def add_quantization_arguments(
     )
     group.add_argument(
         "--target",
-        choices=tuple(TARGETS),
-        help="train for the integer kernels of a runtime (8 bits)",
+        choices=("auto", "none", *TARGETS),
+        default="auto",
+        help="train for the integer kernels of a runtime (8 bits); auto: of what runs the file",
     )
 
 
@@ -186,7 +187,6 @@ def quantization_callbacks(
     weights: str | None,
     activations: str | None,
     export_path: Path,
-    *,
     quantizer: str = "statqat",
     **options: Any,
 ) -> Quantization:
@@ -406,7 +406,7 @@ def train_and_report(
         run / "model.onnx",
         quantizer=args.quantizer,
         first_last_bits=args.first_last_bits,
-        target=args.target,
+        target=None if args.target == "none" else args.target,
     )
     trainer = make_trainer(
         args.output,

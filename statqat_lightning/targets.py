@@ -102,6 +102,10 @@ TARGETS = {
 """Runtimes that quantizers can be placed for, by name."""
 
 
+AUTO = "auto"
+"""In place of a target: that of the files which the training is to end with."""
+
+
 def check_target(target: str | None) -> str | None:
     """The name of a target as it is.
 

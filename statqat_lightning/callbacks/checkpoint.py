@@ -15,6 +15,7 @@ from statqat_lightning.quantized_model import (
     quantizer_state,
 )
 from statqat_lightning.recipe import QuantRecipe, difference
+from statqat_lightning.targets import AUTO
 
 CHECKPOINT_KEY = "statqat_lightning"
 STATE_VERSION = 1
@@ -86,7 +87,7 @@ def read_entry(
     Args:
         checkpoint: The checkpoint.
         recipe: The recipe that it should be of.
-        target: The target that it should have been placed for.
+        target: The target that it should have been placed for; "auto" for any.
 
     Raises:
         ValueError: If it is of a later version, of another recipe or for another target.
@@ -99,8 +100,8 @@ def read_entry(
             f"StatQATCallback: the quantizer state in the checkpoint has version "
             f"{entry['version']}; this one reads {STATE_VERSION}. Update statqat-lightning."
         )
-    placed_for = entry.get("placed_for", {"target": None, "recipe": entry["recipe"]})
-    if placed_for["target"] != target:
+    placed_for = _placed_for(entry)
+    if target not in (AUTO, placed_for["target"]):
         raise ValueError(
             f"StatQATCallback: got target={target!r}, but the checkpoint was trained for "
             f"{placed_for['target']!r}. Use that target, or load only the weights (they are those "
@@ -113,3 +114,14 @@ def read_entry(
             f"callback (+):\n{difference(placed_for['recipe'], recipe.to_dict())}"
         )
     return entry
+
+
+def target_in(entry: Mapping[str, Any]) -> str | None:
+    """The target that the run of a checkpoint was placed for."""
+    target: str | None = _placed_for(entry)["target"]
+    return target
+
+
+def _placed_for(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    placed: Mapping[str, Any] = entry.get("placed_for", {"target": None, "recipe": entry["recipe"]})
+    return placed

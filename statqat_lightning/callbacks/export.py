@@ -504,12 +504,10 @@ class _Capture:
         self._handles: list[RemovableHandle] = []
         self._running: list[bool] = []
         self._calls: dict[str, ForwardCall] = {}
-        self._sizes: dict[str, int] = {}
-        chosen = {
+        self._modules = {
             name: sub for name, sub in pl_module.named_modules() if module is None or name == module
         }
-        for name, sub in chosen.items():
-            self._sizes[name] = len(quantized_layers(sub))
+        for name, sub in self._modules.items():
             self._handles += [
                 sub.register_forward_pre_hook(
                     partial(self._enter, name, pl_module), with_kwargs=True, prepend=True
@@ -527,19 +525,24 @@ class _Capture:
         """Name and input of the one with the most quantized layers, None if none ran."""
         if not self._calls:
             return None
-        name = max(self._calls, key=lambda name: self._sizes[name])
+        name = max(self._calls, key=self._size)
         return name, self._calls[name]
 
     def size(self) -> int:
         """Quantized layers in that one."""
         best = self.best()
-        return self._sizes[best[0]] if best is not None else 0
+        return self._size(best[0]) if best is not None else 0
+
+    def _size(self, name: str) -> int:
+        # Counted when it is asked for: after a sanity check, a target may add quantized layers.
+        return len(quantized_layers(self._modules[name]))
 
     def _enter(
         self, name: str, pl_module: LightningModule, module: nn.Module, args: Any, kwargs: Any
     ) -> None:
         is_forward = module is not pl_module or _runs_own_forward(pl_module)
-        if is_forward and not any(self._running) and self._sizes[name] and name not in self._calls:
+        is_new = is_forward and not any(self._running) and name not in self._calls
+        if is_new and self._size(name):
             # Validation runs in inference mode, whose tensors cannot be traced with.
             with torch.inference_mode(False):
                 self._calls[name] = ForwardCall(args, kwargs).copy()
@@ -583,7 +586,7 @@ def _remarks(trainer: Trainer) -> list[str]:
 
 def _target(trainer: Trainer) -> str | None:
     callback = _statqat(trainer)
-    return callback.target if callback is not None else None
+    return callback.effective_target if callback is not None else None
 
 
 def _statqat(trainer: Trainer) -> StatQATCallback | None:

@@ -35,6 +35,7 @@ class FirstBatch:
         notes: What else there is to say.
         kernels: What the target computes in integers.
         centred: Norms that take means of outputs away, by layer, see `Dataflow`.
+        target: The runtime that the recipe is placed for.
     """
 
     recipe: QuantRecipe
@@ -43,6 +44,7 @@ class FirstBatch:
     notes: tuple[str, ...] = ()
     kernels: tuple[IntegerKernel, ...] = ()
     centred: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    target: str | None = None
 
 
 def look_at_first_batch(
@@ -52,6 +54,7 @@ def look_at_first_batch(
     target: str | None,
     placed: QuantRecipe | None,
     reduce: Reduce | None,
+    if_it_gains: bool = False,
 ) -> FirstBatch:
     """Run a training batch through a float copy of the module, and see what it shows.
 
@@ -62,13 +65,15 @@ def look_at_first_batch(
         target: The runtime that the model is meant for.
         placed: What became of the recipe in the run that this one resumes.
         reduce: Reduction over ranks.
+        if_it_gains: Whether there is to be no target where it has integer kernels for fewer than
+            half of the layers, or cannot run a format.
 
     Raises:
         CannotCalibrate: With the reason, if no batch can be run.
         ValueError: If the target cannot run a format.
     """
     flow = record_batch(trainer, pl_module, reduce, operations=target is not None)
-    return seen_in(flow, trainer, pl_module, recipe, target, placed)
+    return seen_in(flow, trainer, pl_module, recipe, target, placed, if_it_gains)
 
 
 def seen_in(
@@ -78,6 +83,7 @@ def seen_in(
     recipe: QuantRecipe,
     target: str | None = None,
     placed: QuantRecipe | None = None,
+    if_it_gains: bool = False,
 ) -> FirstBatch:
     """What a recording shows; every rank goes by what the first one has seen. See above."""
     flow.reads, flow.calls, flow.to_norms = trainer.strategy.broadcast(
@@ -90,11 +96,19 @@ def seen_in(
         notes.append(f"Not run by the first batch: {', '.join(reads.idle)}.")
     elif reads.idle:
         notes.append(f"Not run by the first batch: {len(reads.idle)} layers.")
+    unplaced = FirstBatch(
+        placed or reads.recipe, reads.readers, rows, tuple(notes), centred=flow.centred
+    )
     if target is None:
-        return FirstBatch(
-            placed or reads.recipe, reads.readers, rows, tuple(notes), centred=flow.centred
-        )
-    placement = place_in(flow, pl_module, reads.recipe, target)
+        return unplaced
+    try:
+        placement = place_in(flow, pl_module, reads.recipe, target)
+    except ValueError:
+        if if_it_gains:
+            return unplaced
+        raise
+    if if_it_gains and 2 * placement.num_layers < len(assigned_rules(pl_module, reads.recipe)):
+        return unplaced
     for name in placement.rounded_before:
         rows.setdefault(name, {})["input"] = ROUNDED_BEFORE
     if not placement.num_layers:
@@ -106,7 +120,13 @@ def seen_in(
     notes += [f"{target}: {note}" for note in placement.left]
     kernels = trainer.strategy.broadcast(integer_kernels(flow))
     return FirstBatch(
-        placed or placement.recipe, reads.readers, rows, tuple(notes), kernels, flow.centred
+        placed or placement.recipe,
+        reads.readers,
+        rows,
+        tuple(notes),
+        kernels,
+        flow.centred,
+        target,
     )
 
 

@@ -18,7 +18,12 @@ from statqat_lightning.callbacks.calibration import (
     compensate_weights,
     reestimate_batch_norm,
 )
-from statqat_lightning.callbacks.checkpoint import QuantizerEntry, give_back_scales, read_entry
+from statqat_lightning.callbacks.checkpoint import (
+    QuantizerEntry,
+    give_back_scales,
+    read_entry,
+    target_in,
+)
 from statqat_lightning.callbacks.distillation import DistillationCallback
 from statqat_lightning.callbacks.first_batch import (
     FirstBatch,
@@ -60,9 +65,11 @@ from statqat_lightning.quantized_model import (
 )
 from statqat_lightning.recipe import DEFAULT, ROLES, QuantRecipe, TensorSpec
 from statqat_lightning.schedule import QuantSchedule, When
-from statqat_lightning.targets import check_target
+from statqat_lightning.targets import AUTO, check_target
 from statqat_lightning.weight_reads import set_readers
 
+_TARGETS_OF_FILES = (("onnx", "onnxruntime"), ("executorch", "executorch"))
+"""Which target a file is for that an ExportCallback is asked for, by its argument."""
 _BATCHES_BETWEEN_CHECKS = 50  # for NaN in inputs: each check waits for the device
 
 
@@ -117,14 +124,18 @@ class StatQATCallback(Callback):
             run, bit for bit.
         verbose: Print the insertion report.
         target: A runtime whose integer kernels the model is trained for: `"onnxruntime"`,
-            `"openvino"`, `"tensorrt"` or `"executorch"` (XNNPACK). Tensors are rounded where it
-            needs them rounded, or it would compute in float: the outputs of convolutions and the
-            terms of residual sums, too, for ONNX Runtime, those of all layers for ExecuTorch, what
-            activations return for OpenVINO and TensorRT (see `targets`). Where that is, one
-            training batch shows, ahead of calibration; the checkpoint remembers. At the end of the
-            fit, scales move a little, and biases for ONNX Runtime and ExecuTorch, to where the
-            runtime computes the same codes as the model, see `placement.settle`. Formats without
-            integer kernels stay as they are.
+            `"openvino"`, `"tensorrt"` or `"executorch"` (XNNPACK); None for none. The default,
+            `"auto"`, is that of the first file which an `ExportCallback` of the Trainer is to
+            write: ONNX Runtime for `.onnx`, ExecuTorch for `.pte`; none for others, where the
+            runtime has integer kernels for fewer than half of the layers, for learned scales, and
+            where no batch can be looked at ahead. A resumed run keeps what it had. Tensors are
+            rounded where it needs them rounded, or it would compute in float: the outputs of
+            convolutions and the terms of residual sums, too, for ONNX Runtime, those of all layers
+            for ExecuTorch, what activations return for OpenVINO and TensorRT (see `targets`). Where
+            that is, one training batch shows, ahead of calibration; the checkpoint remembers. At
+            the end of the fit, scales move a little, and biases for ONNX Runtime and ExecuTorch, to
+            where the runtime computes the same codes as the model, see `placement.settle`. Formats
+            without integer kernels stay as they are.
         compensate: True makes up for the rounding errors of weights before the first step, on the
             batches that calibrate, see `compensate`: training starts at a better model. It costs
             some more passes over these batches and, for each layer, a matrix of the size of its
@@ -159,7 +170,7 @@ class StatQATCallback(Callback):
         recompute_inputs: bool = False,
         enabled: bool = True,
         verbose: bool = True,
-        target: str | None = None,
+        target: str | None = AUTO,
         compensate: bool = False,
     ) -> None:
         if isinstance(weights, QuantRecipe):
@@ -181,8 +192,9 @@ class StatQATCallback(Callback):
         if isinstance(schedule, dict):
             schedule = QuantSchedule.from_dict(schedule)
         self.recipe = QuantRecipe.choose(recipe, weights, activations, exclude, first_last_bits)
-        self.target = check_target(target)
-        if target is not None and self._learns_scales():
+        self.target = target if target == AUTO else check_target(target)
+        self._effective_target = None if target == AUTO else target
+        if self._effective_target is not None and self._learns_scales():
             raise ValueError(
                 f"StatQATCallback: got target={target!r} with learned scales (quantizer 'lsq'), "
                 "which an optimizer has to know before a batch shows where they are. Use another "
@@ -226,6 +238,8 @@ class StatQATCallback(Callback):
         self._recording: LiveRecording | None = None
         self._norms: Mapping[str, tuple[str, ...]] | None = None  # as a batch has shown them
         self._estimated_at = -1
+        self._target_of_files: str | None = None
+        self._is_decided = False  # whether `effective_target` is that of the module's training
         self._warnings = InputWarnings()
 
     # Insertion and checkpoints, in every stage
@@ -237,6 +251,7 @@ class StatQATCallback(Callback):
         refuse_trainer(trainer, self._learns_scales())
         self._hooks.unwrap()
         self._fitting = stage == "fit"
+        self._target_of_files = _target_of_files(trainer) if self._fitting else None
         self.averaging = Averaging(trainer.callbacks if self._fitting else ())  # type: ignore[attr-defined]
         # In evaluation, TransformerEncoderLayer's fast path would bypass the layers' forward.
         if self._fast_path is None:
@@ -256,10 +271,18 @@ class StatQATCallback(Callback):
         """The recipe in force: as placed for the target, once that is known."""
         return self.placed or self.recipe
 
+    @property
+    def effective_target(self) -> str | None:
+        """The target in force: with "auto", what the checkpoint or the files of the fit want."""
+        return self._effective_target
+
     def _insert(self, pl_module: LightningModule, *_: Any) -> None:
         before = [layer.quantizers for layer in quantized_layers(pl_module)]
         if not before:
             self.placed = None  # it was another module's
+            self._is_decided = False
+        if self.target == AUTO and not self._is_decided:
+            self._effective_target = None if self._learns_scales() else self._target_of_files
         self.report, self._rows = None, {}
         self._prepare(pl_module)
         if self.averaging.replaces_weights_of_checkpoints and learned_by_key(pl_module):
@@ -304,7 +327,11 @@ class StatQATCallback(Callback):
             self.phases.now.weights,
             self.phases.now.inputs,
             averaged=self.averaging.replaces_weights_of_checkpoints,
-            placed_for=(self.target, self.recipe.to_dict()) if self.placed else None,
+            placed_for=(
+                (self.effective_target, self.recipe.to_dict())
+                if self.placed or self.effective_target
+                else None
+            ),
             bits=self.phases.now.bits,
         )
 
@@ -316,6 +343,7 @@ class StatQATCallback(Callback):
         if entry is None:
             self._fit_scales = refit_weights
             return
+        self._effective_target, self._is_decided = target_in(entry), True
         if "placed_for" in entry:
             self.placed = QuantRecipe.from_dict(entry["recipe"])
             self._prepare(pl_module)
@@ -483,17 +511,28 @@ class StatQATCallback(Callback):
         self._watch_next, self._norms = False, None
         try:
             seen = look_at_first_batch(
-                *(trainer, pl_module, self.recipe, self.target, self.placed, _reduction(trainer))
+                *(trainer, pl_module, self.recipe, self.effective_target, self.placed),
+                _reduction(trainer),
+                if_it_gains=self.target == AUTO and not self._is_decided,
             )
         except CannotCalibrate as reason:
-            if self.target is not None:
+            if self.target not in (None, AUTO):
                 raise ValueError(
                     f"StatQATCallback: got target={self.target!r}, but no training batch can show "
                     f"where it needs quantizers: {reason}. Place them ahead: "
                     "recipe=place(model, recipe, lambda: model(example), target).recipe."
                 ) from reason
+            if self.effective_target is not None:
+                self._add_notes(
+                    [
+                        f"Not placed for {self.effective_target}, whose files will run slower: no "
+                        f"training batch can show where it needs quantizers: {reason}."
+                    ]
+                )
+                self._effective_target = None
             self._watch_next = can_be_watched(trainer)
             return
+        self._effective_target, self._is_decided = seen.target, True
         self._follow(pl_module, seen)
 
     def _follow(self, pl_module: LightningModule, seen: FirstBatch) -> None:
@@ -621,11 +660,24 @@ class StatQATCallback(Callback):
         if self.enabled:
             idle = switch_off_idle_layers(pl_module)
             self._warnings.of_layers_that_never_ran(pl_module, idle)
-            if self.target is not None:
-                settle(pl_module, self._kernels, self.target)
+            if self.effective_target is not None:
+                settle(pl_module, self._kernels, self.effective_target)
         remember_weights(pl_module)
         if self.report is not None:
             self.report = self.report.updated(rows_in_use(pl_module))
+
+
+def _target_of_files(trainer: Trainer) -> str | None:
+    """The runtime of the first file that a callback of the Trainer will write."""
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    files = [getattr(c, "files", {}) for c in callbacks if _is_export_callback(c)]
+    found = (target for each in files for kind, target in _TARGETS_OF_FILES if each.get(kind))
+    return next(found, None)
+
+
+def _is_export_callback(callback: Callback) -> bool:
+    # Its module imports this one.
+    return any(cls.__name__ == "ExportCallback" for cls in type(callback).__mro__)
 
 
 def _share_batch_norm(trainer: Trainer, pl_module: LightningModule) -> None:

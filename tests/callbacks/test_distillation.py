@@ -427,7 +427,7 @@ def test_with_everything_else(precision: Any) -> None:
     """Accumulation, clipping, a schedule's callback order, mixed precision, the export."""
     module = module_of(1)
     export = ExportCallback("m", measure_latency=False)
-    callbacks = [DistillationCallback(weight=0.5), export, statqat("int8", "int8")]
+    callbacks = [DistillationCallback(weight=0.5), export, statqat("int8", "int8", target=None)]
     if precision == "64-true":
         module.double()
     options = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 0.1}

@@ -67,9 +67,11 @@ def test_help(
 def test_digits_fast_dev_run(repository: Path) -> None:
     output = run_example(repository, "digits.py", "--fast-dev-run", "--output", "out")
     rows = [
-        line for line in output.splitlines() if re.match(r"(float|StatQAT|min-max QAT) +W?", line)
+        line
+        for line in output.splitlines()
+        if re.match(r"(float|StatQAT|min-max QAT)(, wide)? +W?", line)
     ]
-    assert len([row for row in rows if "%" in row]) >= 5
+    assert len([row for row in rows if "%" in row]) >= 7
 
 
 @pytest.mark.slow
@@ -81,9 +83,13 @@ def test_digits_in_full(repository: Path) -> None:
     accuracy = {run: float(row[0].removesuffix(" %")) for run, row in rows.items()}
     floats = accuracy.pop(("float", "W32A32"))
     assert floats > 98
+    wide, in_integers = accuracy.pop(("float, wide", "W32A32")), accuracy["StatQAT, wide", "W8A8"]
+    assert abs(in_integers - wide) <= 0.5
+    assert re.search(r"W8A8 takes [\d.]+ ms for 32 digits in ONNX Runtime", output)
     assert set(accuracy) == {
         *(("StatQAT", formats) for formats in ("W4A4", "FP4", "W2A2")),
         ("min-max QAT", "W2A2"),
+        ("StatQAT, wide", "W8A8"),
     }
     for formats in ("W4A4", "FP4"):
         assert abs(accuracy["StatQAT", formats] - floats) <= 1.0

@@ -235,8 +235,8 @@ class Chain(nn.Module):
 
 
 def test_a_recording_keeps_no_tensor() -> None:
-    chain = Chain().eval()
-    flow = record(chain, lambda: chain(torch.randn(2, 4)))
+    chain, x = Chain().eval(), torch.randn(2, 4)
+    flow = record(chain, lambda: chain(x))
     assert chain.alive[:3] == [False] * 3  # the loop holds the last, and maybe what it was made of
     kinds = [operation.kind for operation in flow.operations]
     assert kinds == ["Linear", "add", "relu"] * 5 + ["output"]
