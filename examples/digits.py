@@ -45,7 +45,7 @@ RUNS = (
 FAST_RUN = Run("statqat", "W8A8", "int8", "int8")
 
 
-def digits_network(width: int) -> nn.Sequential:
+def digits_network(width: int = NARROW) -> nn.Sequential:
     """Four convolutions and a linear layer for images of 8 x 8 pixels."""
     network = nn.Sequential()
     channels = [1, width, 2 * width, 2 * width, 4 * width]
