@@ -187,6 +187,7 @@ def quantization_callbacks(
     weights: str | None,
     activations: str | None,
     export_path: Path,
+    *,
     quantizer: str = "statqat",
     **options: Any,
 ) -> Quantization:

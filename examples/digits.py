@@ -137,9 +137,9 @@ def main() -> None:
         # Every run of a network starts from the same weights and sees the same order of the data.
         L.seed_everything(args.seed, verbose=False)
         module = ImageClassifier(copy.deepcopy(start.model), lr=args.lr)
-        folder = f"{run.quantizer}_{run.formats.lower()}"
+        folder = args.output / f"{run.quantizer}_{run.formats.lower()}"
         quantization = common.quantization_callbacks(
-            run.weights, run.activations, args.output / folder / "model.onnx", run.quantizer
+            run.weights, run.activations, folder / "model.onnx", quantizer=run.quantizer
         )
         trainer = common.make_trainer(
             args.output, args.epochs, callbacks=quantization.callbacks, **trainer_options
@@ -150,7 +150,7 @@ def main() -> None:
         )
         histories[title] = quantization.monitor.history
         if quantization.export.report is not None:
-            paths[title] = args.output / folder
+            paths[title] = folder
         return quantization
 
     args.output.mkdir(parents=True, exist_ok=True)

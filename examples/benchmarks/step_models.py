@@ -56,6 +56,19 @@ def mobilenet_v3_small(batch_size: int) -> Workload:
     return Workload("MobileNetV3-small", mobilenet_v3_small(num_classes=10).train(), batches)
 
 
+def resnet18(batch_size: int) -> Workload:
+    from torchvision.models import resnet18
+
+    return Workload("ResNet-18", resnet18(num_classes=10).train(), images(batch_size, 64))
+
+
+def efficientnet_b0(batch_size: int) -> Workload:
+    from torchvision.models import efficientnet_b0
+
+    batches = images(batch_size, 64)
+    return Workload("EfficientNet-B0", efficientnet_b0(num_classes=10).train(), batches)
+
+
 def vit(batch_size: int) -> Workload:
     """Torchvision's transformer with four blocks, on 64 patches of an image of 32 x 32."""
     from torchvision.models import VisionTransformer
@@ -83,6 +96,8 @@ def gpt(batch_size: int) -> Workload:
 MODELS: dict[str, Callable[[int], Workload]] = {
     "resnet20": resnet20,
     "mobilenet_v3_small": mobilenet_v3_small,
+    "resnet18": resnet18,
+    "efficientnet_b0": efficientnet_b0,
     "vit": vit,
     "gpt": gpt,
 }

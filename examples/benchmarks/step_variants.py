@@ -20,8 +20,9 @@ from step_models import Workload
 from torch import Tensor, nn
 from vision import BasicBlock, ResNet20
 
-from statqat_lightning import prepare
+from statqat_lightning import QuantRecipe, place, prepare
 from statqat_lightning.quantized_model import refresh, set_frozen, set_observing, set_recompute
+from statqat_lightning.targets import TARGETS
 
 _CALIBRATION_BATCHES = 8  # all inputs are ready then, and the signs of formats settled
 
@@ -73,6 +74,7 @@ def statqat_step(
     every: int = 1,
     frozen: bool = False,
     recompute: bool = False,
+    target: str | None = None,
 ) -> Step:
     """Our step: what `StatQATCallback` does around a batch, without a Trainer.
 
@@ -85,9 +87,14 @@ def statqat_step(
         every: Steps between two refreshes, the callback's `refresh_every`.
         frozen: Whether scales have stopped, as in the last tenth of a training.
         recompute: The callback's `recompute_inputs`.
+        target: The callback's `target`.
     """
     model = copy.deepcopy(workload.network)
-    prepare(model, weights, activations)
+    recipe = QuantRecipe.choose(None, weights, activations)
+    if target is not None:
+        example = workload.batches[0][0]
+        recipe = place(model, recipe, lambda: model(example), target).recipe
+    prepare(model, recipe=recipe)
     model = model.to(device)
     set_observing(model, True)
     for inputs, _ in itertools.islice(itertools.cycle(workload.batches), _CALIBRATION_BATCHES):
@@ -261,6 +268,7 @@ MORE: dict[str, Variant] = {
     "StatQAT FP8": _ours("fp8_e4m3", "fp8_e4m3"),
     "StatQAT MXFP4 weights": _ours("mxfp4", None),
     "StatQAT W8A8, every 10th": _ours("int8", "int8", every=10),
+    **{f"StatQAT W8A8 for {name}": _ours("int8", "int8", target=name) for name in TARGETS},
     "StatQAT W8A8, recomputing": _ours("int8", "int8", recompute=True),
     "StatQAT W4A4, recomputing": _ours("int4", "int4", recompute=True),
     "StatQAT FP8, recomputing": _ours("fp8_e4m3", "fp8_e4m3", recompute=True),

@@ -40,6 +40,7 @@ from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.callbacks.refusals import refuse_trainer
 from statqat_lightning.compensation import CompensationReport
 from statqat_lightning.dataflow import takes_means_away
+from statqat_lightning.export.kinds import KINDS
 from statqat_lightning.export.stale import remember_weights
 from statqat_lightning.insertion import prepare, remove, rows_in_use
 from statqat_lightning.insertion_report import InsertionReport
@@ -68,8 +69,6 @@ from statqat_lightning.schedule import QuantSchedule, When
 from statqat_lightning.targets import AUTO, check_target
 from statqat_lightning.weight_reads import set_readers
 
-_TARGETS_OF_FILES = (("onnx", "onnxruntime"), ("executorch", "executorch"))
-"""Which target a file is for that an ExportCallback is asked for, by its argument."""
 _BATCHES_BETWEEN_CHECKS = 50  # for NaN in inputs: each check waits for the device
 
 
@@ -522,7 +521,7 @@ class StatQATCallback(Callback):
                     f"where it needs quantizers: {reason}. Place them ahead: "
                     "recipe=place(model, recipe, lambda: model(example), target).recipe."
                 ) from reason
-            if self.effective_target is not None:
+            if self.effective_target is not None and not self._is_decided:
                 self._add_notes(
                     [
                         f"Not placed for {self.effective_target}, whose files will run slower: no "
@@ -593,7 +592,8 @@ class StatQATCallback(Callback):
         set_observing(pl_module, False)
         if self._recording is not None:
             flow, self._recording = self._recording.stop(), None
-            self._follow(pl_module, seen_in(flow, trainer, pl_module, self.recipe))
+            placed = self.placed if self.effective_target is not None else None
+            self._follow(pl_module, seen_in(flow, trainer, pl_module, self.recipe, placed=placed))
             self._centre(trainer, pl_module)
         if self._last_boundary is None:
             self._last_boundary = batch_idx  # Lightning starts no batch that is None, but ends it
@@ -668,16 +668,12 @@ class StatQATCallback(Callback):
 
 
 def _target_of_files(trainer: Trainer) -> str | None:
-    """The runtime of the first file that a callback of the Trainer will write."""
-    callbacks: list[Any] = getattr(trainer, "callbacks", [])
-    files = [getattr(c, "files", {}) for c in callbacks if _is_export_callback(c)]
-    found = (target for each in files for kind, target in _TARGETS_OF_FILES if each.get(kind))
-    return next(found, None)
+    """The runtime of the first file that an `ExportCallback` of the Trainer will write."""
+    from statqat_lightning.callbacks.export import ExportCallback  # which imports this module
 
-
-def _is_export_callback(callback: Callback) -> bool:
-    # Its module imports this one.
-    return any(cls.__name__ == "ExportCallback" for cls in type(callback).__mro__)
+    exports = [c for c in trainer.callbacks if isinstance(c, ExportCallback)]  # type: ignore[attr-defined]
+    wanted = (kind for export in exports for kind in KINDS if export.files[kind.field])
+    return next((kind.targets[0] for kind in wanted if kind.targets), None)
 
 
 def _share_batch_norm(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,7 +17,7 @@ from statqat_lightning.export import runtimes
 from statqat_lightning.export.evaluation import Evaluation, accuracy_of
 from statqat_lightning.export.files import with_ending
 from statqat_lightning.export.frozen import freeze_quietly, left_in_float
-from statqat_lightning.export.inputs import ForwardCall, first_that_runs, outputs_of
+from statqat_lightning.export.inputs import ForwardCall, few_rows, first_that_runs, outputs_of
 from statqat_lightning.export.interface import (
     Dynamic,
     at_another_size,
@@ -202,7 +202,7 @@ def export_model(
         if examples and data is not None and not is_random and frozen is not None:
             examples += export.labelled(part, examples[0], data, most_data, opened)
         is_timed = measure_latency and not is_large
-        if measure_latency and is_large:
+        if measure_latency and is_large and examples:
             export.notes.append(
                 f"Not timed: a float model of {float_bytes / 1e9:.1f} GB is not loaded into "
                 "runtimes for comparison."
@@ -468,7 +468,7 @@ def _settle(reference: nn.Module, module: str, call: ForwardCall, target: str) -
     plain = light_copy(reference)
     remove(plain)
     part = plain.get_submodule(module)
-    few = first_that_runs(part, call.with_batch(2), call)  # all that they compute is kept
+    few = first_that_runs(part, *few_rows(call))  # all that they compute is kept
     kernels = integer_kernels(record(part, lambda: few.run(part)))
     return settle(reference, [kernel.below(module) for kernel in kernels], target)
 

@@ -313,6 +313,8 @@ def _freeze_layer(name: str, module: Any, quantizers: LayerQuantizers) -> None:
 
 
 def _refuse_not_finite(name: str, weight: Tensor) -> None:
+    if not weight.numel() or all(bool(end.isfinite()) for end in weight.aminmax()):
+        return
     for what, found in (("NaN", weight.isnan()), ("infinite values", weight.isinf())):
         if bool(found.any()):
             raise ValueError(

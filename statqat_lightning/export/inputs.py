@@ -89,6 +89,11 @@ class ForwardCall:
         return ForwardCall(args, kwargs)
 
 
+def few_rows(call: ForwardCall) -> tuple[ForwardCall, ForwardCall]:
+    """Two rows of a call, and all of them for a forward that fixes its batch size."""
+    return call.with_batch(2), call
+
+
 def first_that_runs(model: nn.Module, *calls: ForwardCall) -> ForwardCall:
     """The first of several calls that a model runs.
 

@@ -21,7 +21,7 @@ from statqat_lightning.export.divergence import (
 from statqat_lightning.export.files import size_of
 from statqat_lightning.export.folding import fold_batch_norm
 from statqat_lightning.export.frozen import frozen_layers, scale_name
-from statqat_lightning.export.inputs import ForwardCall, outputs_of
+from statqat_lightning.export.inputs import ForwardCall, few_rows, outputs_of
 from statqat_lightning.export.interface import in_words
 from statqat_lightning.export.light_copy import light_copy
 from statqat_lightning.export.plain import with_rounded_inputs
@@ -44,8 +44,11 @@ from statqat_lightning.targets import TARGETS, Target
 _LATENCY_BATCH = 32
 
 
-def _in_double(frozen: nn.Module, examples: list[Example]) -> list[Example]:
-    """What the frozen model makes of the examples where sums are as good as exact."""
+def _in_double(frozen: nn.Module, examples: list[Example]) -> list[Example] | None:
+    """What the frozen model makes of the examples where sums are as good as exact.
+
+    None for a forward that does not run in float64.
+    """
     double = light_copy(frozen).double()
 
     def outputs(call: ForwardCall) -> list[Tensor]:
@@ -53,7 +56,10 @@ def _in_double(frozen: nn.Module, examples: list[Example]) -> list[Example]:
         found = outputs_of(wide.run(double))
         return [t.float() if t.is_floating_point() else t for t in found]
 
-    return [Example(e.call, outputs(e.call), e.labels) for e in examples]
+    try:
+        return [Example(e.call, outputs(e.call), e.labels) for e in examples]
+    except Exception:
+        return None
 
 
 def _of_flips(comparison: Comparison, moved: Moved) -> str:
@@ -81,14 +87,8 @@ def _of_double(exact: Comparison) -> str:
     )
 
 
-def _compared_in_double(
-    runtime: Runtime, frozen: nn.Module, examples: list[Example]
-) -> Comparison | None:
-    """See `_in_double`; None for a forward that does not run in float64."""
-    try:
-        return compare(runtime, _in_double(frozen, examples))
-    except Exception:
-        return None
+_TWICE_DB = 20 * math.log10(2)
+"""Twice the difference, in SNR."""
 
 
 def _like_its_own_rounding(
@@ -102,9 +102,8 @@ def _like_its_own_rounding(
     """
     if runtime.roundings is not None or runtime.layer_outputs(examples[0].call):
         return None
-    try:
-        exact = _in_double(frozen, examples)
-    except Exception:  # a forward may not run in float64
+    exact = _in_double(frozen, examples)
+    if exact is None:
         return None
     own = Comparison(output_steps(exact))
     for example, known in zip(exact, examples, strict=True):
@@ -117,9 +116,6 @@ def _like_its_own_rounding(
         f"{found.max_steps:.3g} steps and the model itself, in float32, by {own.max_steps:.3g}: "
         "rounding of sums moves codes, which move others."
     )
-
-
-_TWICE_DB = 6.02
 
 
 def _of_target(target: Target, runtime: Runtime, path: Path) -> list[str]:
@@ -136,11 +132,6 @@ def _of_target(target: Target, runtime: Runtime, path: Path) -> list[str]:
 
 def _verb(names: list[str]) -> str:
     return "is" if len(names) == 1 else "are"
-
-
-def _few_rows(call: ForwardCall) -> tuple[ForwardCall, ForwardCall]:
-    """Two rows of a call, and all of them for a forward that fixes its batch size."""
-    return call.with_batch(2), call
 
 
 _MOST_VALUES = 2**24
@@ -248,7 +239,7 @@ class Proof:
         unfolded = frozen
         if writer.kind.folded and examples:
             folded = fold_batch_norm(
-                light_copy(frozen).float(), *_few_rows(examples[0].call.to_float32())
+                light_copy(frozen).float(), *few_rows(examples[0].call.to_float32())
             )
             frozen = folded.model
             reasons: dict[str, list[str]] = {}
@@ -276,22 +267,26 @@ class Proof:
         if examples and not comparison.max_steps <= bound:
             divergence = None if self.is_random else _of_freezing(unfolded, examples)
             finite = math.isfinite(comparison.max_steps)
-            settled = None
+            views: list[ForwardCall] = []
+            excuse = None
             if divergence is None and not comparison.mismatch:
-                divergence = self._located(writer, runtime, frozen, examples)
+                views = [_in_view(runtime, frozen, example) for example in examples]
+                divergence = self._located(writer, runtime, frozen, views)
                 if divergence is not None and finite and not writer.kind.exact:
-                    settled = _like_its_own_rounding(runtime, frozen, examples)
-            if settled is not None:
+                    excuse = _like_its_own_rounding(runtime, frozen, examples)
+            if excuse is not None:
                 divergence = None
-                remarks.append(f"differs by {comparison.max_steps:.3g} steps. {settled}")
+                remarks.append(f"differs by {comparison.max_steps:.3g} steps. {excuse}")
             elif divergence is not None or writer.kind.exact or not finite:
                 remarks.append(self._not_proved(target, comparison, bound, divergence))
             else:
-                every = [self._moved(writer, runtime, frozen, e) for e in examples]
+                every = [self._moved(writer, runtime, frozen, view) for view in views]
                 moved = Moved(sum(m.values for m in every), sum(m.of for m in every))
                 remarks.append(_of_flips(comparison, moved))
-                exact = _compared_in_double(runtime, frozen, examples)
-                remarks += [] if exact is None else [_of_double(exact)]
+                in_double = _in_double(frozen, examples)
+                if in_double is not None:
+                    exact = compare(runtime, in_double)
+                    remarks.append(_of_double(exact))
         times = self._times(writer, runtime)
         return ArtefactReport(
             path=str(target),
@@ -342,12 +337,11 @@ class Proof:
         ]
 
     def _located(
-        self, writer: Writer, runtime: Runtime, frozen: nn.Module, examples: list[Example]
+        self, writer: Writer, runtime: Runtime, frozen: nn.Module, calls: list[ForwardCall]
     ) -> str | None:
-        """The first layer that differs, on the first example on which one does."""
+        """The first layer that differs, in the first call in which one does."""
         frozen = light_copy(frozen)
-        for example in examples:
-            call = _in_view(runtime, frozen, example)
+        for call in calls:
             outputs = runtime.run(call)
             if writer.kind.in_float32:
                 frozen, call = frozen.float(), call.to_float32()
@@ -368,10 +362,10 @@ class Proof:
         return None
 
     def _moved(
-        self, writer: Writer, runtime: Runtime, frozen: nn.Module, example: Example
+        self, writer: Writer, runtime: Runtime, frozen: nn.Module, call: ForwardCall
     ) -> Moved:
         """How many rounded values of a file are others than the frozen model's."""
-        frozen, call = light_copy(frozen), _in_view(runtime, frozen, example)
+        frozen = light_copy(frozen)
         if writer.kind.in_float32:
             frozen, call = frozen.float(), call.to_float32()
         shown = {} if runtime.roundings is None else runtime.roundings(call)

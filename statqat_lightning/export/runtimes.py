@@ -102,9 +102,14 @@ def load_codes(path: Path, frozen: nn.Module, module: str = "") -> Runtime:
         path: The file.
         frozen: The frozen model that was saved; nothing of its state is used.
         module: Name of the submodule to run; empty for the model itself.
+
+    Raises:
+        ValueError: If the file lacks a tensor of the model.
     """
-    loaded = light_copy(frozen)
-    for name, tensor in frozen_tensors(path).items():
+    loaded, tensors = light_copy(frozen), frozen_tensors(path)
+    if missing := state_tensors(frozen).keys() - tensors.keys():
+        raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}.")
+    for name, tensor in tensors.items():
         owner, _, own = name.rpartition(".")
         layer = loaded.get_submodule(owner)
         if own in layer._parameters:

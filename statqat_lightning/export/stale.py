@@ -16,6 +16,8 @@ from statqat_lightning.scale_refresh import refresh_weights
 
 WORSE_BY_DB = 0.5
 """Error beyond the least from which a scale is stale: while training, scales rest within 0.2 dB."""
+_PIECE = 2**22
+"""Elements of a weight that are added up at a time."""
 _SAME = 1e-6
 """Relative difference of sums that adding up on another device may make."""
 
@@ -92,8 +94,12 @@ def _anew(quantizer: WeightFakeQuantizer, weight: Tensor) -> WeightFakeQuantizer
 
 def _sums(weight: Tensor) -> tuple[float, float]:
     """What tells a weight from another one: sum of magnitudes, and of squares."""
-    wide = weight.detach().abs().double()
-    return float(wide.sum()), float(wide.square().sum())
+    magnitudes = squares = 0.0
+    for piece in torch.split(weight.detach().reshape(-1), _PIECE):
+        wide = piece.abs().double()
+        magnitudes += float(wide.sum())
+        squares += float(wide.square().sum())
+    return magnitudes, squares
 
 
 def _same(ones: tuple[float, float], others: tuple[float, float]) -> bool:

@@ -8,6 +8,7 @@ them all.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -102,16 +103,22 @@ class Format(ABC):
         Raises:
             ValueError: If a value is not on the grid.
         """
-        order, sorted_values = self._sorted_codes
-        where = torch.searchsorted(sorted_values.to(q.device), q.to(torch.float64).contiguous())
-        where.clamp_(max=len(order) - 1)
-        if not torch.equal(sorted_values.to(q.device)[where], q.to(torch.float64)):
-            raise ValueError(f"{self.name}.encode: got values off the grid; round them first.")
-        return order.to(q.device)[where]
+        order, sorted_values = (tensor.to(q.device) for tensor in self._sorted_codes)
+
+        def codes(values: Tensor) -> Tensor:
+            wide = values.to(torch.float64).contiguous()
+            where = torch.searchsorted(sorted_values, wide)
+            where.clamp_(max=len(order) - 1)
+            if not torch.equal(sorted_values[where], wide):
+                raise ValueError(f"{self.name}.encode: got values off the grid; round them first.")
+            return order[where]
+
+        return _in_pieces(codes, q, torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values of `codes` (uint8, any shape) at scale 1, float32."""
-        return self.code_values.to(device=codes.device, dtype=torch.float32)[codes.long()]
+        values = self.code_values.to(device=codes.device, dtype=torch.float32)
+        return _in_pieces(lambda piece: values[piece.long()], codes, torch.float32)
 
     @cached_property
     def _sorted_codes(self) -> tuple[Tensor, Tensor]:
@@ -123,3 +130,18 @@ class Format(ABC):
 
     def __str__(self) -> str:
         return self.name
+
+
+_PIECE = 2**20
+"""Elements that are looked up at a time: an index takes eight bytes."""
+
+
+def _in_pieces(look_up: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a function of single elements makes of a tensor, in little memory beside the result."""
+    if x.numel() <= _PIECE or torch.compiler.is_compiling():  # a trace is to have it once
+        return look_up(x)
+    flat = x.reshape(-1)
+    found = torch.empty(flat.shape, dtype=dtype, device=x.device)
+    for start in range(0, len(flat), _PIECE):
+        found[start : start + _PIECE] = look_up(flat[start : start + _PIECE])
+    return found.view(x.shape)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from statqat_lightning.callbacks.checkpoint import CHECKPOINT_KEY
@@ -131,6 +132,28 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
         assert places(resumed) == PLACES
         assert_same(rest.states, witness.states[-STEPS_PER_EPOCH:])
         assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+
+def test_a_resumed_run_keeps_its_places_where_no_batch_can_be_looked_at(tmp_path: Path) -> None:
+    run_of(tmp_path, as_it_comes(), export(tmp_path), max_epochs=1)
+    callback, writer = as_it_comes(), export(tmp_path)
+    resumed, _ = run_of(
+        tmp_path, callback, writer, data=once(), ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=2
+    )
+    assert callback.effective_target == "onnxruntime"
+    assert places(resumed) == PLACES
+    assert writer.report is not None
+    assert writer.report.onnx is not None
+    assert writer.report.onnx.max_steps < 1e-3
+    entry = torch.load(tmp_path / "epoch=1.ckpt", weights_only=False)[CHECKPOINT_KEY]
+    assert entry["placed_for"]["target"] == "onnxruntime"
+
+
+def test_a_class_that_is_only_called_like_the_callback_is_none(tmp_path: Path) -> None:
+    foreign = type("ExportCallback", (Callback,), {"files": {"onnx": True}})
+    callback = as_it_comes()
+    train(callback, foreign(), module=ResidualModule)
+    assert callback.effective_target is None
 
 
 def test_a_run_without_a_target_goes_on_without_one(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ COMMANDS = (
     "benchmarks/pretrained_language_model.py",
     "benchmarks/image_rounding.py",
     "benchmarks/deploy.py",
+    "benchmarks/export_memory.py",
     "benchmarks/ranks.py",
     "benchmarks/scale_quality.py",
     "benchmarks/step_time.py",

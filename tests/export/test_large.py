@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import subprocess
 import sys
 import weakref
@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from statqat_lightning.dataflow import record
@@ -172,6 +174,18 @@ def test_a_native_file_of_other_numbers_is_refused(
     assert not (tmp_path / "m.safetensors").exists()
 
 
+def test_a_native_file_that_lacks_a_tensor_is_refused(network: nn.Module, tmp_path: Path) -> None:
+    frozen, file = freeze(network), tmp_path / "m.safetensors"
+    save_native(frozen, file)
+    with safe_open(file, framework="pt") as whole:
+        tensors = {name: whole.get_tensor(name) for name in whole.keys()}  # noqa: SIM118
+        metadata = whole.metadata()
+    del tensors["norm.running_mean"]
+    save_file(tensors, file, metadata)
+    with pytest.raises(ValueError, match=r"lacks norm\.running_mean"):
+        load_codes(file, frozen)
+
+
 @pytest.mark.parametrize(
     "weights", ["int3", "mxfp4", "fp8", "nf4", TensorSpec("int4", "per_tensor")]
 )
@@ -244,42 +258,15 @@ def test_a_recording_keeps_no_tensor() -> None:
         assert after.inputs[0].producer is before
 
 
-MEASURE = """
-import ctypes, json, sys, warnings
-import torch
-from torch import nn
-warnings.simplefilter("ignore")
-from statqat_lightning.export.artefacts import export_model
-from statqat_lightning.insertion import prepare
-from statqat_lightning.quantized_model import refresh, set_observing
-from statqat_lightning.recipe import TensorSpec
-
-def entry(name):
-    (line,) = [l for l in open("/proc/self/status") if l.startswith(name)]
-    return int(line.split()[1]) * 1024
-
-model = nn.Sequential(*[nn.Sequential(nn.Linear(4096, 4096), nn.ReLU()) for _ in range(9)]).eval()
-x = torch.randn(2, 4096)
-prepare(model, TensorSpec("int8", quantizer="minmax"), "int8")
-set_observing(model, True)
-model(x)
-set_observing(model, False)
-refresh(model, search=True)
-import onnx, onnxruntime, onnxscript
-ctypes.CDLL(None).malloc_trim(0)
-before = entry("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")
-report = export_model(model, sys.argv[1], x, strict=False)
-size = sum(4 * p.numel() for p in model.parameters())
-print(json.dumps([(entry("VmHWM") - before) / size, report.onnx is not None]))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
-def test_the_peak_of_an_export_is_bounded(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "m")]
+def test_the_peak_of_an_export_is_bounded(repository: Path) -> None:
+    script = repository / "examples" / "benchmarks" / "export_memory.py"
+    options = ["--network", "convnext_large", "--size", "64", "--threads", "1"]
+    command = [sys.executable, str(script), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    grown, written = json.loads(done.stdout.splitlines()[-1])
-    assert written
-    assert grown < 2.0  # 7.6 when everything was copied
+    in_float, before = map(float, re.findall(r"([\d.]+) GB", done.stdout.splitlines()[0]))
+    rows = re.findall(r"^(model\.\w+) +[\d.]+ +([\d.]+)", done.stdout, re.MULTILINE)
+    assert {name for name, _ in rows} == {"model.safetensors", "model.onnx"}
+    for _, peak in rows:
+        assert (float(peak) - before) / in_float < 2.0  # 7.6 when everything was copied
