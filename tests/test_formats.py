@@ -467,3 +467,29 @@ def test_bad_block_formats() -> None:
         BlockFormat("mine", FloatFormat(2, 1), 0, "e8m0")
     with pytest.raises(ValueError, match="got scale_format='e5m3'; expected e8m0 or e4m3"):
         BlockFormat("mine", FloatFormat(2, 1), 32, "e5m3")
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8_e4m3", "nf4"])
+def test_large_tensors_are_looked_up_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt = get_format(name)
+    values = fmt.round(torch.randn(7, 11))
+    codes = fmt.encode(values)
+    monkeypatch.setattr("statqat_lightning.formats.base._PIECE", 10)
+    assert torch.equal(fmt.encode(values), codes)
+    assert torch.equal(fmt.encode(values.T), codes.T)
+    assert torch.equal(fmt.decode(codes), values)
+    assert (fmt.encode(values).dtype, fmt.decode(codes).dtype) == (torch.uint8, torch.float32)
+    values[-1, -1] = 0.37
+    with pytest.raises(ValueError, match="got values off the grid"):
+        fmt.encode(values)
+    decode = torch.export.export(Decoder(fmt), (codes,), strict=False)
+    assert sum(node.op == "call_function" for node in decode.graph.nodes) < 6  # and a trace at once
+
+
+class Decoder(torch.nn.Module):
+    def __init__(self, fmt: Format) -> None:
+        super().__init__()
+        self.fmt = fmt
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.fmt.decode(codes)
