@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
 from statqat_lightning.batch_norm import normalized_by
+from statqat_lightning.function_results import call_role, function_role, kind_of_function
 from statqat_lightning.layer_kinds import CONV1D, has_weights
 from statqat_lightning.module_names import modules_by_name, plain_name
 from statqat_lightning.quantized_layer import base_class, is_quantized, kind_of
@@ -76,6 +77,8 @@ class Value:
             innermost first.
         unread_by: Those of them that returned it before anything had read it.
         taken_by: Names of the modules whose first argument it was, the outermost first.
+        made_in: The module whose forward called what made it, and its role there, see
+            `function_results`; None for what no such role tells from others.
     """
 
     producer: Operation | None
@@ -85,6 +88,7 @@ class Value:
     returned_by: list[str] = field(default_factory=list)
     unread_by: list[str] = field(default_factory=list)
     taken_by: list[str] = field(default_factory=list)
+    made_in: tuple[str, str] | None = None
 
 
 @dataclass(eq=False)
@@ -270,6 +274,8 @@ class _Recorder(TorchFunctionMode):
         self._alive: dict[int, weakref.ref[Tensor]] = {}
         self._num_values = 0
         self._stack: list[str] = []
+        self._counts: list[Counter[str]] = []  # of what the forwards of those have called
+        self._paths: dict[str, dict[int, str]] = {}  # of the modules inside another, by their ids
         self._entered: list[int] = []  # how many values there were when each of those began
         self._atoms: list[str] = []
         self._norms: list[str] = []
@@ -309,17 +315,21 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self._look_for_reads(_kind_of_function(func), (args, kwargs), result)
+        self._look_for_reads(kind_of_function(func), (args, kwargs), result)
         outside = not self._atoms and not self._norms
-        if outside and (_holds_tensors(result) or _kind_of_function(func) in _LEAVING):
+        if outside and (_holds_tensors(result) or kind_of_function(func) in _LEAVING):
             self._note_readers((args, kwargs))
         if self._wants_operations and not self._atoms and any(True for _ in _floating(result)):
-            kind = _kind_of_function(func) if self._stack else OUTPUT_KIND
+            kind = kind_of_function(func) if self._stack else OUTPUT_KIND
+            role = self._next_role(kind) if self._stack else None
             if kwargs.get("alpha", 1) != 1:
                 kind = f"scaled {kind}"  # not the sum of its terms
             if kind == "batch_norm" and not self._is_norms_own(args, kwargs):
                 kind = "functional batch_norm"  # of statistics that only the caller knows
-            self._note(kind, None, self._stack[-1] if self._stack else "", (args, kwargs), result)
+            caller = self._stack[-1] if self._stack else ""
+            operation = self._note(kind, None, caller, (args, kwargs), result)
+            if operation is not None and role is not None and isinstance(result, Tensor):
+                operation.outputs[0].made_in = caller, role
         return result
 
     def _look_for_reads(self, kind: str, given: Any, made: Any) -> None:
@@ -339,13 +349,33 @@ class _Recorder(TorchFunctionMode):
                 if any(f"{parameter}.".startswith(f"{a}." if a else "") for a in self._atoms):
                     continue
                 holders = [n for m, n in self._holders.get(parameter, ()) if id(m) in running]
-                self.flow.calls.update(holders)  # `layer.forward(x)`, of which no hook knows
+                # `layer.forward(x)`, of which no hook knows.
+                self.flow.calls.update(n for n in holders if n not in self._stack)
                 if not holders and read not in self.flow.reads:
                     self.flow.reads.append(read)
         elif alone:
             for tensor in _floating(made):
                 self._made_of.setdefault(id(tensor), parameters)
                 self._follow(tensor)
+
+    def _next_role(self, kind: str) -> str:
+        """The role of what the running forward has just called."""
+        counts = self._counts[-1]
+        counts[kind] += 1
+        return function_role(kind, counts[kind] - 1)
+
+    def _role_of_call(self, child: nn.Module) -> str | None:
+        """The role of a child that has just run in the running forward; None for others."""
+        caller = self._stack[-1]
+        if caller not in self._paths:
+            inside = self._modules[caller].named_modules()
+            self._paths[caller] = {id(module): path for path, module in inside if path}
+        path = self._paths[caller].get(id(child))
+        if path is None or "-" in path:
+            return None
+        counts = self._counts[-1]
+        counts[f"{path}()"] += 1
+        return call_role(path, counts[f"{path}()"] - 1)
 
     def _is_norms_own(self, args: Any, kwargs: Any) -> bool:
         """Whether the module that calls `batch_norm` is a BatchNorm, and calls it for itself."""
@@ -388,6 +418,7 @@ class _Recorder(TorchFunctionMode):
     def _enter(self, name: str, module: nn.Module, atom: bool, args: Any, kwargs: Any) -> None:
         self.flow.calls[name] += 1
         self._stack.append(name)
+        self._counts.append(Counter())
         if takes_means_away(module) and not self._atoms:
             self._norms.append(name)
         first = next(_floating((args, kwargs)), None) if self._wants_operations else None
@@ -404,6 +435,7 @@ class _Recorder(TorchFunctionMode):
         if norm:
             self._norms.pop()
         self._stack.pop()
+        self._counts.pop()
         entered = self._entered.pop()
         if self._atoms:
             return
@@ -417,7 +449,10 @@ class _Recorder(TorchFunctionMode):
         if not self._wants_operations:
             return
         if atom:
-            self._note(_own_class(module).__name__, module, name, given, result)
+            operation = self._note(_own_class(module).__name__, module, name, given, result)
+            role = self._role_of_call(module) if self._stack else None
+            if operation is not None and role is not None and isinstance(result, Tensor):
+                operation.outputs[0].made_in = self._stack[-1], role
         if first is not None:
             value = self._value(first)
             if value.number >= entered:
@@ -425,20 +460,24 @@ class _Recorder(TorchFunctionMode):
                 if not value.consumers:
                     value.unread_by.append(name)
 
-    def _note(self, kind: str, module: nn.Module | None, name: str, given: Any, made: Any) -> None:
+    def _note(
+        self, kind: str, module: nn.Module | None, name: str, given: Any, made: Any
+    ) -> Operation | None:
+        """Add an operation; None for one that is not there in evaluation."""
         inputs = [self._value(t) for t in _floating(given) if id(t) not in self._parameters]
         results = [*_floating(made)]
         is_identity = kind in IDENTITIES and not (module is not None and is_quantized(module))
         if is_identity and len(inputs) == len(results) == 1:
             self._values[id(results[0])] = inputs[0]
             self._follow(results[0])
-            return
+            return None
         operation = Operation(kind, module, name, inputs, [])
         for value in inputs:
             value.consumers.append(operation)
         # An operation in place returns the tensor it was given: from here on that is a new value.
         operation.outputs = [self._new(t, operation) for t in results]
         self.flow.operations.append(operation)
+        return operation
 
     def _value(self, tensor: Tensor) -> Value:
         return self._values.get(id(tensor)) or self._new(tensor, None)
@@ -482,13 +521,3 @@ def _floating(structure: Any) -> Iterator[Tensor]:
 
 def _holds_tensors(structure: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in tree_flatten(structure)[0])
-
-
-def _kind_of_function(function: Any) -> str:
-    """`add` for `torch.add`, `Tensor.add_`, `__add__`, `__radd__` and `__iadd__`."""
-    name: str = getattr(function, "__name__", str(function))
-    if name.startswith("__") and name.endswith("__"):
-        name = name.strip("_")
-        if name[:1] in "ri" and name[1:] in ("add", "mul", "sub", "truediv", "matmul"):
-            name = name[1:]
-    return name.rstrip("_")

@@ -25,8 +25,9 @@ from statqat_lightning.fake_quantizer import (
 )
 from statqat_lightning.fast_paths import set_fast_paths
 from statqat_lightning.formats import get_format, unsigned
+from statqat_lightning.function_results import set_pauses
 from statqat_lightning.insertion_report import InsertionReport, LayerReport, float_row
-from statqat_lightning.layer_kinds import GATE, KINDS, RECURRENT, gate_of_class
+from statqat_lightning.layer_kinds import GATE, KINDS, RECURRENT, gate_of_class, has_weights
 from statqat_lightning.module_names import aliases_by_name, modules_by_name, plain_name
 from statqat_lightning.observers import ObserverConfig
 from statqat_lightning.quantized_layer import (
@@ -165,11 +166,14 @@ def prepare(
             made[name] = LayerQuantizers()
     report = InsertionReport(
         tuple(
-            _quantized_row(name, module, made.get(name) or kept[name])
-            if name in chosen
-            else _float_row(name, module, assigned.get(name), unsupported[name])
+            row
             for name, module in modules.items()
             if name in chosen or name in layers
+            for row in (
+                _quantized_rows(name, module, made.get(name) or kept[name])
+                if name in chosen
+                else [_float_row(name, module, assigned.get(name), unsupported[name])]
+            )
         )
     )
     # Only now that nothing can fail any more:
@@ -179,6 +183,7 @@ def prepare(
     for name, quantizers in made.items():
         attach(modules[name], quantizers)
     set_fast_paths(model)
+    set_pauses(model, _has_results)
     if reads is not None:
         set_readers(model, reads.readers)
         report = report.updated(reads.rows)
@@ -227,7 +232,8 @@ def recipe_of(model: nn.Module) -> QuantRecipe:
         gate = quantizers.of_input(GATE)
         if quantizers.present():
             gates = None if gate is None else gate.spec
-            rules.append(QuantRule(full_name(name), weight, inputs, output, gates))
+            results = {role: q.spec for role, q in quantizers.results.items()}
+            rules.append(QuantRule(full_name(name), weight, inputs, output, gates, results))
     return QuantRecipe(rules)
 
 
@@ -236,7 +242,12 @@ def remove(model: nn.Module) -> None:
     for _, module, _ in quantized_layers(model):
         detach(module)
     set_fast_paths(model)
+    set_pauses(model, _has_results)
     show_weights(model)
+
+
+def _has_results(module: nn.Module) -> bool:
+    return is_quantized(module) and bool(attached(module).results)
 
 
 def _follows(module: nn.Module, rule: QuantRule) -> bool:
@@ -247,12 +258,14 @@ def _follows(module: nn.Module, rule: QuantRule) -> bool:
     weights, inputs, outputs, gates = rule.weights, rule.inputs, rule.outputs, rule.gates
     if has_own_forward(module):
         inputs = outputs = gates = None
+    results = {} if has_own_forward(module) else rule.by_result
     return (
         {name: q.spec for name, q in quantizers.weights.items()}
         == ({} if weights is None else dict.fromkeys(kind.weights(module), weights))
         and {name: q.spec for name, q in quantizers.inputs.items()}
         == ({} if inputs is None else dict.fromkeys(kind.inputs, inputs))
         | ({} if gates is None else {GATE: gates})
+        and {role: q.spec for role, q in quantizers.results.items()} == results
         and (quantizers.output and quantizers.output.spec) == outputs
     )
 
@@ -312,7 +325,17 @@ def _quantizers(
         inputs[GATE] = ActivationFakeQuantizer(name, rule.gates, config, device, GATE)
     if isinstance(rule.outputs, TensorSpec):
         output = ActivationFakeQuantizer(name, rule.outputs, config, device, OUTPUT)
-    quantizers = LayerQuantizers(weights, inputs, output)
+    if rule.results and (has_weights(kind) or gate_of_class(base_class(module)) is not None):
+        raise ValueError(
+            f"{name}: rule {rule.pattern!r} gives results of {', '.join(rule.by_result)}, but "
+            f"{base_class(module).__name__} calls no functions of a forward of its own; expected "
+            "the name of the module whose forward does."
+        )
+    results = {
+        role: ActivationFakeQuantizer(name, spec, config, device, role)
+        for role, spec in rule.by_result.items()
+    }
+    quantizers = LayerQuantizers(weights, inputs, output, results)
     for quantizer in quantizers.present():
         scale = quantizer.parameter_name
         if scale and hasattr(module, scale) and scale not in learned_scales(module):
@@ -426,8 +449,15 @@ def _float_row(
     return float_row(name, type_name(module), _count(module), reason)
 
 
-def _quantized_row(name: str, module: nn.Module, quantizers: LayerQuantizers) -> LayerReport:
-    return LayerReport(
+def _quantized_rows(name: str, module: nn.Module, quantizers: LayerQuantizers) -> list[LayerReport]:
+    """The row of a layer, and one for each result of a function in it."""
+    results = [
+        LayerReport(_name_of_result(name, role), "function", 0, output=describe(q))
+        for role, q in quantizers.results.items()
+    ]
+    if results and len(results) == len(quantizers.present()) and not _count(module):
+        return results
+    own = LayerReport(
         name,
         type_name(module),
         _count(module),
@@ -436,6 +466,11 @@ def _quantized_row(name: str, module: nn.Module, quantizers: LayerQuantizers) ->
         _describe_all([quantizers.output] if quantizers.output else []),
         remark=f"{_OWN_FORWARD}: inputs stay in float" if has_own_forward(module) else "",
     )
+    return [own, *results]
+
+
+def _name_of_result(layer: str, role: str) -> str:
+    return f"{layer}.{role}" if layer else role
 
 
 def rows_in_use(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -456,6 +491,9 @@ def rows_in_use(model: nn.Module) -> dict[str, dict[str, Any]]:
             "weight": _describe_all(q for q in quantizers.weights.values() if q in used),
             "output": _describe_all([quantizers.output] if quantizers.output in used else []),
         }
+        for role, q in quantizers.results.items():
+            output = describe(q) if q in used else None
+            rows[_name_of_result(name, role)] = {"output": output}
         if inputs:
             rows[name]["input"] = _describe_all(q for q in inputs if q in used)
             if not all(q in used for q in inputs):

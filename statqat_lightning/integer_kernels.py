@@ -133,6 +133,7 @@ def _passed(value: Value, reader: Operation, flow: Dataflow) -> list[Place]:
     """
     found = [(name, INPUT) for name in reversed(value.taken_by) if _is_around(name, reader)]
     found += [(name, OUTPUT) for name in reversed(value.returned_by)]
+    found += [] if value.made_in is None else [value.made_in]
     found = [(name, role) for name, role in found if flow.calls[name] == 1]
     maker = value.producer
     if maker is not None and maker.kind in KEEPING and len(maker.inputs) == 1:
@@ -144,7 +145,8 @@ def _ahead(value: Value, flow: Dataflow) -> list[Chain]:
     """The places between a value and each of those that read it or keep it on its grid."""
     chains: list[Chain] = []
     for reader in value.consumers:
-        own = [(name, OUTPUT) for name in value.returned_by]
+        own = [] if value.made_in is None else [value.made_in]
+        own += [(name, OUTPUT) for name in value.returned_by]
         own += [(name, INPUT) for name in value.taken_by if _is_around(name, reader)]
         here = tuple(place for place in own if flow.calls[place[0]] == 1)
         if reader.kind in (*KEEPING, *CLIPPING) and len(reader.inputs) == 1:
@@ -209,6 +211,7 @@ class IntegerQuantizers:
             if layer is None:
                 continue
             found = layer.output if role == OUTPUT else layer.of_input(role)
+            found = found or layer.results.get(role)
             if found is not None:
                 return found
         return None

@@ -30,9 +30,10 @@ from statqat_lightning.dataflow import (
     record,
 )
 from statqat_lightning.formats import CodebookFormat, IntFormat, get_format
-from statqat_lightning.insertion import assigned_rules
+from statqat_lightning.insertion import assigned_rules, has_own_forward
 from statqat_lightning.integer_kernels import MEANS, IntegerKernel
 from statqat_lightning.layer_kinds import gate_of_class, has_weights
+from statqat_lightning.module_names import modules_by_name
 from statqat_lightning.quantized_layer import base_class, kind_of
 from statqat_lightning.recipe import ROLES, QuantRecipe, QuantRule, TensorSpec, full_name
 from statqat_lightning.targets import LARGEST, TARGETS, Target, check_target
@@ -93,7 +94,7 @@ def place_in(flow: Dataflow, model: nn.Module, recipe: QuantRecipe, target: str)
             f"{', '.join(rules)}. Expected one of this very model, not of a copy: "
             "lambda: model(example)."
         )
-    return _Places(rules, flow, TARGETS[target]).placement()
+    return _Places(rules, flow, TARGETS[target], modules_by_name(model)).placement()
 
 
 class Settled(NamedTuple):
@@ -148,6 +149,7 @@ class _Places:
     rules: Mapping[str, QuantRule]
     flow: Dataflow
     target: Target
+    modules: Mapping[str, nn.Module]
     rounded: dict[Value, TensorSpec] = field(default_factory=dict)
     made: dict[Value, TensorSpec] = field(default_factory=dict)  # by convolutions and their sums
     of_layers: set[Value] = field(default_factory=set)  # those of them by convolutions alone
@@ -155,6 +157,7 @@ class _Places:
     computed: dict[Value, TensorSpec] = field(default_factory=dict)  # as functions of such values
     shared: set[Value] = field(default_factory=set)  # what is rounded for all that read it
     changed: dict[str, dict[str, TensorSpec | None]] = field(default_factory=dict)
+    results: dict[str, dict[str, TensorSpec]] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     joined: dict[Value, tuple[Value, ...]] = field(default_factory=dict)  # with one scale
     concatenated: dict[Value, list[Value]] = field(default_factory=dict)  # what a result is made of
@@ -173,7 +176,8 @@ class _Places:
                 value,
                 replace(self.rounded[group[0]], max_value=_limit(group), shared=names.get(value)),
             )
-        rules = [self._rule(name) for name in dict.fromkeys([*self.rules, *self.changed])]
+        names_of_rules = dict.fromkeys([*self.rules, *self.changed, *self.results])
+        rules = [self._rule(name) for name in names_of_rules]
         before = [
             name
             for name, specs in self.changed.items()
@@ -186,9 +190,11 @@ class _Places:
         given = self.rules.get(name)
         specs = {role: getattr(given, role) for role in ROLES} if given is not None else {}
         specs |= self.changed.get(name, {})
+        results = (given.by_result if given is not None else {}) | self.results.get(name, {})
         if not self.target.unsigned_codes:
             specs = {role: None if spec is None else _signed(spec) for role, spec in specs.items()}
-        return QuantRule(full_name(name), **specs)
+            results = {role: _signed(spec) for role, spec in results.items()}
+        return QuantRule(full_name(name), **specs, results=results)
 
     def _need_layers(self) -> None:
         """Inputs of integer layers, and what convolutions give on."""
@@ -207,16 +213,21 @@ class _Places:
         A function of such a tensor is rounded only where one of these takes it.
         """
         for operation in self.flow.operations:
-            terms = operation.inputs
+            terms = _terms(operation)
             known = [spec for value in terms if (spec := self._origin(value)) is not None]
             if not known:
                 continue
             joins = operation.kind in _JOINING and len(terms) > 1
-            if operation.kind in FUNCTIONS and len(terms) == 1:
+            if (operation.kind in FUNCTIONS and len(terms) == 1) or _scales_channels(operation):
                 self.computed[operation.outputs[0]] = known[0]
             if not joins and operation.kind not in MEANS:
                 continue
             if not (self.target.rounds_outputs or self._reaches_layer(operation.outputs[0])):
+                continue
+            if operation.kind == "add" and self._stays_in_float(operation.outputs[0]):
+                for value in set(terms) & self.of_layers:
+                    if len(value.consumers) == 1:
+                        self._leave(value)
                 continue
             if joins and self._needs_one_scale(operation):
                 if self._keeps_to_layer(operation):
@@ -224,15 +235,32 @@ class _Places:
                 continue
             fused = self._fused_term(operation) if self.target.sums_in_float else None
             if fused is not None:
-                self.rounded.pop(fused, None)
-                self.shared.discard(fused)
+                self._leave(fused)
             for value in terms:
                 if value is fused:
                     continue
-                self.rounded.setdefault(value, known[0])
-                self.shared.add(value)
+                whole = _whole(value)
+                self.rounded.setdefault(whole, known[0])
+                self.shared.add(whole)
             if joins:
                 self._round_end(operation, known[0])
+
+    def _leave(self, value: Value) -> None:
+        self.rounded.pop(value, None)
+        self.shared.discard(value)
+
+    def _stays_in_float(self, value: Value) -> bool:
+        """Whether all that reads a value are sums, and what wants floats, such as a LayerNorm.
+
+        Where sums are computed in float, further sums can do with that.
+        """
+        integers = (*_JOINING, *MEANS, *NORMS, *self.target.fused)
+        others = [o for o in _behind_kept(value) if o.kind != "add"]
+        return (
+            self.target.sums_in_float
+            and bool(others)
+            and all(o.kind not in integers and self._spec_of(o) is None for o in others)
+        )
 
     def _round_gates(self) -> None:
         """The gates of activations whose input and output are rounded."""
@@ -250,6 +278,7 @@ class _Places:
     def _round_end(self, operation: Operation, spec: TensorSpec) -> None:
         end = _end_of(operation.outputs[0], self.target)
         wanted = self.target.rounds_outputs or self._reaches_layer(end)
+        wanted = wanted and not self._stays_in_float(end)
         if wanted and (self.target.rounds_all or not _is_result(end)):
             self.rounded.setdefault(end, spec)
             self.made[end] = spec
@@ -286,6 +315,7 @@ class _Places:
                 self._spec_of(reader) is not None
                 or (
                     reader.kind in (*KEEPING, *_JOINING, *MEANS, *NORMS, *self.target.fused)
+                    and not _scales_channels(reader)
                     and any(map(self._reaches_layer, reader.outputs))
                     and (not self._needs_one_scale(reader) or self._keeps_to_layer(reader))
                 )
@@ -371,6 +401,10 @@ class _Places:
                     self._change(layer.name, inputs=None)
                 return
             ahead = _kept(ahead)
+        if self._put_where_made(value, spec):
+            for layer in layers:
+                self._change(layer.name, inputs=None)
+            return
         for layer in layers:
             self._change(layer.name, inputs=spec)
         if len(layers) < len(readers):
@@ -391,6 +425,19 @@ class _Places:
             if name and calls[name] == 1 and name not in with_weights and _reads_all(name, readers):
                 return name, "inputs"
         return None
+
+    def _put_where_made(self, value: Value, spec: TensorSpec) -> bool:
+        """Round the result of a function in the forward that calls it; whether that is possible."""
+        if value.made_in is None:
+            return False
+        caller, role = value.made_in
+        module = self.modules[caller]
+        if self.flow.calls[caller] != 1 or not role.replace("-", "_").isidentifier():
+            return False
+        if hasattr(module, f"{role}_scale") or has_own_forward(module):
+            return False
+        self.results.setdefault(caller, {})[role] = spec
+        return True
 
     def _is_on_grid(self, value: Value) -> bool:
         """Whether a value consists of values that are rounded already."""
@@ -423,9 +470,49 @@ class _Places:
 def _end_of(value: Value, target: Target) -> Value:
     """What the runtime computes together: BatchNorm and ReLU behind a layer are part of it."""
     for kinds in (NORMS, target.fused):
+        while len(value.consumers) == 1 and target.sums_in_float:
+            if not _scales_channels(value.consumers[0]):
+                break
+            value = value.consumers[0].outputs[0]
         if len(value.consumers) == 1 and value.consumers[0].kind in kinds:
             value = value.consumers[0].outputs[0]
     return value
+
+
+def _terms(operation: Operation) -> list[Value]:
+    """What an operation reads that is not made of parameters alone."""
+    return [value for value in operation.inputs if not _is_constant(value)]
+
+
+def _scales_channels(operation: Operation) -> bool:
+    """Whether an operation is a product with parameters, such as a LayerScale."""
+    return operation.kind == "mul" and operation.module is None and len(_terms(operation)) == 1
+
+
+def _is_constant(value: Value) -> bool:
+    """Whether functions have made a value of parameters alone, as of the scales of channels."""
+    maker = value.producer
+    return maker is not None and maker.module is None and all(map(_is_constant, maker.inputs))
+
+
+def _whole(value: Value) -> Value:
+    """What a value is a part of: that is rounded once, ahead of `chunk` and `split`."""
+    maker = value.producer
+    while maker is not None and maker.kind in KEEPING and len(maker.outputs) > 1:
+        value = maker.inputs[0]
+        maker = value.producer
+    return value
+
+
+def _behind_kept(value: Value) -> list[Operation]:
+    """All that reads a value, and what leaves it on its grid."""
+    found: list[Operation] = []
+    for reader in value.consumers:
+        if reader.kind in KEEPING:
+            found += [o for output in reader.outputs for o in _behind_kept(output)]
+        elif reader.kind != OUTPUT_KIND:
+            found.append(reader)
+    return found
 
 
 def _kept(value: Value) -> Value | None:

@@ -23,6 +23,7 @@ from statqat_lightning.fake_quantizer import (
     WeightFakeQuantizer,
     recomputing,
 )
+from statqat_lightning.function_results import FunctionResults, warn_of_other_counts
 from statqat_lightning.layer_kinds import (
     GATE,
     RECURRENT,
@@ -41,6 +42,8 @@ class LayerQuantizers:
         weights: By name of the parameter.
         inputs: By name of the input, see `LayerKind`.
         output: That of the output, or None.
+        results: Those of results of functions that the forward calls, see `function_results`.
+        counts: How often the forward called each kind of those when it first ran.
         weight, input: Those of these names, or None: most layers have no others.
         shown: Quantized weights that the layer's attributes hold while a module runs that reads
             them without calling the layer, see `weight_views`.
@@ -55,10 +58,13 @@ class LayerQuantizers:
         weights: Mapping[str, WeightFakeQuantizer] | None = None,
         inputs: Mapping[str, ActivationFakeQuantizer] | None = None,
         output: ActivationFakeQuantizer | None = None,
+        results: Mapping[str, ActivationFakeQuantizer] | None = None,
     ) -> None:
         self.weights = dict(weights or {})
         self.inputs = dict(inputs or {})
         self.output = output
+        self.results = dict(results or {})
+        self.counts: dict[str, int] | None = None
         self.weight = self.weights.get(WEIGHT)
         self.input = self.inputs.get(INPUT)
         self.shown: dict[str, Tensor] = {}
@@ -95,12 +101,12 @@ class LayerQuantizers:
         return self.inputs.get(role)
 
     def present(self) -> list[FakeQuantizer]:
-        """All of them: weights, inputs, output."""
+        """All of them: weights, inputs, results of functions, output."""
         return [*self.weights.values(), *self.activations()]
 
     def activations(self) -> list[ActivationFakeQuantizer]:
-        """Those of inputs, then that of the output."""
-        found = list(self.inputs.values())
+        """Those of inputs, then those of results of functions, then that of the output."""
+        found = [*self.inputs.values(), *self.results.values()]
         return found if self.output is None else [*found, self.output]
 
 
@@ -309,7 +315,7 @@ def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., 
         try:
             attributes.update(values)
             with inputs.not_kept():
-                result = base.forward(self, *args, **kwargs)
+                result = _called(base, self, quantizers, args, kwargs)
         finally:
             for name, value in previous.items():
                 if value is missing:
@@ -319,6 +325,23 @@ def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., 
         return with_output(quantizers.output, result)
 
     return forward
+
+
+def _called(
+    base: type[nn.Module], module: Any, quantizers: LayerQuantizers, args: Any, kwargs: Any
+) -> Any:
+    """What the class's own forward returns, with results of its functions quantized."""
+    if not quantizers.results:
+        return base.forward(module, *args, **kwargs)
+    with FunctionResults(module, quantizers.results) as mode:
+        result = base.forward(module, *args, **kwargs)
+    if not torch.compiler.is_compiling():
+        if quantizers.counts is None:
+            quantizers.counts = mode.counts
+        elif mode.counts != quantizers.counts:
+            name = next(iter(quantizers.results.values())).layer
+            warn_of_other_counts(name, quantizers.counts, mode.counts)
+    return result
 
 
 def _attention_forward(

@@ -14,10 +14,14 @@ import yaml
 from torch import nn
 
 from statqat_lightning.formats import IntFormat, at_least_bits, get_format, unsigned
+from statqat_lightning.function_results import is_result
 from statqat_lightning.layer_kinds import KINDS
 from statqat_lightning.tensor_spec import TensorSpec as TensorSpec
 
 ROLES = ("weights", "inputs", "outputs", "gates")
+
+Results = tuple[tuple[str, TensorSpec], ...]
+"""Specifications of results of functions, by name."""
 
 DEFAULT = "default"
 """Stands for an argument that nobody gave: what it means depends on what comes beside it."""
@@ -66,6 +70,10 @@ class QuantRule:
             quantized there is the first argument of their forward.
         gates: Specification of what an activation multiplies its input with, likewise: the sigmoid
             of `nn.SiLU`. Some runtimes compute such activations in integers only if it is rounded.
+        results: Specifications of results of functions that a module's own forward calls, by name:
+            `{"add": "int8", "cat_1": "int8"}` for the first sum and the second concatenation in it.
+            Those of a child that runs several times are `relu_call`, `relu_call_1` and so on. A
+            rule with these alone matches modules by their full name or their type.
     """
 
     pattern: str
@@ -73,6 +81,7 @@ class QuantRule:
     inputs: TensorSpec | str | None = None
     outputs: TensorSpec | str | None = None
     gates: TensorSpec | str | None = None
+    results: Mapping[str, TensorSpec | str] | Results = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", weight_spec(self.weights))
@@ -92,8 +101,11 @@ class QuantRule:
                 re.compile(self.pattern[3:])
             except re.error as error:
                 raise ValueError(f"QuantRule: got pattern {self.pattern!r}: {error}.") from error
+        object.__setattr__(self, "results", _results_of(self.results))
         for role in ROLES:
             _check_role(role, getattr(self, role))
+        for name, spec in self.by_result.items():
+            _check_role(f"results, {name}", spec)
         if self.only_outputs and self.pattern == "*":
             raise ValueError(
                 "QuantRule: got pattern '*' with outputs alone, which would round the output of "
@@ -103,12 +115,19 @@ class QuantRule:
     @property
     def quantizes(self) -> bool:
         """Whether there is anything that the layers get."""
-        return any(getattr(self, role) is not None for role in ROLES)
+        return bool(self.results) or any(getattr(self, role) is not None for role in ROLES)
+
+    @property
+    def by_result(self) -> dict[str, TensorSpec]:
+        """Specifications of results of functions, by name."""
+        pairs = self.results.items() if isinstance(self.results, Mapping) else self.results
+        return {name: spec for name, spec in pairs if isinstance(spec, TensorSpec)}
 
     @property
     def only_outputs(self) -> bool:
         """Whether outputs are all that is quantized."""
-        return self.outputs is not None and self.weights is None and self.inputs is None
+        others = self.weights is not None or self.inputs is not None or bool(self.results)
+        return self.outputs is not None and not others
 
     def matches(self, name: str, module: nn.Module, position: int, num_layers: int) -> bool:
         """Whether the pattern matches a layer at `position` among `num_layers` candidates."""
@@ -133,7 +152,8 @@ class QuantRule:
         """Whether it may give quantizers to the module of a name that has no weights."""
         if self.weights is not None or not self.quantizes:
             return False
-        return self.only_outputs or self._is_full(name)
+        only_results = bool(self.results) and self.inputs is None
+        return self.only_outputs or self._is_full(name) or (only_results and self.names(name))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -142,7 +162,30 @@ class QuantRule:
             spec = getattr(self, role)
             if spec is not None:
                 entries[role] = spec.to_dict()
+        if self.results:
+            entries["results"] = {name: spec.to_dict() for name, spec in self.by_result.items()}
         return entries
+
+
+def _results_of(results: Any) -> Results:
+    """Specifications of results of functions, in a form that can be hashed."""
+    if not isinstance(results, (Mapping, tuple)):
+        raise TypeError(
+            f"results: got {results!r}; expected formats by name, as in {{'add': 'int8'}}."
+        )
+    pairs = results.items() if isinstance(results, Mapping) else results
+    found = []
+    for name, given in pairs:
+        if not is_result(name):
+            raise ValueError(
+                f"QuantRule: got {name!r} in results; expected the name of a function and its "
+                "number, such as 'add' or 'add_1'."
+            )
+        spec = activation_spec(given, f"results, {name}")
+        if spec is None:
+            raise ValueError(f"QuantRule: got None for {name!r} in results; leave it out instead.")
+        found.append((name, spec))
+    return tuple(found)
 
 
 def full_name(name: str) -> str:
@@ -334,9 +377,17 @@ class QuantRecipe:
             raise ValueError(f"recipe: got rules={data['rules']!r}; expected a list of rules.")
         rules = []
         for number, entry in enumerate(data["rules"]):
-            _expect_keys(f"rule {number}", entry, {"pattern", *ROLES}, required={"pattern"})
+            known = {"pattern", *ROLES, "results"}
+            _expect_keys(f"rule {number}", entry, known, required={"pattern"})
             specs = {role: _spec_from(f"rule {number}, {role}", entry.get(role)) for role in ROLES}
-            rules.append(QuantRule(entry["pattern"], **specs))
+            results = entry.get("results") or {}
+            if not isinstance(results, Mapping):
+                raise ValueError(
+                    f"rule {number}, results: got {results!r}; expected formats by name, as in "
+                    "{add: int8}."
+                )
+            named: Any = {n: _spec_from(f"rule {number}, {n}", s) for n, s in results.items()}
+            rules.append(QuantRule(entry["pattern"], **specs, results=named))
         return cls(rules)
 
     def to_yaml(self, path: str | Path) -> None:
@@ -363,7 +414,8 @@ def _refuse_shadowed(rule: QuantRule, taken_by: Sequence[QuantRule]) -> None:
     A catch-all is for what is left, and that may be nothing; so may be the layer at a position.
     """
     means_the_rest = rule.pattern == "*" or rule.pattern.startswith("position:")
-    if means_the_rest or any(all(_same(rule, t, role) for role in ROLES) for t in taken_by):
+    roles = (*ROLES, "results")
+    if means_the_rest or any(all(_same(rule, t, role) for role in roles) for t in taken_by):
         return
     earlier = ", ".join(dict.fromkeys(repr(t.pattern) for t in taken_by))
     raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.fake_quantizer import OUTPUT
+from statqat_lightning.function_results import is_result
 from statqat_lightning.layer_kinds import INPUT_ROLES
 from statqat_lightning.plots import new_figure, save_figure
 from statqat_lightning.quantized_layer import weight_of
@@ -135,10 +136,11 @@ def plot_snr(histories: Mapping[str, History], path: str | Path) -> None:
     for column, (title, history) in enumerate(histories.items()):
         for name in names:
             layer, _, role = name.rpartition("/")
-            axis = axes[int(role in (*INPUT_ROLES, OUTPUT)), column]
+            not_weight = role in (*INPUT_ROLES, OUTPUT) or is_result(role)
+            axis = axes[int(not_weight), column]
             points = [(step, row[name]) for step, row in history if name in row]
             if points:
-                style = "--" if role == OUTPUT else "-"
+                style = "--" if role == OUTPUT or is_result(role) else "-"
                 steps, decibels = zip(*points, strict=True)
                 axis.plot(steps, decibels, style, color=colors[layer], linewidth=1.3)
         for axis in axes[:, column]:

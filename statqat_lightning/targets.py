@@ -26,6 +26,7 @@ class Target:
             a gate, in integers if that is rounded, too.
         unsigned_codes: Whether what is never negative may be unsigned.
         signed_codes: Whether signed inputs and outputs are int8 around 0, and not uint8 around 128.
+        needs_biases: Whether it computes convolutions without a bias wrongly.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Target:
     splits_gates: bool = False
     unsigned_codes: bool = True
     signed_codes: bool = False
+    needs_biases: bool = False
 
 
 CLIPPING = ("relu", "ReLU", "relu6", "ReLU6")
@@ -66,7 +68,8 @@ TARGETS = {
         # OpenVINO 2026.4, low precision transformations and fusing of the CPU plugin: functions of
         # single values run on the float32 sums of a layer, as do the bias and a residual sum. With
         # rounding between a convolution and a sum, a third of the codes of the sum were off. Zero
-        # points of inputs cost convolutions a fifth of their time.
+        # points of inputs cost convolutions a fifth of their time. Where several read the float
+        # output of a convolution in int8 that has no bias, some get it without its scale.
         Target(
             name="openvino",
             title="OpenVINO",
@@ -74,6 +77,7 @@ TARGETS = {
             sums_in_float=True,
             concatenates_codes=True,
             signed_codes=True,
+            needs_biases=True,
         ),
         # TensorRT 10, explicit quantization in its documentation: codes are symmetric int8; inputs
         # of products are rounded, and the other term of a sum, but nothing between a convolution

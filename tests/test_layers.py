@@ -35,6 +35,7 @@ ROWS: list[set[str]] = [
         "module_names",
         "batch_norm",
         "targets",
+        "function_results",
     },
     {
         "recipe",

@@ -269,8 +269,9 @@ def test_a_tensor_that_was_read_before_it_is_returned_is_rounded_for_all_who_rea
     rounded = placed(model).recipe
     prepare(model, recipe=rounded)
     quantizers = {layer.name: layer.quantizers for layer in quantized_layers(model)}
-    assert "inner" not in quantizers or quantizers["inner"].output is None
-    assert quantizers["inner.conv"].of_input("input") is not None
+    assert {*quantizers["inner"].results} == {"mul", "relu"}  # where they are made
+    assert quantizers["inner"].output is None
+    assert quantizers["inner.conv"].of_input("input") is None
 
 
 def test_without_a_target_convolutions_before_sums_are_in_float(tmp_path: Path) -> None:
@@ -364,9 +365,10 @@ def test_layers_that_rules_leave_in_float_stay_in_float() -> None:
 
     placement = placed(Residual(), recipe)
 
-    assert "blocks.0.conv2" not in {rule.pattern for rule in placement.recipe.rules}
-    assert len(placement.left) == 1
-    assert "read by blocks.0.conv2, " in placement.left[0]  # so the layer before gives on floats
+    rules = {rule.pattern: rule for rule in placement.recipe.rules}
+    assert "blocks.0.conv2" not in rules
+    assert placement.left == ()
+    assert {*dict(rules["blocks.0"].results)} == {"relu_call"}  # of the layer before
 
 
 def test_sums_of_linear_layers_stay_in_float() -> None:
@@ -382,7 +384,7 @@ def test_sums_of_linear_layers_stay_in_float() -> None:
     }
 
 
-def test_a_sum_that_no_module_returns_is_reported() -> None:
+def test_what_no_module_returns_is_rounded_where_functions_make_it() -> None:
     class Functional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -396,12 +398,41 @@ def test_a_sum_that_no_module_returns_is_reported() -> None:
 
     placement = placed(Functional())
 
-    assert len(placement.left) == 2
-    assert "'tanh'" in placement.left[0]
-    assert "read by b, add" in placement.left[0]
+    assert placement.left == ()
     rules = {rule.pattern: rule for rule in placement.recipe.rules}
-    assert rules["b"].inputs is not None  # rounded there, at least
+    assert [name for name, _ in rules[""].results] == ["tanh", "relu"]
+    assert rules["b"].inputs is None
     assert rules["b"].outputs is not None
+
+
+def test_a_result_in_a_module_that_runs_twice_is_reported() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+            x = torch.tanh(a(x))
+            out: Tensor = b(x) + x
+            return out
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part()
+            self.layers = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b, c, d = self.layers
+            out: Tensor = self.part(self.part(x, a, b), c, d)
+            return out
+
+    placement = placed(Twice())
+
+    assert len(placement.left) == 2
+    assert "'tanh' in part, read by layers.1, part" in placement.left[0]
+    rules = {rule.pattern: rule for rule in placement.recipe.rules}
+    assert rules["layers.1"].inputs is not None  # rounded there, at least
 
 
 def test_formats_the_target_cannot_run_are_refused() -> None:

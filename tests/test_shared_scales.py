@@ -292,16 +292,21 @@ def test_what_a_norm_takes_is_not_rounded_where_it_is_concatenated() -> None:
 
 
 def test_what_cannot_be_rounded_keeps_the_result_rounded() -> None:
-    """A term that no module returns is named, and the layer behind rounds what it is given."""
+    """A term of a module that runs twice is named, and the layer behind rounds what it is given."""
+
+    class Pooled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.avg_pool2d(F.softplus(x), 3, 1, 1)
 
     class Functions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(16, 4, 1)
+            self.pooled = Pooled()
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
-            joined = torch.cat((x, F.avg_pool2d(F.softplus(x), 3, 1, 1)), 1)
+            x = self.first(self.pooled(x))
+            joined = torch.cat((x, self.pooled(x)), 1)
             out: Tensor = self.last(joined)
             return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -305,13 +306,19 @@ class Fork(nn.Module):
         return out
 
 
-def fork(inputs_of_b: str) -> tuple[nn.Module, tuple[IntegerKernel, ...]]:
+def fork(inputs_of_b: str, at_readers: bool = False) -> tuple[nn.Module, tuple[IntegerKernel, ...]]:
+    """A network in which two layers read one tensor, which each of them may round for itself."""
     torch.manual_seed(0)
     x = torch.randn(16, 3, 8, 8)
     model = Fork().eval()
     rules = [QuantRule("b", "int8", inputs_of_b), QuantRule("*", "int8", "int8")]
     recipe = place(model, QuantRecipe(rules), lambda: model(x), "onnxruntime").recipe
     steps = integer_kernels(record(model, lambda: model(x)))
+    if at_readers:
+        rules = {rule.pattern: rule for rule in recipe.rules}
+        ((_, spec),) = rules.pop("").results
+        rules |= {name: replace(rules[name], inputs=spec) for name in ("c", "d")}
+        recipe = QuantRecipe([*rules.values()])
     return observed(model, recipe, x), steps
 
 
@@ -326,7 +333,7 @@ def test_a_layer_is_settled_by_what_rounds_its_own_input() -> None:
 
 
 def test_readers_of_one_tensor_keep_one_scale(tmp_path: Path) -> None:
-    model, steps = fork("int8")
+    model, steps = fork("int8", at_readers=True)
     layers = {layer.name: layer.quantizers for layer in quantized_layers(model)}
     c, d = layers["c"].input, layers["d"].input
     assert c is not None

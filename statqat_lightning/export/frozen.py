@@ -21,6 +21,7 @@ from statqat_lightning.fake_quantizer import (
     WeightFakeQuantizer,
 )
 from statqat_lightning.formats import Format
+from statqat_lightning.function_results import FunctionResults, is_result, set_pauses
 from statqat_lightning.functional import QParams, dequantize, quantize
 from statqat_lightning.granularity import Granularity
 from statqat_lightning.layer_kinds import (
@@ -99,7 +100,8 @@ class FrozenLayer(nn.Module):
 
     Attributes:
         frozen_weights: Weights that consist of codes, by role.
-        frozen_activations: Inputs that are rounded, and the output, by role.
+        frozen_activations: Inputs that are rounded, results of functions that the forward calls,
+            and the output, by role.
         weight_dtype: The model's own precision, in which weights are read.
     """
 
@@ -150,10 +152,22 @@ class FrozenLayer(nn.Module):
                 names: Any = self._flat_weights_names
                 self.__dict__["_flat_weights"] = [getattr(self, name) for name in names]
             try:
-                result = super().forward(*args, **kwargs)
+                result = self._called(*args, **kwargs)
             finally:
                 self._forget_flat_weights()
         return with_output(self._rounding(OUTPUT), result)
+
+    def _called(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, in which results of functions are rounded."""
+        results = {
+            role: rounding
+            for role in self.frozen_activations
+            if is_result(role) and (rounding := self._rounding(role)) is not None
+        }
+        if not results:
+            return super().forward(*args, **kwargs)
+        with FunctionResults(self, results):
+            return super().forward(*args, **kwargs)
 
     def _gated(self, input: Tensor) -> Tensor:  # named as in torch
         rounding = self._rounding(INPUT)
@@ -265,6 +279,7 @@ def freeze_quietly(model: nn.Module) -> nn.Module:
     for name, module, quantizers in quantized_layers(frozen):
         _freeze_layer(name, module, quantizers)
     show_weights(frozen)
+    set_pauses(frozen, lambda m: any(map(is_result, getattr(m, "frozen_activations", ()))))
     for encoder in frozen.modules():
         encoder.__dict__.pop("_statqat_nested", None)
     if not frozen_layers(frozen):

@@ -23,6 +23,7 @@ from statqat_lightning.export.native import KEY, read_header
 from statqat_lightning.export.runtimes import constant_weights, require_onnx
 from statqat_lightning.fake_quantizer import OUTPUT
 from statqat_lightning.formats import BlockFormat, get_format
+from statqat_lightning.function_results import is_result
 from statqat_lightning.functional import QParams, fake_quantize, snr_db
 from statqat_lightning.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor
 from statqat_lightning.layer_kinds import INPUT_ROLES
@@ -86,7 +87,8 @@ class Inspection:
                 ]
                 lines.append(f"  {rule.pattern}: {', '.join(parts)}")
         columns = ["weight", "input"]
-        columns += ["output"] * any(OUTPUT in tensors for tensors in self.layers.values())
+        roles = {role for tensors in self.layers.values() for role in tensors}
+        columns += ["output"] * any(_column(role) == "output" for role in roles)
         cells = [("layer", *columns)]
         for name, tensors in self.layers.items():
             found = [_in_words(tensors, column) for column in columns]
@@ -101,7 +103,7 @@ def _in_words(tensors: Mapping[str, TensorEntry], column: str) -> str:
 
 
 def _column(role: str) -> str:
-    if role == OUTPUT:
+    if role == OUTPUT or is_result(role):
         return "output"
     return "input" if role in INPUT_ROLES else "weight"
 

@@ -26,6 +26,7 @@ from statqat_lightning.export.stale import remember_weights
 from statqat_lightning.export.wording import some
 from statqat_lightning.fake_quantizer import OUTPUT, FakeQuantizer
 from statqat_lightning.formats import at_least_bits, get_format
+from statqat_lightning.function_results import is_result
 from statqat_lightning.functional import QParams, dequantize
 from statqat_lightning.granularity import get_granularity
 from statqat_lightning.insertion import prepare, remove
@@ -259,15 +260,17 @@ class _Entry:
         return [self.key(name) for name in names]
 
     def rule(self) -> QuantRule:
-        inputs = (part for role, part in self.activations.items() if role not in (OUTPUT, GATE))
-        parts = (
-            next(iter(self.weights.values()), None),
-            next(inputs, None),
-            self.activations.get(OUTPUT),
-            self.activations.get(GATE),
+        named = {role: _spec(part) for role, part in self.activations.items() if is_result(role)}
+        others = (OUTPUT, GATE, *named)
+        inputs = (part for role, part in self.activations.items() if role not in others)
+        return QuantRule(
+            full_name(self.name),
+            _spec(next(iter(self.weights.values()), None)),
+            _spec(next(inputs, None)),
+            _spec(self.activations.get(OUTPUT)),
+            _spec(self.activations.get(GATE)),
+            {role: spec for role, spec in named.items() if spec is not None},
         )
-        specs = (None if part is None else TensorSpec(**part["spec"]) for part in parts)
-        return QuantRule(full_name(self.name), *specs)
 
     def codes(self, role: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Codes of a weight, uint8 in its shape."""
@@ -322,6 +325,10 @@ class _Entry:
         if self.key(name) not in tensors:
             raise ValueError(f"{self.where}: {name} is missing. The file is damaged; export again.")
         return tensors[self.key(name)]
+
+
+def _spec(part: Mapping[str, Any] | None) -> TensorSpec | None:
+    return None if part is None else TensorSpec(**part["spec"])
 
 
 def _restore(quantizer: FakeQuantizer, fmt: str, scale: Tensor) -> None:

@@ -70,6 +70,13 @@ MOST_BYTES = 2**28
 file holds it in memory several times; weights in a file of their own are streamed and mapped."""
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "ml_dtypes")
 
+_NEXT_TO_NOTHING = 1e-30
+"""A bias that changes no sum, and that no optimizer takes for none."""
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+
 # The optimizer computes ahead of time what is constant, and would turn codes into float weights. It
 # leaves alone what has more elements than this: the smallest table has 16.
 _MOST_FOLDED = 15
@@ -139,6 +146,8 @@ def save_onnx(
     outputs = call.run(frozen)
     folded = fold_batch_norm(frozen, call)
     frozen = folded.model
+    if TARGETS[target].needs_biases:
+        _give_biases(frozen)
     use_operators(frozen)
     metadata: dict[str, Any] = {"library_version": library_version(), "folded": folded.axes}
     if remarks:
@@ -160,6 +169,18 @@ def save_onnx(
     del graph
     if is_large:
         gc.collect()
+
+
+@torch.no_grad()
+def _give_biases(frozen: nn.Module) -> None:
+    """Give convolutions a bias that is not zero, in place, where they have none."""
+    for _, layer in frozen_layers(frozen):
+        bias = layer._parameters.get("bias")
+        if isinstance(layer, _CONVOLUTIONS) and (bias is None or not bias.any()):
+            channels: Any = layer.out_channels
+            layer.register_parameter(
+                "bias", nn.Parameter(torch.full((channels,), _NEXT_TO_NOTHING), False)
+            )
 
 
 def _bytes_of(graph: Any) -> int:

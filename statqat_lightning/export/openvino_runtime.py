@@ -137,18 +137,22 @@ def load(path: Path) -> Runtime:
 
 def layers_in_float(path: Path) -> list[str]:
     """Quantized layers of an `.onnx` file that OpenVINO computes in float on this machine."""
-    in_integers = {
-        known
+    in_integers = [
+        # `node/DequantizationMultiply`
+        {known for name in kernel.names for known in (name, name.rpartition("/")[0])}
         for kernel in kernels(compiled(path))
         if kernel.kind in _PRODUCTS and kernel.precision in _INTEGERS
-        for name in kernel.names
-        for known in (name, name.rpartition("/")[0])  # `node/DequantizationMultiply`
-    }
-    return [
-        layer
-        for layer, nodes in products_by_layer(path).items()
-        if not any(in_integers & {node.name, node.output[0]} for node in nodes)
     ]
+    products = {
+        layer: {name for node in nodes for name in (node.name, node.output[0])}
+        for layer, nodes in products_by_layer(path).items()
+    }
+    known = set[str]().union(*in_integers)
+    rest = [layer for layer, names in products.items() if not names & known]
+    # A product that takes in what multiplies its channels has no name of its own left.
+    of_layers = set[str]().union(*products.values())
+    nameless = sum(not names & of_layers for names in in_integers)
+    return [] if nameless >= len(rest) else rest
 
 
 def float_run(part: nn.Module, call: ForwardCall) -> Run | None:

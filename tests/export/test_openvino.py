@@ -7,10 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export import save_onnx
-from tests.export.models import Everything, calibrated, images, outputs, recipe_of, small_net
+from statqat_lightning.functional import snr_db
+from statqat_lightning.placement import place
+from statqat_lightning.recipe import QuantRecipe
+from tests.export.models import (
+    Everything,
+    calibrated,
+    images,
+    observed,
+    outputs,
+    recipe_of,
+    small_net,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own imports
@@ -54,6 +66,28 @@ def test_openvino_agrees(weights: str, inputs: str | None) -> None:
     # One image in a hundred may have a value on the edge between two codes.
     assert (steps > 1e-3).mean() <= (0.02 if inputs else 0)
     assert (given.argmax(1) == expected.argmax(1)).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_convolutions_without_bias_that_several_read(bias: bool) -> None:
+    """OpenVINO 2026.4 gives their output to some without its scale."""
+
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, bias=bias)
+            if bias:
+                nn.init.zeros_(self.conv.bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return torch.tanh(x) + x
+
+    model, x = Read().eval(), torch.randn(4, 3, 8, 8)
+    recipe = place(model, QuantRecipe.default("int8", "int8"), lambda: model(x), "openvino").recipe
+    observed(model, recipe, x)
+    save_onnx(model, "m.onnx", x, target="openvino")
+    assert snr_db(model(x).detach(), torch.from_numpy(run(Path("m.onnx"), x))) > 60
 
 
 def test_every_layer_in_any_batch_size() -> None:
