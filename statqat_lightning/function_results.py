@@ -58,7 +58,7 @@ def is_result(role: str) -> bool:
 
 
 def _names_a_weight(role: str) -> bool:
-    return "weight" in role and not _kind_of_role(role).endswith(_CALL)
+    return role == "bias" or ("weight" in role and not _kind_of_role(role).endswith(_CALL))
 
 
 def _kind_of_role(role: str) -> str:

@@ -461,9 +461,9 @@ class _Places:
         )
         readers = ", ".join(dict.fromkeys(o.name or o.kind for o in value.consumers))
         self.left.append(
-            f"{what}{where}, read by {readers}, is not what a module that runs once takes or "
-            "returns, so it stays in float there. Make it the output of one: nn.ReLU() of its own "
-            "in place of F.relu, for instance."
+            f"{what}{where}, read by {readers}, is made in no module that runs once, so it stays "
+            "in float there. Give each place a module of its own: two of nn.ReLU(), for instance, "
+            "and not one that runs twice."
         )
 
 

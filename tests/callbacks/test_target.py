@@ -192,25 +192,78 @@ def test_a_checkpoint_for_another_target_is_refused(tmp_path: Path, trained: str
         )
 
 
+class Functional(ResidualModule):
+    """Its forward is the LightningModule's own, and calls functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.block = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        net = self.net
+        x = F.relu(net.conv(x))
+        y = F.relu(net.block(x) + x)
+        out: Tensor = net.head((net.mix(y) + y).mean((2, 3)))
+        return out
+
+
+def test_results_of_functions_are_placed_trained_resumed_and_exported(tmp_path: Path) -> None:
+    keeper = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    first, export = for_onnxruntime(), ExportCallback(tmp_path / "whole", measure_latency=False)
+    options: Any = {"module": Functional, "data": loader(shuffle=False), "max_epochs": 2}
+    whole, _ = train(first, SeedEachBatch(), keeper, export, **options)
+
+    report: Any = first.report
+    named = {row.name for row in report.rows if row.output}
+    assert {"relu", "relu_1", "add_1"} <= named
+    assert not any("in float there" in note for note in report.notes)
+    written: Any = export.report
+    assert written.onnx.agreement == 1
+    assert not any("in float" in remark for remark in written.onnx.remarks)
+
+    resumed, _ = train(
+        for_onnxruntime(),
+        SeedEachBatch(),
+        ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1),
+        ExportCallback(tmp_path / "resumed", measure_latency=False),
+        ckpt_path=tmp_path / "epoch=0.ckpt",
+        seed=99,
+        **options,
+    )
+    assert_same(quantizer_state(resumed), quantizer_state(whole))
+    assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+    images = digits().tensors[0][:64]
+    loaded = load_quantized(Functional(), tmp_path / "whole.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded(images), whole.eval()(images))
+
+
 def test_what_cannot_be_placed_is_in_the_report() -> None:
-    class Functional(ResidualModule):
+    class Twice(ResidualModule):
         def __init__(self) -> None:
             super().__init__()
             self.net.block = nn.Conv2d(8, 8, 1)
+            self.join = _Join()
 
         def forward(self, x: Tensor) -> Tensor:
             net = self.net
             x = F.relu(net.conv(x))
-            y = F.relu(net.block(x) + x)
-            out: Tensor = net.head((net.mix(y) + y).mean((2, 3)))
+            y = self.join(net.block(x), x)
+            out: Tensor = net.head(self.join(net.mix(y), y).mean((2, 3)))
             return out
 
     callback = for_onnxruntime()
-    train(callback, module=Functional)
+    train(callback, module=Twice)
 
     notes: Any = callback.report
-    assert any("read by net.mix.0, add" in note and "in float" in note for note in notes.notes)
-    assert "nn.ReLU() of its own" in str(notes)
+    assert any("read by net.mix.0, join" in note and "in float" in note for note in notes.notes)
+    assert "a module of its own" in " ".join(str(notes).split())
+
+
+class _Join(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(x + y)
 
 
 def test_a_run_without_a_batch_to_look_at_says_how_to_go_on() -> None:
