@@ -1,0 +1,22 @@
+"""ONNX Runtime.
+
+Source: the QDQ selectors of ONNX Runtime 1.32 (`qdq_selectors.cc`) and its documentation.
+
+- `QLinearConv` takes a Relu or Clip in that the rounding behind it does anyway; a convolution runs
+  in integers only if its output is rounded.
+- Biases of convolutions are int32, in units of input scale times weight scale.
+- Sigmoid and Mul have kernels for codes, SiLU has none: it is rounded between the two.
+"""
+
+from __future__ import annotations
+
+from statqat_lightning.targets.base import CLIPPING, Target
+
+TARGET = Target(
+    name="onnxruntime",
+    title="ONNX Runtime",
+    fused=CLIPPING,
+    rounds_outputs=True,
+    adds_codes=True,
+    splits_gates=True,
+)
