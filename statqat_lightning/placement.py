@@ -50,7 +50,7 @@ class Placement:
 
     Attributes:
         recipe: A rule for each layer and each place, by full names.
-        left: Tensors that stay in float although the runtime needs them rounded, and why.
+        left: What stays in float although the runtime has integer kernels for it, and why.
         rounded_before: Names of layers whose inputs are rounded where they are made.
         num_layers: Number of layers that the runtime has integer kernels for.
     """
@@ -184,6 +184,13 @@ class _Places:
             if "inputs" in specs and specs["inputs"] is None
         ]
         layers = [o for o in self.flow.operations if self._spec_of(o) is not None]
+        slow = [o.name for o in self.flow.operations if self._is_slow(o)]
+        if slow:
+            more = f" and {len(slow) - 3} more" if len(slow) > 3 else ""
+            self.left.append(
+                f"{', '.join(slow[:3])}{more} stay in float, as groups of so few channels are "
+                "slower in integers."
+            )
         return Placement(QuantRecipe(rules), tuple(self.left), tuple(before), len(layers))
 
     def _rule(self, name: str) -> QuantRule:
@@ -286,7 +293,19 @@ class _Places:
             if operation.kind in CONVOLUTIONS:
                 self.of_layers.add(end)
 
+    def _is_slow(self, operation: Operation) -> bool:
+        """Whether a layer could run in integers, and is faster in float."""
+        return (
+            operation.kind in CONVOLUTIONS
+            and self._format_of(operation) is not None
+            and self.target.is_slow(operation.module)
+        )
+
     def _spec_of(self, operation: Operation) -> TensorSpec | None:
+        """How tensors around a layer are rounded; None if it is not to run in integers."""
+        return None if self._is_slow(operation) else self._format_of(operation)
+
+    def _format_of(self, operation: Operation) -> TensorSpec | None:
         """How tensors around a layer are rounded; None if the runtime has no integers for it."""
         rule = self.rules.get(operation.name) if operation.module is not None else None
         if rule is None or operation.kind not in (*CONVOLUTIONS, *LINEARS):
@@ -383,7 +402,7 @@ class _Places:
     def _put(self, value: Value, spec: TensorSpec) -> None:
         """Find a module that can round a value, once for all that read it."""
         readers = [o for o in value.consumers if o.kind != OUTPUT_KIND]
-        layers = [o for o in readers if self._spec_of(o) is not None]
+        layers = [o for o in readers if self._format_of(o) is not None]
         if self._is_on_grid(value):
             for layer in layers:
                 self._change(layer.name, inputs=None)

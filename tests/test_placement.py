@@ -435,6 +435,34 @@ def test_a_result_in_a_module_that_runs_twice_is_reported() -> None:
     assert rules["layers.1"].inputs is not None  # rounded there, at least
 
 
+@pytest.mark.parametrize(
+    ("groups", "given", "made", "integers"),
+    [
+        (1, 8, 16, True),
+        (8, 8, 8, True),  # depthwise
+        (8, 8, 16, False),
+        (4, 16, 16, False),
+        (2, 16, 16, True),
+    ],
+)
+def test_convolutions_in_narrow_groups_stay_in_float(
+    groups: int, given: int, made: int, integers: bool, tmp_path: Path
+) -> None:
+    conv = nn.Conv2d(given, made, 3, groups=groups)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, given, 1), nn.ReLU(), conv, nn.BatchNorm2d(made), nn.ReLU()),
+        *(nn.Conv2d(made, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)),
+    )
+
+    placement = placed(model)
+
+    _, operators, expected, out = in_onnxruntime(model, placement.recipe, tmp_path / "a.onnx")
+    assert operators["QLinearConv"] == (4 if integers else 3) - 1  # the last gives floats
+    assert bool(placement.left) != integers
+    assert all("2 stay in float, as groups of so few" in note for note in placement.left)
+    assert (out - expected).abs().max() <= expected.abs().max() / 127 * 2
+
+
 def test_formats_the_target_cannot_run_are_refused() -> None:
     recipe = QuantRecipe([QuantRule("*", "int8", "nf4")])
 

@@ -29,6 +29,7 @@ from statqat_lightning.export.frozen import (
     frozen_copy,
     frozen_layers,
     scale_name,
+    use_float_weights,
 )
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, outputs_of
 from statqat_lightning.export.light_copy import light_copy
@@ -104,7 +105,7 @@ def save_executorch(
                 break
             in_float += rest
             for name in rest:
-                _use_float_weights(frozen.get_submodule(name))
+                use_float_weights(frozen.get_submodule(name))
         with _quiet():
             data = lowered.to_executorch().buffer
     except Exception as error:
@@ -122,6 +123,8 @@ class DecomposedLayer(FrozenLayer):
 
     decomposed: dict[str, tuple[float, int]]
     """Scale and zero point of inputs and output, by role."""
+    only_scales: dict[str, float]
+    """The scale of each weight that has one for all its channels: a trace must not read it."""
 
     def dequantized_weight(self, role: str) -> Tensor:
         codes, scale = self.get_buffer(codes_name(role)), self.get_buffer(scale_name(role))
@@ -129,7 +132,7 @@ class DecomposedLayer(FrozenLayer):
         ends = (_LOWEST, _HIGHEST, torch.int8)
         weight: Tensor
         if scale.dim() == 0:
-            weight = operators.dequantize_per_tensor(codes, float(scale), 0, *ends)
+            weight = operators.dequantize_per_tensor(codes, self.only_scales[role], 0, *ends)
         else:
             zeros = self.get_buffer(f"{role}_zero_points")
             axis = self.frozen_weights[role].granularity.axis  # type: ignore[attr-defined]
@@ -172,15 +175,18 @@ def _decompose(frozen: nn.Module) -> None:
             if isinstance(tensor.fmt, IntFormat) and tensor.fmt.bits == 8
         }
         if not all(_has_kernels(tensor) for tensor in layer.frozen_weights.values()):
-            _use_float_weights(changed)
+            use_float_weights(changed)
         changed.__class__ = _CLASSES[own]
+        changed.only_scales = {}
         for role, tensor in layer.frozen_weights.items():
             codes = tensor.fmt.decode(layer.get_buffer(codes_name(role))).to(torch.int8)
             scale = layer.get_buffer(scale_name(role))
             scale = scale.flatten() if isinstance(tensor.granularity, PerChannel) else scale
             layer.register_buffer(codes_name(role), codes)
             layer.register_buffer(scale_name(role), scale.contiguous())
-            if scale.dim():
+            if scale.dim() == 0:
+                changed.only_scales[role] = float(scale)
+            else:
                 zeros = torch.zeros(len(scale), dtype=torch.int64)
                 layer.register_buffer(f"{role}_zero_points", zeros)
 
@@ -188,16 +194,6 @@ def _decompose(frozen: nn.Module) -> None:
 def _has_kernels(tensor: FrozenTensor) -> bool:
     is_integer = isinstance(tensor.fmt, IntFormat) and tensor.fmt.is_signed and tensor.fmt.bits <= 8
     return is_integer and isinstance(tensor.granularity, PerChannel | PerTensor)
-
-
-def _use_float_weights(layer: Any) -> None:
-    """Let a frozen layer hold its dequantized weights."""
-    weights = {role: layer.read_weight(role).detach().clone() for role in layer.frozen_weights}
-    for role, weight in weights.items():
-        for name in (codes_name(role), scale_name(role), f"{role}_zero_points"):
-            layer._buffers.pop(name, None)
-        layer.register_parameter(role, nn.Parameter(weight, requires_grad=False))
-    layer.frozen_weights = {}
 
 
 def _lowered(frozen: nn.Module, call: ForwardCall, about: dict[str, Any]) -> tuple[Any, list[str]]:

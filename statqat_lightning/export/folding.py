@@ -9,6 +9,8 @@ section 3.2, fold before they quantize, which rounds other weights than these.)
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -188,12 +190,31 @@ class _WithoutNorm(TorchFunctionMode):
 def _bypass(norm: nn.Module) -> None:
     """Leave of a BatchNorm with a forward of its own what it does beside normalizing."""
     base: Any = type(norm)
+    norm.__class__ = _without_norm(base)
+
+
+@functools.cache
+def _without_norm(base: Any) -> type[nn.Module]:
+    """The subclass of a BatchNorm's class that does not normalize."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _WithoutNorm(self):
             return base.forward(self, *args, **kwargs)
 
-    norm.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": __name__})
+    def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
+        rebuild, made_from, *state = base.__reduce_ex__(self, protocol)
+        return (_rebuild, (base, rebuild, made_from), *state)
+
+    members = {"forward": forward, "__reduce_ex__": reduce_ex, "__module__": __name__}
+    return type(base.__name__, (base,), members)
+
+
+def _rebuild(base: Any, rebuild: Callable[..., Any], made_from: tuple[Any, ...]) -> nn.Module:
+    """An instance of such a subclass, for pickle and deepcopy."""
+    is_frozen = issubclass(base, FrozenLayer)
+    norm: nn.Module = rebuild(*made_from) if is_frozen else base.__new__(base)
+    norm.__class__ = _without_norm(base)
+    return norm
 
 
 def _replace(model: nn.Module, norm: nn.Module) -> None:

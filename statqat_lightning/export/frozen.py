@@ -198,7 +198,8 @@ class FrozenLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time: pickle and deepcopy find it by the class it was made from.
-        made_from = type(self).__bases__[1], tuple(self.kind.weights(self))
+        own = next(c for c in type(self).__mro__ if FrozenLayer in c.__bases__)
+        made_from = own.__bases__[1], tuple(self.kind.weights(self))
         return _rebuild, made_from, super().__reduce_ex__(protocol)[2]
 
 
@@ -360,6 +361,16 @@ def as_frozen(
     module.frozen_weights, module.frozen_activations = weights, activations
     frozen: FrozenLayer = module
     return frozen
+
+
+def use_float_weights(layer: Any) -> None:
+    """Let a frozen layer hold its dequantized weights in place of codes, in place."""
+    weights = {role: layer.read_weight(role).detach().clone() for role in layer.frozen_weights}
+    for role, weight in weights.items():
+        for name in (codes_name(role), scale_name(role), f"{role}_zero_points"):
+            layer._buffers.pop(name, None)
+        layer.register_parameter(role, nn.Parameter(weight, requires_grad=False))
+    layer.frozen_weights = {}
 
 
 def refuse_weights_from_hooks(model: nn.Module) -> None:

@@ -27,7 +27,7 @@ from torch import nn
 
 from statqat_lightning.export.files import data_name
 from statqat_lightning.export.folding import fold_batch_norm
-from statqat_lightning.export.frozen import frozen_copy, frozen_layers
+from statqat_lightning.export.frozen import frozen_copy, frozen_layers, use_float_weights
 from statqat_lightning.export.inputs import ForwardCall, TensorsOnly, first_that_runs, output_names
 from statqat_lightning.export.interface import dimensions_of, open_dimensions
 from statqat_lightning.export.native import KEY, library_version
@@ -52,6 +52,7 @@ from statqat_lightning.export.operators import (
 )
 from statqat_lightning.export.tracing import where_it_stopped
 from statqat_lightning.export.wording import in_short
+from statqat_lightning.fake_quantizer import WEIGHT
 from statqat_lightning.formats import (
     BlockFormat,
     CodebookFormat,
@@ -60,7 +61,7 @@ from statqat_lightning.formats import (
     ShiftedFloatFormat,
     get_format,
 )
-from statqat_lightning.targets import TARGETS, check_target
+from statqat_lightning.targets import TARGETS, Target, check_target
 
 FLOAT8_ONNX = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
 OPSET = 21
@@ -148,6 +149,7 @@ def save_onnx(
     frozen = folded.model
     if TARGETS[target].needs_biases:
         _give_biases(frozen)
+    _leave_slow_layers_in_float(frozen, TARGETS[target])
     use_operators(frozen)
     metadata: dict[str, Any] = {"library_version": library_version(), "folded": folded.axes}
     if remarks:
@@ -181,6 +183,24 @@ def _give_biases(frozen: nn.Module) -> None:
             layer.register_parameter(
                 "bias", nn.Parameter(torch.full((channels,), _NEXT_TO_NOTHING), False)
             )
+
+
+@torch.no_grad()
+def _leave_slow_layers_in_float(frozen: nn.Module, target: Target) -> None:
+    """Let convolutions that are slower in integers hold floats: codes would be taken for integers.
+
+    Those of fewer bits keep their codes, which are there for the file's size, and so do all where
+    nothing else is rounded.
+    """
+    layers = [layer for _, layer in frozen_layers(frozen)]
+    if not any(layer.frozen_activations for layer in layers):
+        return
+    for layer in layers:
+        weight = layer.frozen_weights.get(WEIGHT)
+        if isinstance(layer, _CONVOLUTIONS) and weight is not None:
+            is_int8 = isinstance(weight.fmt, IntFormat) and weight.fmt.bits == 8
+            if is_int8 and target.is_slow(layer):
+                use_float_weights(layer)
 
 
 def _bytes_of(graph: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Target:
         unsigned_codes: Whether what is never negative may be unsigned.
         signed_codes: Whether signed inputs and outputs are int8 around 0, and not uint8 around 128.
         needs_biases: Whether it computes convolutions without a bias wrongly.
+        least_group: Fewest channels, in and out, that each group of a convolution must have to run
+            faster in integers than in float; those with one channel in and out always do.
     """
 
     name: str
@@ -41,6 +44,13 @@ class Target:
     unsigned_codes: bool = True
     signed_codes: bool = False
     needs_biases: bool = False
+    least_group: int = 1
+
+    def is_slow(self, conv: Any) -> bool:
+        """Whether a convolution runs faster in float: its groups are narrow."""
+        narrow = min(conv.in_channels, conv.out_channels) // conv.groups < self.least_group
+        depthwise = conv.in_channels == conv.out_channels == conv.groups
+        return bool(conv.groups > 1 and narrow and not depthwise)
 
 
 CLIPPING = ("relu", "ReLU", "relu6", "ReLU6")

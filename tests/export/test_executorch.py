@@ -17,7 +17,7 @@ from statqat_lightning.export import ExportError, export_model, save_executorch
 from statqat_lightning.export.executorch import float_run, load
 from statqat_lightning.export.inputs import ForwardCall
 from statqat_lightning.placement import place
-from statqat_lightning.recipe import QuantRecipe, QuantRule
+from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 from tests.callbacks.digits import statqat, train
 from tests.callbacks.test_target import ResidualModule
 from tests.export.models import observed, outputs, small_net
@@ -110,6 +110,16 @@ def test_other_formats_compute_what_was_trained(
     given = load(tmp_path / "m.pte").run(ForwardCall.of(x[:1]))[0]
     bound = 0.02 if inputs else 1e-4
     assert (given - expected).abs().max() <= bound * expected.abs().max()
+
+
+def test_weights_with_one_scale(tmp_path: Path) -> None:
+    x = torch.randn(16, 1, 8, 8)
+    recipe = QuantRecipe([QuantRule("*", TensorSpec("int8", "per_tensor"), "int8")])
+    model = observed(small_net().eval(), recipe, x)
+    save_executorch(model, tmp_path / "m.pte", x)
+    given = load(tmp_path / "m.pte").run(ForwardCall.of(x[:1]))[0]
+    expected = outputs(model, x[:1])
+    assert (given - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
 def test_a_model_of_one_layer(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from statqat_lightning.export.folding import fold_batch_norm
 from statqat_lightning.export.frozen import FrozenLayer, freeze, frozen_layers
 from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.light_copy import light_copy
 from statqat_lightning.insertion import prepare
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
 from tests.export.models import observed
@@ -112,6 +113,22 @@ def test_a_norm_that_calls_the_function_is_folded_if_it_is_its_own(gain: float) 
 
     assert folded.layers == ({} if gain else {"0": "1"})
     equal_but_for_rounding(folded.model(x), frozen(x))
+
+
+@pytest.mark.parametrize("outputs", [None, "int8"])
+def test_a_model_whose_norm_keeps_its_forward_can_be_copied(outputs: str | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), with_random_statistics(OwnForward(6, 0.0))).eval()
+    x, rules = torch.randn(5, 4, 7, 7), [QuantRule("0", "int8", "int8")]
+    rules += [] if outputs is None else [QuantRule("1", outputs=outputs)]
+    frozen = freeze(observed(model, QuantRecipe(rules), x))
+
+    folded = fold_batch_norm(frozen, ForwardCall.of(x)).model
+
+    assert torch.equal(copy.deepcopy(folded)(x), folded(x))
+    assert torch.equal(light_copy(folded)(x), folded(x))
+    y = torch.randn(5, 6, 5, 5)
+    assert not torch.equal(folded[1](y), frozen[1](y))  # it is folded indeed
 
 
 def test_groups_of_a_row_are_folded() -> None:
