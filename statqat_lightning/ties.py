@@ -138,10 +138,15 @@ def _interval(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _clear_all(quantizers: Sequence[ActivationFakeQuantizer], values: Tensor) -> list[str]:
-    """Those of several quantizers of one result that have changed; equal ones stay equal."""
+    """Those of several quantizers of one result that have changed; equal ones stay equal.
+
+    Scales that are shared with other results stay as they are.
+    """
     changed: dict[tuple[float, str], float] = {}
     names = []
     for quantizer in quantizers:
+        if quantizer.spec.shared is not None:
+            continue
         key = _scale(quantizer), quantizer.fmt.name
         if key in changed:
             quantizer.scale.fill_(changed[key])

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from statqat_lightning.dataflow import record
 from statqat_lightning.export.onnx import save_onnx
 from statqat_lightning.export.openvino_runtime import compiled, kernels, layers_in_float
 from statqat_lightning.fake_quantizer import ActivationFakeQuantizer
 from statqat_lightning.formats import get_format
 from statqat_lightning.insertion import is_prepared_by, prepare, recipe_of
-from statqat_lightning.placement import place
+from statqat_lightning.integer_kernels import integer_kernels
+from statqat_lightning.placement import place, settle
 from statqat_lightning.quantized_model import (
     activation_quantizers,
     load_quantizer_state,
@@ -27,6 +29,7 @@ from statqat_lightning.quantized_model import (
     set_observing,
 )
 from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+from tests.export.models import observed
 from tests.test_placement import W8A8, Shuffling
 
 
@@ -244,6 +247,39 @@ def test_what_is_concatenated_has_one_scale(tmp_path: Path) -> None:
     assert layers_in_float(tmp_path / "m.onnx") == []
     joined = [k for k in kernels(compiled(tmp_path / "m.onnx")) if k.kind == "Concatenation"]
     assert [k.precision in ("u8", "i8") for k in joined] == [True] * 2
+
+
+@pytest.mark.parametrize("joined", ["add", "mul"])
+def test_settling_keeps_the_scale_of_what_is_concatenated(joined: str) -> None:
+    """A sum or a product among the terms would have a scale moved away from the edges of codes."""
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.gate = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+            self.last = nn.Conv2d(16, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu()
+            y = getattr(torch, joined)(x, self.gate(x).sigmoid())
+            out: Tensor = self.last(torch.cat((y, x), 1))
+            return out
+
+    model, x = Joined().eval(), torch.randn(8, 3, 8, 8)
+    recipe = place(model, W8A8, lambda: model(x), "openvino").recipe
+    steps = integer_kernels(record(model, lambda: model(x)))
+    observed(model, recipe, x)
+
+    settle(model, steps, "openvino")
+
+    scales = [
+        q.scale
+        for layer in quantized_layers(model)
+        for q in layer.quantizers.activations()
+        if q.spec.shared is not None
+    ]
+    assert len(scales) == 2
+    assert torch.equal(*scales)
 
 
 def test_onnxruntime_takes_terms_of_any_scale() -> None:
