@@ -231,18 +231,14 @@ class _Places:
                 continue
             if not (self.target.rounds_outputs or self._reaches_layer(operation.outputs[0])):
                 continue
-            if operation.kind == "add" and self._stays_in_float(operation.outputs[0]):
-                for value in set(terms) & self.of_layers:
-                    if len(value.consumers) == 1:
-                        self._leave(value)
-                continue
             if joins and self._needs_one_scale(operation):
                 if self._keeps_to_layer(operation):
                     self._share_scale(operation, known[0])
                 continue
             fused = self._fused_term(operation) if self.target.sums_in_float else None
             if fused is not None:
-                self._leave(fused)
+                self.rounded.pop(fused, None)
+                self.shared.discard(fused)
             for value in terms:
                 if value is fused:
                     continue
@@ -251,23 +247,6 @@ class _Places:
                 self.shared.add(whole)
             if joins:
                 self._round_end(operation, known[0])
-
-    def _leave(self, value: Value) -> None:
-        self.rounded.pop(value, None)
-        self.shared.discard(value)
-
-    def _stays_in_float(self, value: Value) -> bool:
-        """Whether all that reads a value are sums, and what wants floats, such as a LayerNorm.
-
-        Where sums are computed in float, further sums can do with that.
-        """
-        integers = (*_JOINING, *MEANS, *NORMS, *self.target.fused)
-        others = [o for o in _behind_kept(value) if o.kind != "add"]
-        return (
-            self.target.sums_in_float
-            and bool(others)
-            and all(o.kind not in integers and self._spec_of(o) is None for o in others)
-        )
 
     def _round_gates(self) -> None:
         """The gates of activations whose input and output are rounded."""
@@ -285,7 +264,6 @@ class _Places:
     def _round_end(self, operation: Operation, spec: TensorSpec) -> None:
         end = _end_of(operation.outputs[0], self.target)
         wanted = self.target.rounds_outputs or self._reaches_layer(end)
-        wanted = wanted and not self._stays_in_float(end)
         if wanted and (self.target.rounds_all or not _is_result(end)):
             self.rounded.setdefault(end, spec)
             self.made[end] = spec
@@ -521,17 +499,6 @@ def _whole(value: Value) -> Value:
         value = maker.inputs[0]
         maker = value.producer
     return value
-
-
-def _behind_kept(value: Value) -> list[Operation]:
-    """All that reads a value, and what leaves it on its grid."""
-    found: list[Operation] = []
-    for reader in value.consumers:
-        if reader.kind in KEEPING:
-            found += [o for output in reader.outputs for o in _behind_kept(output)]
-        elif reader.kind != OUTPUT_KIND:
-            found.append(reader)
-    return found
 
 
 def _kept(value: Value) -> Value | None:

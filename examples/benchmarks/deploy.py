@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
 from common import positive
-from deploy_networks import NETWORKS, network_of
+from deploy_networks import NETWORKS, find, network_of
 from measuring import Journal, code_digest, measure, medians, ratio, versions_text
 
 from statqat_lightning import QuantRecipe, place, prepare, snr_db
@@ -278,7 +278,7 @@ PAIRS = {
 
 def line(name: str, row: dict[str, Any]) -> str:
     """Speed and SNR of a network in each runtime."""
-    parts = [f"{name:20}"]
+    parts = [f"{name:26}"]
     for variant in PAIRS:
         found = row.get(variant)
         if found is None:
@@ -292,12 +292,23 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=[*NETWORKS])
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        default=[*NETWORKS],
+        metavar="NAME",
+        help="of the table, or any other as timm:NAME or torchvision:NAME, with :SIZE of images",
+    )
     parser.add_argument("--runtimes", nargs="+", choices=tuple(LOADERS), default=["ort", "ov"])
     parser.add_argument("--rounds", type=positive, default=40, help="turns of each variant")
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--output", type=Path, default=Path("outputs/deploy.json"))
     args = parser.parse_args()
+    for name in args.networks:
+        try:
+            find(name)
+        except ValueError as error:
+            parser.error(f"--networks: {error}.")
     if "ov" in args.runtimes and importlib.util.find_spec("nncf") is None:
         parser.error('OpenVINO is compared with NNCF: pip install "statqat-lightning[bench]"')
     if "et" in args.runtimes and importlib.util.find_spec("executorch") is None:
@@ -314,7 +325,7 @@ def main() -> None:
     print(f"W8A8, batch 1, {args.threads} threads: speed in units of float, SNR in dB")
     print(versions_text())
     shown = [title for variant, title in PAIRS.items() if variant.split()[0] in args.runtimes]
-    print(f"{'':20}" + "".join(f"{title:>12}" for title in shown))
+    print(f"{'':26}" + "".join(f"{title:>12}" for title in shown))
     what = code_digest(Path(__file__)), args.runtimes, args.rounds, args.threads
     for name in args.networks:
         key = f"{name} {what}"  # results of other code or options are others

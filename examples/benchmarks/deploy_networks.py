@@ -218,11 +218,31 @@ NETWORKS: dict[str, Network] = {
 """The first ten are those of the table that the benchmark began with."""
 
 
+def find(name: str) -> Network:
+    """A network of the table, or another one by its library: `timm:poolformer_s12:128`.
+
+    Raises:
+        ValueError: If the name is neither.
+    """
+    if name in NETWORKS:
+        return NETWORKS[name]
+    library, _, rest = name.partition(":")
+    own, _, size = rest.partition(":")
+    makers = {"timm": _timm, "torchvision": _torchvision}
+    if library not in makers or not own or not (size or "224").isdecimal():
+        raise ValueError(
+            f"got {name!r}; expected one of {', '.join(NETWORKS)}, or timm:NAME or "
+            "torchvision:NAME, with :SIZE for images of another size than 224"
+        )
+    return makers[library](own, int(size or 224))
+
+
 @torch.no_grad()
 def network_of(name: str, seed: int = 0) -> tuple[nn.Module, Callable[[int], Tensor]]:
     """A network in eval mode, whose BatchNorms have seen inputs, and what makes inputs for it."""
     torch.manual_seed(seed)
-    network, batch = NETWORKS[name].make(), NETWORKS[name].batch
+    found = find(name)
+    network, batch = found.make(), found.batch
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)

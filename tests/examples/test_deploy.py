@@ -37,3 +37,14 @@ def test_files_of_all_methods_are_run_and_compared(
         assert row[method]["speed"] > 0
     assert row["ort StatQAT"]["kernels"]["QLinearConv"] > 5
     assert deploy.line(name, row).startswith(name)
+
+
+def test_networks_by_the_names_of_their_libraries(deploy: ModuleType) -> None:
+    network = deploy.find("torchvision:squeezenet1_1:64")
+
+    assert network.batch(2).shape == (2, 3, 64, 64)
+    assert type(network.make()).__name__ == "SqueezeNet"
+    with pytest.raises(
+        ValueError, match=r"^got 'timm:'; expected one of resnet26, .* or timm:NAME"
+    ):
+        deploy.find("timm:")
