@@ -313,7 +313,8 @@ def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., 
             _weigh_each(quantizers, names, args, kwargs)
         args, kwargs = with_each_input(names, inputs.of, args, kwargs)
         try:
-            attributes.update(values)
+            if values:  # Dynamo of torch 2.8 cannot trace this
+                attributes.update(values)
             with inputs.not_kept():
                 result = _called(base, self, quantizers, args, kwargs)
         finally:
