@@ -22,7 +22,12 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
 from statqat_lightning.batch_norm import normalized_by
-from statqat_lightning.function_results import call_role, function_role, kind_of_function
+from statqat_lightning.function_results import (
+    call_role,
+    function_role,
+    kind_of_function,
+    makes_floating,
+)
 from statqat_lightning.layer_kinds import CONV1D, has_weights
 from statqat_lightning.module_names import modules_by_name, plain_name
 from statqat_lightning.quantized_layer import base_class, is_quantized, kind_of
@@ -77,6 +82,7 @@ class Value:
             innermost first.
         unread_by: Those of them that returned it before anything had read it.
         taken_by: Names of the modules whose first argument it was, the outermost first.
+        constant: Whether functions have made it of parameters and buffers alone.
         made_in: The module whose forward called what made it, and its role there, see
             `function_results`; None for what no such role tells from others.
     """
@@ -88,6 +94,7 @@ class Value:
     returned_by: list[str] = field(default_factory=list)
     unread_by: list[str] = field(default_factory=list)
     taken_by: list[str] = field(default_factory=list)
+    constant: bool = False
     made_in: tuple[str, str] | None = None
 
 
@@ -319,7 +326,7 @@ class _Recorder(TorchFunctionMode):
         outside = not self._atoms and not self._norms
         if outside and (_holds_tensors(result) or kind_of_function(func) in _LEAVING):
             self._note_readers((args, kwargs))
-        if self._wants_operations and not self._atoms and any(True for _ in _floating(result)):
+        if self._wants_operations and not self._atoms and makes_floating(result):
             kind = kind_of_function(func) if self._stack else OUTPUT_KIND
             role = self._next_role(kind) if self._stack else None
             if kwargs.get("alpha", 1) != 1:
@@ -476,8 +483,17 @@ class _Recorder(TorchFunctionMode):
             value.consumers.append(operation)
         # An operation in place returns the tensor it was given: from here on that is a new value.
         operation.outputs = [self._new(t, operation) for t in results]
+        if module is None and self._is_constant(given):
+            for value in operation.outputs:
+                value.constant = True
         self.flow.operations.append(operation)
         return operation
+
+    def _is_constant(self, given: Any) -> bool:
+        """Whether all that a function reads, of whatever dtype, comes of parameters and buffers."""
+        tensors = [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, Tensor)]
+        values = [self._values.get(id(t)) for t in tensors if id(t) not in self._parameters]
+        return all(value is not None and value.constant for value in values)
 
     def _value(self, tensor: Tensor) -> Value:
         return self._values.get(id(tensor)) or self._new(tensor, None)

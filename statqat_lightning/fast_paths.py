@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from statqat_lightning.module_hooks import remove_hooks
 from statqat_lightning.quantized_layer import is_quantized
 
 
@@ -26,13 +27,10 @@ def set_fast_paths(model: nn.Module) -> None:
                 encoder.__dict__["_statqat_nested"] = chosen
             encoder.use_nested_tensor = chosen and not quantized
             continue
-        hooks = encoder._forward_pre_hooks
-        known = [key for key, hook in hooks.items() if hook is _no_fast_path]
-        if quantized and not known:
+        if not quantized:
+            remove_hooks(encoder, lambda hook: hook is _no_fast_path)
+        elif _no_fast_path not in encoder._forward_pre_hooks.values():
             encoder.register_forward_pre_hook(_no_fast_path)
-        elif not quantized:
-            for key in known:
-                del hooks[key]
 
 
 def _no_fast_path(module: nn.Module, args: Any) -> None:

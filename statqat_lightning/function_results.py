@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from statqat_lightning.layer_kinds import INPUT_ROLES
+from statqat_lightning.module_hooks import remove_hooks
 
 _OUTPUT = "output"
 _CALL = "_call"
@@ -190,15 +191,7 @@ def set_pauses(model: nn.Module, with_results: Callable[[nn.Module], bool]) -> N
             module.register_forward_pre_hook(_pause)
             module.register_forward_hook(_resume, always_call=True)
         elif id(module) not in inside and has:
-            _take_off(module)
-
-
-def _take_off(module: nn.Module) -> None:
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if hook in (_pause, _resume):
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+            remove_hooks(module, lambda hook: hook in (_pause, _resume))
 
 
 def _innermost() -> FunctionResults | None:

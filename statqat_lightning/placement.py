@@ -467,29 +467,27 @@ class _Places:
 def _end_of(value: Value, target: Target) -> Value:
     """What the runtime computes together: BatchNorm and ReLU behind a layer are part of it."""
     for kinds in (NORMS, target.fused):
-        while len(value.consumers) == 1 and target.sums_in_float:
-            if not _scales_channels(value.consumers[0]):
-                break
-            value = value.consumers[0].outputs[0]
-        if len(value.consumers) == 1 and value.consumers[0].kind in kinds:
-            value = value.consumers[0].outputs[0]
+        reader = _only_reader(value)
+        while target.sums_in_float and reader is not None and _scales_channels(reader):
+            value = reader.outputs[0]
+            reader = _only_reader(value)
+        if reader is not None and reader.kind in kinds:
+            value = reader.outputs[0]
     return value
+
+
+def _only_reader(value: Value) -> Operation | None:
+    return value.consumers[0] if len(value.consumers) == 1 else None
 
 
 def _terms(operation: Operation) -> list[Value]:
     """What an operation reads that is not made of parameters alone."""
-    return [value for value in operation.inputs if not _is_constant(value)]
+    return [value for value in operation.inputs if not value.constant]
 
 
 def _scales_channels(operation: Operation) -> bool:
     """Whether an operation is a product with parameters, such as a LayerScale."""
     return operation.kind == "mul" and operation.module is None and len(_terms(operation)) == 1
-
-
-def _is_constant(value: Value) -> bool:
-    """Whether functions have made a value of parameters alone, as of the scales of channels."""
-    maker = value.producer
-    return maker is not None and maker.module is None and all(map(_is_constant, maker.inputs))
 
 
 def _whole(value: Value) -> Value:
@@ -503,11 +501,10 @@ def _whole(value: Value) -> Value:
 
 def _kept(value: Value) -> Value | None:
     """What becomes of a value that a single operation reads, which leaves it on its grid."""
-    if len(value.consumers) != 1:
+    reader = _only_reader(value)
+    if reader is None or reader.kind not in KEEPING:
         return None
-    (reader,) = value.consumers
-    keeps = reader.kind in KEEPING and len(reader.inputs) == len(reader.outputs) == 1
-    return reader.outputs[0] if keeps else None
+    return reader.outputs[0] if len(reader.inputs) == len(reader.outputs) == 1 else None
 
 
 def _signed(spec: TensorSpec) -> TensorSpec:

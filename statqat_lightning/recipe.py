@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from torch import nn
@@ -120,8 +120,7 @@ class QuantRule:
     @property
     def by_result(self) -> dict[str, TensorSpec]:
         """Specifications of results of functions, by name."""
-        pairs = self.results.items() if isinstance(self.results, Mapping) else self.results
-        return {name: spec for name, spec in pairs if isinstance(spec, TensorSpec)}
+        return dict(cast(Results, self.results))
 
     @property
     def only_outputs(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from statqat_lightning.module_hooks import remove_hooks
 from statqat_lightning.module_names import modules_by_name
 from statqat_lightning.quantized_layer import attached, is_quantized
 
@@ -66,7 +67,7 @@ def show_weights(model: nn.Module) -> None:
     """
     modules = modules_by_name(model)
     for module in modules.values():
-        _take_off(module)
+        remove_hooks(module, lambda h: isinstance(getattr(h, "__self__", None), WeightView))
     weights: dict[str, list[tuple[nn.Module, str]]] = {}
     for module in modules.values():
         for role, quantizer in _weights_of(module):
@@ -82,11 +83,3 @@ def show_weights(model: nn.Module) -> None:
 def _weights_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
     if is_quantized(module):
         yield from attached(module).weights.items()
-
-
-def _take_off(module: nn.Module) -> None:
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), WeightView):
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)

@@ -32,6 +32,7 @@ ROWS: list[set[str]] = [
         "layer_kinds",
         "recompute",
         "isolated_copy",
+        "module_hooks",
         "module_names",
         "batch_norm",
         "targets",

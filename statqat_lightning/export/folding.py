@@ -10,7 +10,6 @@ section 3.2, fold before they quantize, which rounds other weights than these.)
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -202,19 +201,16 @@ def _without_norm(base: Any) -> type[nn.Module]:
             return base.forward(self, *args, **kwargs)
 
     def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
-        rebuild, made_from, *state = base.__reduce_ex__(self, protocol)
-        return (_rebuild, (base, rebuild, made_from), *state)
+        return _rebuild, (base,), self.__getstate__()
 
     members = {"forward": forward, "__reduce_ex__": reduce_ex, "__module__": __name__}
     return type(base.__name__, (base,), members)
 
 
-def _rebuild(base: Any, rebuild: Callable[..., Any], made_from: tuple[Any, ...]) -> nn.Module:
-    """An instance of such a subclass, for pickle and deepcopy."""
-    is_frozen = issubclass(base, FrozenLayer)
-    norm: nn.Module = rebuild(*made_from) if is_frozen else base.__new__(base)
-    norm.__class__ = _without_norm(base)
-    return norm
+def _rebuild(base: Any) -> nn.Module:
+    """An empty instance of such a subclass, for deepcopy."""
+    cls = _without_norm(base)
+    return cls.__new__(cls)
 
 
 def _replace(model: nn.Module, norm: nn.Module) -> None:

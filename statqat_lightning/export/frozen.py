@@ -198,8 +198,7 @@ class FrozenLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time: pickle and deepcopy find it by the class it was made from.
-        own = next(c for c in type(self).__mro__ if FrozenLayer in c.__bases__)
-        made_from = own.__bases__[1], tuple(self.kind.weights(self))
+        made_from = type(self).__bases__[1], tuple(self.kind.weights(self))
         return _rebuild, made_from, super().__reduce_ex__(protocol)[2]
 
 
@@ -367,8 +366,8 @@ def use_float_weights(layer: Any) -> None:
     """Let a frozen layer hold its dequantized weights in place of codes, in place."""
     weights = {role: layer.read_weight(role).detach().clone() for role in layer.frozen_weights}
     for role, weight in weights.items():
-        for name in (codes_name(role), scale_name(role), f"{role}_zero_points"):
-            layer._buffers.pop(name, None)
+        for name in [name for name in layer._buffers if name.startswith(f"{role}_")]:
+            del layer._buffers[name]
         layer.register_parameter(role, nn.Parameter(weight, requires_grad=False))
     layer.frozen_weights = {}
 

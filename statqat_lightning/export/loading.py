@@ -260,7 +260,11 @@ class _Entry:
         return [self.key(name) for name in names]
 
     def rule(self) -> QuantRule:
-        named = {role: _spec(part) for role, part in self.activations.items() if is_result(role)}
+        named = {
+            role: TensorSpec(**part["spec"])
+            for role, part in self.activations.items()
+            if is_result(role)
+        }
         others = (OUTPUT, GATE, *named)
         inputs = (part for role, part in self.activations.items() if role not in others)
         return QuantRule(
@@ -269,7 +273,7 @@ class _Entry:
             _spec(next(inputs, None)),
             _spec(self.activations.get(OUTPUT)),
             _spec(self.activations.get(GATE)),
-            {role: spec for role, spec in named.items() if spec is not None},
+            named,
         )
 
     def codes(self, role: str, tensors: Mapping[str, Tensor]) -> Tensor:

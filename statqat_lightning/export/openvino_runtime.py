@@ -139,7 +139,7 @@ def layers_in_float(path: Path) -> list[str]:
     """Quantized layers of an `.onnx` file that OpenVINO computes in float on this machine."""
     in_integers = [
         # `node/DequantizationMultiply`
-        {known for name in kernel.names for known in (name, name.rpartition("/")[0])}
+        {part for name in kernel.names for part in (name, name.rpartition("/")[0])}
         for kernel in kernels(compiled(path))
         if kernel.kind in _PRODUCTS and kernel.precision in _INTEGERS
     ]
