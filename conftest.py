@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import random
 import sys
@@ -59,6 +61,33 @@ def no_open_wandb_run() -> Iterator[None]:
     yield
     if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
         wandb.finish()
+
+
+@pytest.fixture(autouse=True)
+def no_latency(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time no file unless a test is marked `timed`: that takes as long as the rest of an export."""
+    if request.node.get_closest_marker("timed") is None:
+        monkeypatch.setattr("statqat_lightning.export.proof.Proof._times", lambda *_: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_onnx_registry() -> Iterator[None]:
+    """Read the source of torch's 500 ONNX operators once a process, and not in each export."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # elsewhere in this version of torch
+        yield
+        return
+    read = functools.cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(*args: int, **kwargs: int) -> ONNXRegistry:
+        registry = copy.copy(read(*args, **kwargs))
+        registry.functions = {name: [*found] for name, found in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,66 @@
-"""Quantization-aware training whose scales come from statistics, as PyTorch Lightning callbacks."""
+"""Quantization-aware training whose scales come from statistics, as PyTorch Lightning callbacks.
 
-from statqat_lightning.callbacks import DistillationCallback as DistillationCallback
-from statqat_lightning.callbacks import ExportCallback as ExportCallback
-from statqat_lightning.callbacks import SNRMonitor as SNRMonitor
-from statqat_lightning.callbacks import StatQATCallback as StatQATCallback
-from statqat_lightning.callbacks import quantized_loading as quantized_loading
-from statqat_lightning.compensation import compensate as compensate
-from statqat_lightning.export import freeze as freeze
-from statqat_lightning.export import load_quantized as load_quantized
-from statqat_lightning.formats import get_format as get_format
-from statqat_lightning.functional import fake_quantize as fake_quantize
-from statqat_lightning.functional import snr_db as snr_db
-from statqat_lightning.insertion import prepare as prepare
-from statqat_lightning.insertion import remove as remove
-from statqat_lightning.placement import place as place
-from statqat_lightning.recipe import QuantRecipe as QuantRecipe
-from statqat_lightning.recipe import QuantRule as QuantRule
-from statqat_lightning.recipe import TensorSpec as TensorSpec
-from statqat_lightning.schedule import QuantSchedule as QuantSchedule
+Names and rooms are imported when they are first used, so that whoever only quantizes tensors, loads
+a file or asks the command line for help waits neither for Lightning nor for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from statqat_lightning.callbacks import DistillationCallback as DistillationCallback
+    from statqat_lightning.callbacks import ExportCallback as ExportCallback
+    from statqat_lightning.callbacks import SNRMonitor as SNRMonitor
+    from statqat_lightning.callbacks import StatQATCallback as StatQATCallback
+    from statqat_lightning.callbacks import quantized_loading as quantized_loading
+    from statqat_lightning.compensation import compensate as compensate
+    from statqat_lightning.export import freeze as freeze
+    from statqat_lightning.export import load_quantized as load_quantized
+    from statqat_lightning.formats import get_format as get_format
+    from statqat_lightning.functional import fake_quantize as fake_quantize
+    from statqat_lightning.functional import snr_db as snr_db
+    from statqat_lightning.insertion import prepare as prepare
+    from statqat_lightning.insertion import remove as remove
+    from statqat_lightning.placement import place as place
+    from statqat_lightning.recipe import QuantRecipe as QuantRecipe
+    from statqat_lightning.recipe import QuantRule as QuantRule
+    from statqat_lightning.recipe import TensorSpec as TensorSpec
+    from statqat_lightning.schedule import QuantSchedule as QuantSchedule
+
+_HOMES = {
+    "DistillationCallback": "callbacks",
+    "ExportCallback": "callbacks",
+    "SNRMonitor": "callbacks",
+    "StatQATCallback": "callbacks",
+    "quantized_loading": "callbacks",
+    "compensate": "compensation",
+    "freeze": "export",
+    "load_quantized": "export",
+    "get_format": "formats",
+    "fake_quantize": "functional",
+    "snr_db": "functional",
+    "prepare": "insertion",
+    "remove": "insertion",
+    "place": "placement",
+    "QuantRecipe": "recipe",
+    "QuantRule": "recipe",
+    "TensorSpec": "recipe",
+    "QuantSchedule": "schedule",
+}
+_ROOMS = ("callbacks", "error_analysis", "export", "formats", "quantizers", "targets")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+        globals()[name] = getattr(home, name)
+        return globals()[name]
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_ROOMS})

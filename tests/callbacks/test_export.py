@@ -258,6 +258,7 @@ def test_the_test_set_is_left_alone_unless_it_is_asked_for() -> None:
         ExportCallback("model", data="tset")  # type: ignore[arg-type]
 
 
+@pytest.mark.timed
 def test_accuracy_on_the_test_set_goes_to_the_report_and_the_loggers(tmp_path: Path) -> None:
     export = ExportCallback("model.onnx", program=True, data="test")
     module = DigitsModule()

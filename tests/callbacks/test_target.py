@@ -339,6 +339,7 @@ class PatchesModule(DigitsModule):
 
 
 @pytest.mark.parametrize("module", [ResidualModule, GatedModule, PatchesModule])
+@pytest.mark.timed
 def test_what_openvino_runs_was_trained_for_it(module: type[DigitsModule], tmp_path: Path) -> None:
     """Its own runtime proves the file, and computes every layer in integers."""
     export = ExportCallback(tmp_path / "m", measure_latency=True)

@@ -17,7 +17,7 @@ def deploy(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("deploy")
 
 
-@pytest.mark.parametrize("name", ["yolo", "unet"])
+@pytest.mark.parametrize("name", [pytest.param("yolo", marks=pytest.mark.slow), "unet"])
 def test_files_of_all_methods_are_run_and_compared(
     deploy: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

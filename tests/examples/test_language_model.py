@@ -65,6 +65,7 @@ def test_figures_are_what_they_are_called(benchmark: Any) -> None:
     assert itself["agreement"] == 1
 
 
+@pytest.mark.slow
 def test_every_method_trains_from_one_start(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def placed(network: Callable[[], nn.Module], x: Tensor) -> nn.Module:
     "network",
     [Residual, *(pytest.param(c, marks=pytest.mark.slow) for c in (Mixed, Excited, Encoder))],
 )
+@pytest.mark.timed
 def test_all_layers_run_in_integers(network: Callable[[], nn.Module], tmp_path: Path) -> None:
     x = torch.randn(16, 3, 16, 16)
     model = placed(network, x)

@@ -129,6 +129,7 @@ def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("all_are_large")
 @pytest.mark.parametrize("target", [None, "onnxruntime"])
+@pytest.mark.timed
 def test_a_large_model_is_exported_whole_and_stays_as_it_was(
     network: nn.Module, tmp_path: Path, target: str | None
 ) -> None:

@@ -116,6 +116,7 @@ def test_constants_may_be_nodes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("network", [Residual, Mixed, Excited])
+@pytest.mark.timed
 def test_what_is_written_for_it_keeps_all_rules(
     network: Callable[[], nn.Module], tmp_path: Path
 ) -> None:

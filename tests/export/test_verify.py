@@ -37,6 +37,7 @@ def export(model: nn.Module, **options: Any) -> Any:
     return export_model(model, "model", images(16), **{"measure_latency": False} | options)
 
 
+@pytest.mark.timed
 def test_the_figures_are_those_of_the_files(model: nn.Module) -> None:
     x, labels = images(40), torch.randint(10, (40,))
     example = images(16)
@@ -340,6 +341,7 @@ def linears() -> nn.Sequential:
     return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
+@pytest.mark.timed
 def test_weights_alone_are_compared_with_inputs_in_float() -> None:
     x = torch.randn(8, 16)
     model = calibrated(linears(), recipe_of("int4", "int3"), x)

@@ -1,0 +1,67 @@
+"""The package's root: it hands on public names, and loads what they need only then."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import statqat_lightning
+
+ROOT = Path(statqat_lightning.__file__)
+PUBLIC = (
+    *("StatQATCallback", "SNRMonitor", "ExportCallback", "DistillationCallback"),
+    *("QuantRecipe", "QuantRule", "TensorSpec", "QuantSchedule"),
+    *("get_format", "fake_quantize", "snr_db", "compensate"),
+    *("prepare", "remove", "freeze", "load_quantized", "quantized_loading", "place"),
+)
+
+
+def loaded_by(code: str) -> set[str]:
+    """Packages in memory after some code in a process of its own."""
+    ending = "\nimport sys\nprint(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code + ending], capture_output=True, text=True, check=True
+    )
+    return {*done.stdout.split()}
+
+
+def test_the_package_alone_loads_nothing() -> None:
+    assert not {"torch", "lightning", "yaml"} & loaded_by("import statqat_lightning")
+
+
+def test_what_needs_no_trainer_does_not_load_lightning() -> None:
+    names = "get_format, fake_quantize, prepare, place, freeze, load_quantized, compensate"
+    loaded = loaded_by(f"from statqat_lightning import {names}")
+    assert "torch" in loaded
+    assert not {"lightning", "pytorch_lightning", "torchmetrics", "onnx"} & loaded
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_there(name: str) -> None:
+    assert name in dir(statqat_lightning)
+    assert getattr(statqat_lightning, name) is getattr(statqat_lightning, name)
+
+
+def test_rooms_are_there_without_an_import_of_their_own() -> None:
+    code = "import statqat_lightning\nstatqat_lightning.quantizers.get_quantizer('analytic')"
+    assert "torch" in loaded_by(code)
+
+
+def test_type_checkers_see_the_names_that_a_program_gets() -> None:
+    seen = {}
+    for node in ast.walk(ast.parse(ROOT.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("statqat"):
+            seen |= {alias.asname: (node.module or "").partition(".")[2] for alias in node.names}
+    assert seen == statqat_lightning._HOMES
+    assert seen.keys() == set(PUBLIC)
+
+
+def test_a_wrong_name_is_an_error_that_names_it() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'StatQatCallback'"):
+        statqat_lightning.StatQatCallback  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        from statqat_lightning import nothing  # noqa: F401
