@@ -35,6 +35,7 @@ from statqat_lightning.quantized_layer import base_class, is_quantized, kind_of
 OUTPUT_KIND = "output"
 """Kind of what reads tensors outside all modules: the caller, who gets the result or goes on."""
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
+TRANSPOSED = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
 LINEARS = ("Linear", CONV1D)
 NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm")
 """BatchNorms; the function, where a subclass of theirs with a forward of its own calls it."""

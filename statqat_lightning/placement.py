@@ -24,6 +24,7 @@ from statqat_lightning.dataflow import (
     LINEARS,
     NORMS,
     OUTPUT_KIND,
+    TRANSPOSED,
     Dataflow,
     Operation,
     Value,
@@ -305,6 +306,18 @@ class _Places:
             **dict(inputs.options),
         )
 
+    def _rounds_alike(self, operation: Operation) -> bool:
+        """Whether a layer rounds what it takes to integers as wide, and need not once that is."""
+        if operation.kind not in (*CONVOLUTIONS, *TRANSPOSED, *LINEARS):
+            return False
+        rule = self.rules.get(operation.name) if operation.module is not None else None
+        if rule is None or self.flow.calls[operation.name] != 1:
+            return False
+        if not isinstance(rule.inputs, TensorSpec):
+            return False
+        fmt = get_format(rule.inputs.format)
+        return isinstance(fmt, IntFormat) and fmt.bits == 8
+
     def _reaches_layer(self, value: Value) -> bool:
         """Whether a layer that runs in integers takes a value, or what integers make of it."""
         if value not in self.reaching:
@@ -380,7 +393,7 @@ class _Places:
     def _put(self, value: Value, spec: TensorSpec) -> None:
         """Find a module that can round a value, once for all that read it."""
         readers = [o for o in value.consumers if o.kind != OUTPUT_KIND]
-        layers = [o for o in readers if self._format_of(o) is not None]
+        layers = [o for o in readers if self._rounds_alike(o)]
         if self._is_on_grid(value):
             for layer in layers:
                 self._change(layer.name, inputs=None)

@@ -44,9 +44,11 @@ _ABOUT = "statqat_lightning"
 """Name of the method of a file that says what is to be known of it, as JSON."""
 _KEEPS_GRID = (
     *("view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "clone"),
-    *("contiguous", "max_pool2d", "relu", "slice", "select", "expand"),
+    *("contiguous", "max_pool2d", "relu", "slice", "select", "expand", "cat"),
 )
-"""Operators whose results lie on the grid of what they are given."""
+"""Operators whose results lie on the grid of what they are given, if that is one."""
+_PARTING = ("chunk", "split", "split_with_sizes", "unbind", "tensor_split")
+"""Operators that give parts of what they are given."""
 _IN_INTEGERS = (
     *("linear", "conv1d", "conv2d", "conv_transpose2d", "add", "mul", "cat", "mean"),
     *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"),
@@ -235,21 +237,27 @@ def _round_again(module: Any) -> None:
     dequantize = operators.dequantize_per_tensor.default
     grids: dict[Any, tuple[Any, ...]] = {}
     for node in list(module.graph.nodes):
+        if node.op == "call_function" and _kind(node) in _IDENTITIES:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    parts: dict[Any, tuple[Any, ...]] = {}
+    for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
         if node.target is dequantize:
             grids[node] = node.args[1:]
             continue
-        if _kind(node) in _IDENTITIES:
-            node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
+        given = {grids.get(arg, parts.get(arg)) for arg in node.all_input_nodes}
+        grid = given.pop() if len(given) == 1 else None
+        if grid is None:
             continue
-        given = [arg for arg in node.all_input_nodes if arg in grids]
-        keeps = _kind(node) in _KEEPS_GRID and len(node.all_input_nodes) == 1
-        if not (given and keeps and _leads_to_integers(node)):
+        if _kind(node) in _PARTING:
+            parts[node] = grid
+            continue
+        keeps = _kind(node) in (*_KEEPS_GRID, "getitem")
+        if not (keeps and _leads_to_integers(node)):
             continue
         users = list(node.users)
-        grid = grids[given[0]]
         with module.graph.inserting_after(node):
             codes = module.graph.call_function(operators.quantize_per_tensor.default, (node, *grid))
         with module.graph.inserting_after(codes):
@@ -277,7 +285,8 @@ def _kind(node: Any) -> str:
 def _leads_to_integers(node: Any) -> bool:
     """Whether what has a kernel for integers reads a result, or what leaves it on its grid."""
     return any(
-        _kind(user) in _IN_INTEGERS or (_kind(user) in _KEEPS_GRID and _leads_to_integers(user))
+        _kind(user) in _IN_INTEGERS
+        or (_kind(user) in (*_KEEPS_GRID, *_PARTING, "getitem") and _leads_to_integers(user))
         for user in node.users
     )
 

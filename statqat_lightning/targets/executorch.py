@@ -4,6 +4,7 @@ Source: the partitioner of XNNPACK's backend in ExecuTorch 1.5 (`partition/confi
 
 - A layer runs in integers only if its input and its output are int8, and sums, products and
   concatenations likewise.
+- What it concatenates has one scale and zero point, which the result keeps.
 - Biases are int32, in units of input scale times weight scale.
 """
 
@@ -18,4 +19,5 @@ TARGET = Target(
     rounds_outputs=True,
     rounds_all=True,
     adds_codes=True,
+    concatenates_codes=True,
 )

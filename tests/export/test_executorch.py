@@ -48,6 +48,23 @@ class Encoder(nn.Module):
         return out
 
 
+class Shuffling(nn.Module):
+    """Halves of a tensor, one of which is computed on, shuffled as in ShuffleNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_act = nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU()
+        self.conv, self.act = nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU()
+        self.drop, self.last, self.last_act = nn.Dropout(0.1), nn.Conv2d(16, 4, 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.stem_act(self.stem(x)).chunk(2, 1)
+        y = torch.cat((left, self.act(self.conv(right))), 1)
+        y = y.view(len(y), 2, 8, *y.shape[2:]).transpose(1, 2).flatten(1, 2)
+        out: Tensor = self.last_act(self.last(self.drop(y))).mean((2, 3))
+        return out
+
+
 def placed(network: Callable[[], nn.Module], x: Tensor) -> nn.Module:
     torch.manual_seed(0)
     model = network().eval()
@@ -56,7 +73,11 @@ def placed(network: Callable[[], nn.Module], x: Tensor) -> nn.Module:
 
 @pytest.mark.parametrize(
     "network",
-    [Residual, *(pytest.param(c, marks=pytest.mark.slow) for c in (Mixed, Excited, Encoder))],
+    [
+        Mixed,
+        Shuffling,
+        *(pytest.param(c, marks=pytest.mark.slow) for c in (Residual, Excited, Encoder)),
+    ],
 )
 @pytest.mark.timed
 def test_all_layers_run_in_integers(network: Callable[[], nn.Module], tmp_path: Path) -> None:
