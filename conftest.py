@@ -67,7 +67,7 @@ def no_open_wandb_run() -> Iterator[None]:
 def no_latency(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time no file unless a test is marked `timed`: that takes as long as the rest of an export."""
     if request.node.get_closest_marker("timed") is None:
-        monkeypatch.setattr("statqat_lightning.export.proof.Proof._times", lambda *_: None)
+        monkeypatch.setattr("statqat_lightning.export.proof.proof.Proof._times", lambda *_: None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from vision import Batch
 
 from statqat_lightning import ExportCallback, SNRMonitor, StatQATCallback, TensorSpec, get_format
-from statqat_lightning.export.verify import onnx_session
-from statqat_lightning.recipe import activation_spec
-from statqat_lightning.report import History, plot_snr
-from statqat_lightning.targets import TARGETS
+from statqat_lightning.export.proof.verify import onnx_session
+from statqat_lightning.insight.snr import History, plot_snr
+from statqat_lightning.recipes.recipe import activation_spec
+from statqat_lightning.targets.registry import TARGETS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

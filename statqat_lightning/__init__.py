@@ -9,25 +9,29 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from statqat_lightning._moved import serve_old_names
+
 if TYPE_CHECKING:
     from statqat_lightning.callbacks import DistillationCallback as DistillationCallback
     from statqat_lightning.callbacks import ExportCallback as ExportCallback
     from statqat_lightning.callbacks import SNRMonitor as SNRMonitor
     from statqat_lightning.callbacks import StatQATCallback as StatQATCallback
     from statqat_lightning.callbacks import quantized_loading as quantized_loading
-    from statqat_lightning.compensation import compensate as compensate
     from statqat_lightning.export import freeze as freeze
     from statqat_lightning.export import load_quantized as load_quantized
     from statqat_lightning.formats import get_format as get_format
-    from statqat_lightning.functional import fake_quantize as fake_quantize
-    from statqat_lightning.functional import snr_db as snr_db
-    from statqat_lightning.insertion import prepare as prepare
-    from statqat_lightning.insertion import remove as remove
-    from statqat_lightning.placement import place as place
-    from statqat_lightning.recipe import QuantRecipe as QuantRecipe
-    from statqat_lightning.recipe import QuantRule as QuantRule
-    from statqat_lightning.recipe import TensorSpec as TensorSpec
-    from statqat_lightning.schedule import QuantSchedule as QuantSchedule
+    from statqat_lightning.model import compensate as compensate
+    from statqat_lightning.model import prepare as prepare
+    from statqat_lightning.model import remove as remove
+    from statqat_lightning.numerics import fake_quantize as fake_quantize
+    from statqat_lightning.numerics import snr_db as snr_db
+    from statqat_lightning.recipes import QuantRecipe as QuantRecipe
+    from statqat_lightning.recipes import QuantRule as QuantRule
+    from statqat_lightning.recipes import QuantSchedule as QuantSchedule
+    from statqat_lightning.recipes import TensorSpec as TensorSpec
+    from statqat_lightning.targets import place as place
+
+serve_old_names()
 
 _HOMES = {
     "DistillationCallback": "callbacks",
@@ -35,21 +39,24 @@ _HOMES = {
     "SNRMonitor": "callbacks",
     "StatQATCallback": "callbacks",
     "quantized_loading": "callbacks",
-    "compensate": "compensation",
+    "compensate": "model",
     "freeze": "export",
     "load_quantized": "export",
     "get_format": "formats",
-    "fake_quantize": "functional",
-    "snr_db": "functional",
-    "prepare": "insertion",
-    "remove": "insertion",
-    "place": "placement",
-    "QuantRecipe": "recipe",
-    "QuantRule": "recipe",
-    "TensorSpec": "recipe",
-    "QuantSchedule": "schedule",
+    "fake_quantize": "numerics",
+    "snr_db": "numerics",
+    "prepare": "model",
+    "remove": "model",
+    "place": "targets",
+    "QuantRecipe": "recipes",
+    "QuantRule": "recipes",
+    "TensorSpec": "recipes",
+    "QuantSchedule": "recipes",
 }
-_ROOMS = ("callbacks", "error_analysis", "export", "formats", "quantizers", "targets")
+_ROOMS = (
+    *("formats", "numerics", "error_analysis", "quantizers", "fake_quant", "layers", "recipes"),
+    *("model", "targets", "insight", "export", "callbacks"),
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from statqat_lightning.export.checkpoints import export_checkpoint
+from statqat_lightning.export.files.kinds import KINDS
 from statqat_lightning.export.inspection import compare_files, inspect_file
-from statqat_lightning.export.kinds import KINDS
-from statqat_lightning.targets import TARGETS
+from statqat_lightning.targets.registry import TARGETS
 
 FIELDS = {kind.option: kind.field for kind in KINDS}
 

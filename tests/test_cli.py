@@ -20,10 +20,10 @@ from statqat_lightning.export import (
     save_native,
     save_onnx,
 )
-from statqat_lightning.export.frozen import freeze, frozen_layers
-from statqat_lightning.export.runtimes import onnx_session
-from statqat_lightning.quantized_layer import weight_of
-from statqat_lightning.report import snr_by_tensor
+from statqat_lightning.export.freezing.frozen import freeze, frozen_layers
+from statqat_lightning.export.proof.runtimes import onnx_session
+from statqat_lightning.insight.snr import snr_by_tensor
+from statqat_lightning.layers.quantized_layer import weight_of
 from tests.callbacks.digits import DigitsModule, digits, held_out, loader, make_trainer, statqat
 from tests.export.models import calibrated, images, recipe_of, small_net
 

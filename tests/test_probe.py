@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from statqat_lightning import prepare
-from statqat_lightning.quantized_model import refresh, set_observing
+from statqat_lightning.model.quantized_model import refresh, set_observing
 from tests.public.probe import Row, WeightProbe, disagreements
 
 DATA = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import statqat_lightning
+from statqat_lightning._moved import MOVED
 
 ROOT = Path(statqat_lightning.__file__)
 PUBLIC = (
@@ -54,7 +57,7 @@ def test_rooms_are_there_without_an_import_of_their_own() -> None:
 def test_type_checkers_see_the_names_that_a_program_gets() -> None:
     seen = {}
     for node in ast.walk(ast.parse(ROOT.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("statqat"):
+        if isinstance(node, ast.ImportFrom) and any(alias.asname for alias in node.names):
             seen |= {alias.asname: (node.module or "").partition(".")[2] for alias in node.names}
     assert seen == statqat_lightning._HOMES
     assert seen.keys() == set(PUBLIC)
@@ -65,3 +68,25 @@ def test_a_wrong_name_is_an_error_that_names_it() -> None:
         statqat_lightning.StatQatCallback  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
         from statqat_lightning import nothing  # noqa: F401
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_old_names_give_the_modules_of_today(old: str) -> None:
+    new = importlib.import_module(f"statqat_lightning.{MOVED[old]}")
+    spec = new.__spec__
+    sys.modules.pop(f"statqat_lightning.{old}", None)
+    with pytest.warns(DeprecationWarning, match=f"statqat_lightning.{old} has moved to "):
+        found = importlib.import_module(f"statqat_lightning.{old}")
+    assert found is new
+    assert new.__spec__ is spec
+    assert spec is not None
+    assert spec.name == new.__name__ == f"statqat_lightning.{MOVED[old]}"
+
+
+def test_old_imports_and_pickles_find_what_they_name() -> None:
+    from statqat_lightning.recipes import QuantRule
+
+    sys.modules.pop("statqat_lightning.recipe", None)
+    with pytest.warns(DeprecationWarning, match="recipe has moved"):
+        found = pickle.loads(b"cstatqat_lightning.recipe\nQuantRule\n.")
+    assert found is QuantRule

@@ -22,9 +22,9 @@ from common import fail, positive
 from measuring import measure, medians, ratio, write_results
 
 from statqat_lightning import TensorSpec
-from statqat_lightning.fake_quantizer import ActivationFakeQuantizer
-from statqat_lightning.observers import ObserverConfig
-from statqat_lightning.scale_refresh import refresh_activations
+from statqat_lightning.fake_quant.fake_quantizer import ActivationFakeQuantizer
+from statqat_lightning.fake_quant.observers import ObserverConfig
+from statqat_lightning.fake_quant.scale_refresh import refresh_activations
 
 PEERS = {"min-max": "MovingAverageMinMaxObserver", "histogram": "HistogramObserver"}
 

@@ -41,7 +41,7 @@ from measuring import (
 )
 
 from statqat_lightning import QuantRecipe, StatQATCallback, TensorSpec, prepare
-from statqat_lightning.quantized_model import refresh, set_observing
+from statqat_lightning.model.quantized_model import refresh, set_observing
 
 
 class Formats(NamedTuple):

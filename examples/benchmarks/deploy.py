@@ -34,10 +34,11 @@ from deploy_networks import NETWORKS, find, network_of
 from measuring import Journal, code_digest, measure, medians, ratio, versions_text
 
 from statqat_lightning import QuantRecipe, place, prepare, snr_db
-from statqat_lightning.export import export_model, openvino_runtime
-from statqat_lightning.export.inputs import outputs_of
-from statqat_lightning.export.runtimes import onnx_session
-from statqat_lightning.quantized_model import refresh, set_observing
+from statqat_lightning.export import export_model
+from statqat_lightning.export.calls.forward_call import outputs_of
+from statqat_lightning.export.proof import openvino_runtime
+from statqat_lightning.export.proof.runtimes import onnx_session
+from statqat_lightning.model.quantized_model import refresh, set_observing
 
 CALIBRATION, PER_BATCH, TEST = 8, 4, 16
 Arrays = list[np.ndarray[Any, Any]]

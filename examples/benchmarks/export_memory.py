@@ -16,9 +16,9 @@ import torch
 import torchvision
 
 from statqat_lightning.export.artefacts import export_model
-from statqat_lightning.insertion import prepare
-from statqat_lightning.quantized_model import refresh, set_observing
-from statqat_lightning.recipe import TensorSpec
+from statqat_lightning.model.insertion import prepare
+from statqat_lightning.model.quantized_model import refresh, set_observing
+from statqat_lightning.recipes.recipe import TensorSpec
 
 FILES = ("native", "onnx", "program", "executorch", "torchao", "compressed")
 

@@ -23,8 +23,8 @@ import smollm2
 from vision import Normalize
 
 from statqat_lightning import TensorSpec, prepare
-from statqat_lightning.plots import new_figure, save_figure
-from statqat_lightning.quantized_model import quantized_layers, refresh, set_observing
+from statqat_lightning.insight.plots import new_figure, save_figure
+from statqat_lightning.model.quantized_model import quantized_layers, refresh, set_observing
 
 
 def input_energies(model: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ from rounding import METHODS as ROUNDED
 from rounding import OURS, rounded
 
 from statqat_lightning import DistillationCallback, StatQATCallback, TensorSpec
-from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.model.quantized_model import quantized_layers
 
 Figures = dict[str, float]
 

@@ -27,7 +27,7 @@ import torch
 from common import positive
 
 import statqat_lightning
-from statqat_lightning.export.files import replacing
+from statqat_lightning.export.files.on_disk import replacing
 
 Seconds = dict[str, list[float]]
 Sizes = TypeVar("Sizes")

@@ -32,7 +32,7 @@ from common import fail, positive
 from measuring import write_results
 
 from statqat_lightning import prepare
-from statqat_lightning.quantized_model import activation_quantizers, refresh, set_observing
+from statqat_lightning.model.quantized_model import activation_quantizers, refresh, set_observing
 
 WIDTH, TOKENS = 64, 8  # 8 examples have as many values as the observer samples
 AIM_LAYERS, AIM_MS = 100, 5.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning import QuantRecipe, TensorSpec, compensate, prepare
-from statqat_lightning.quantized_model import refresh, set_enabled, set_observing
+from statqat_lightning.model.quantized_model import refresh, set_enabled, set_observing
 
 
 class Method(NamedTuple):

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning import TensorSpec
-from statqat_lightning.fake_quantizer import ActivationFakeQuantizer
+from statqat_lightning.fake_quant.fake_quantizer import ActivationFakeQuantizer
+from statqat_lightning.fake_quant.observers import ObserverConfig
+from statqat_lightning.fake_quant.scale_refresh import refresh_activations
 from statqat_lightning.formats import FloatFormat, Format, IntFormat
-from statqat_lightning.functional import QParams, fake_quantize
-from statqat_lightning.granularity import PerChannel
-from statqat_lightning.observers import ObserverConfig
+from statqat_lightning.numerics.functional import QParams, fake_quantize
+from statqat_lightning.numerics.granularity import PerChannel
 from statqat_lightning.quantizers import get_quantizer
-from statqat_lightning.scale_refresh import refresh_activations
 
 Way = Callable[[Tensor, Format], "Tensor | None"]
 

@@ -21,8 +21,13 @@ from torch import Tensor, nn
 from vision import BasicBlock, ResNet20
 
 from statqat_lightning import QuantRecipe, place, prepare
-from statqat_lightning.quantized_model import refresh, set_frozen, set_observing, set_recompute
-from statqat_lightning.targets import TARGETS
+from statqat_lightning.model.quantized_model import (
+    refresh,
+    set_frozen,
+    set_observing,
+    set_recompute,
+)
+from statqat_lightning.targets.registry import TARGETS
 
 _CALIBRATION_BATCHES = 8  # all inputs are ready then, and the signs of formats settled
 

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.callbacks.trial_copy import running, trial_copy
-from statqat_lightning.compensation import CompensationReport, compensate
-from statqat_lightning.dataflow import Dataflow, record
-from statqat_lightning.insertion import remove
-from statqat_lightning.isolated_copy import CannotCopy, ReachesOriginal
-from statqat_lightning.observers import Reduce
-from statqat_lightning.quantized_model import (
+from statqat_lightning.fake_quant.observers import Reduce
+from statqat_lightning.model.compensation import CompensationReport, compensate
+from statqat_lightning.model.dataflow import Dataflow, record
+from statqat_lightning.model.insertion import remove
+from statqat_lightning.model.isolated_copy import CannotCopy, ReachesOriginal
+from statqat_lightning.model.quantized_model import (
     load_quantizer_state,
     quantized_layers,
     quantizer_state,

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from statqat_lightning.insertion import is_prepared_by, recipe_of
-from statqat_lightning.quantized_model import (
+from statqat_lightning.model.insertion import is_prepared_by, recipe_of
+from statqat_lightning.model.quantized_model import (
     learned_by_key,
     quantized_layers,
     quantizer_state,
 )
-from statqat_lightning.recipe import QuantRecipe, difference
-from statqat_lightning.targets import AUTO
+from statqat_lightning.recipes.recipe import QuantRecipe, difference
+from statqat_lightning.targets.registry import AUTO
 
 CHECKPOINT_KEY = "statqat_lightning"
 STATE_VERSION = 1

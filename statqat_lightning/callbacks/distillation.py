@@ -24,8 +24,10 @@ from statqat_lightning.callbacks.hooks import WrappedHooks
 from statqat_lightning.callbacks.input_warnings import StatQATWarning
 from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.callbacks.trial_copy import running, trial_copy
-from statqat_lightning.compensation import share_on_grid
-from statqat_lightning.distillation import (
+from statqat_lightning.export.wording import first_lines
+from statqat_lightning.layers.module_names import plain_name
+from statqat_lightning.model.compensation import share_on_grid
+from statqat_lightning.model.distillation import (
     LayerOutputs,
     OutputLoss,
     class_dimension,
@@ -34,11 +36,9 @@ from statqat_lightning.distillation import (
     kl_divergence,
     last_layer,
 )
-from statqat_lightning.export.wording import first_lines
-from statqat_lightning.insertion import remove
-from statqat_lightning.isolated_copy import CannotCopy, ReachesOriginal
-from statqat_lightning.module_names import plain_name
-from statqat_lightning.quantized_model import state_tensors
+from statqat_lightning.model.insertion import remove
+from statqat_lightning.model.isolated_copy import CannotCopy, ReachesOriginal
+from statqat_lightning.model.quantized_model import state_tensors
 
 _MODULE = "LightningModule"
 _LOGGED_AS = "distillation_loss"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from statqat_lightning.callbacks.lightning_names import is_a
-from statqat_lightning.export.evaluation import NoAccuracy
+from statqat_lightning.export.proof.evaluation import NoAccuracy
 
 _HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer", "transfer_batch_to_device")
 

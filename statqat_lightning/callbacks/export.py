@@ -20,23 +20,23 @@ from statqat_lightning.callbacks.export_progress import export_progress
 from statqat_lightning.callbacks.lightning_names import is_a, overrides
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.export.artefacts import export_model
-from statqat_lightning.export.files import ENDINGS, check_writable, with_ending
+from statqat_lightning.export.calls.dimensions import labels_in, without_labels
+from statqat_lightning.export.calls.forward_call import ForwardCall
+from statqat_lightning.export.files.kinds import KINDS, REPORT_ENDING
+from statqat_lightning.export.files.loading import load_checkpoint
+from statqat_lightning.export.files.on_disk import ENDINGS, check_writable, with_ending
 from statqat_lightning.export.foresight import (
     complex_parameters,
     refuse_uncopyable,
     tied_in_two_formats,
 )
-from statqat_lightning.export.frozen import refuse_weights_from_hooks
-from statqat_lightning.export.inputs import ForwardCall
-from statqat_lightning.export.interface import labels_in, without_labels
-from statqat_lightning.export.kinds import KINDS, REPORT_ENDING
-from statqat_lightning.export.loading import load_checkpoint
-from statqat_lightning.export.stale import remember_weights
-from statqat_lightning.export.verify import ExportReport
+from statqat_lightning.export.freezing.frozen import refuse_weights_from_hooks
+from statqat_lightning.export.freezing.stale_scales import remember_weights
+from statqat_lightning.export.proof.verify import ExportReport
 from statqat_lightning.export.wording import first_lines, in_short, some
-from statqat_lightning.isolated_copy import isolated_copy
-from statqat_lightning.quantized_model import activation_quantizers, quantized_layers
-from statqat_lightning.recipe import QuantRecipe
+from statqat_lightning.model.isolated_copy import isolated_copy
+from statqat_lightning.model.quantized_model import activation_quantizers, quantized_layers
+from statqat_lightning.recipes.recipe import QuantRecipe
 
 # ONNX Runtime's integer kernels flip a last bit now and then; less agreement is worth a warning.
 _EXPECTED_AGREEMENT = 0.98

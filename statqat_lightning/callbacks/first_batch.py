@@ -12,15 +12,15 @@ from lightning.pytorch import LightningModule, Trainer
 
 from statqat_lightning.callbacks.calibration import record_batch
 from statqat_lightning.callbacks.lightning_names import is_a
-from statqat_lightning.dataflow import Dataflow, Recording
-from statqat_lightning.insertion import assigned_rules
-from statqat_lightning.insertion_report import ROUNDED_BEFORE
-from statqat_lightning.integer_kernels import IntegerKernel, integer_kernels
-from statqat_lightning.observers import Reduce
-from statqat_lightning.placement import place_in
-from statqat_lightning.quantized_model import quantized_layers
-from statqat_lightning.recipe import QuantRecipe
-from statqat_lightning.weight_reads import Weight, weight_reads
+from statqat_lightning.fake_quant.observers import Reduce
+from statqat_lightning.model.dataflow import Dataflow, Recording
+from statqat_lightning.model.insertion import assigned_rules
+from statqat_lightning.model.insertion_report import ROUNDED_BEFORE
+from statqat_lightning.model.quantized_model import quantized_layers
+from statqat_lightning.model.weight_reads import Weight, weight_reads
+from statqat_lightning.recipes.recipe import QuantRecipe
+from statqat_lightning.targets.integer_kernels import IntegerKernel, integer_kernels
+from statqat_lightning.targets.placement import place_in
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from statqat_lightning.fake_quant.tensor_spec import TensorSpec
 from statqat_lightning.formats import get_format
-from statqat_lightning.insertion_report import InsertionReport
-from statqat_lightning.quantized_model import activation_quantizers, idle_activations
-from statqat_lightning.recipe import QuantRecipe
-from statqat_lightning.tensor_spec import TensorSpec
+from statqat_lightning.model.insertion_report import InsertionReport
+from statqat_lightning.model.quantized_model import activation_quantizers, idle_activations
+from statqat_lightning.recipes.recipe import QuantRecipe
 
 _LITTLE = 0.5
 """Share of the parameters below which a warning says what is in the way."""

@@ -15,10 +15,10 @@ from torch import nn
 from statqat_lightning.callbacks.checkpoint import CHECKPOINT_KEY, QuantizerEntry, give_back_scales
 from statqat_lightning.callbacks.hooks import WrappedHook
 from statqat_lightning.callbacks.input_warnings import StatQATWarning
-from statqat_lightning.export.loading import restore_quantizers
-from statqat_lightning.insertion import prepare, remove
-from statqat_lightning.quantized_model import learned_by_key
-from statqat_lightning.recipe import QuantRecipe
+from statqat_lightning.export.files.loading import restore_quantizers
+from statqat_lightning.model.insertion import prepare, remove
+from statqat_lightning.model.quantized_model import learned_by_key
+from statqat_lightning.recipes.recipe import QuantRecipe
 
 # Where Lightning, under either name, builds a module from a checkpoint: the one place that has both
 # in hand, whatever the module's class makes of its own hooks.

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from statqat_lightning.callbacks.lightning_names import is_a
-from statqat_lightning.quantized_model import set_enabled, set_frozen, set_narrowest
-from statqat_lightning.schedule import Progress, QuantSchedule, reached
+from statqat_lightning.model.quantized_model import set_enabled, set_frozen, set_narrowest
+from statqat_lightning.recipes.schedule import Progress, QuantSchedule, reached
 
 
 class Phase(NamedTuple):

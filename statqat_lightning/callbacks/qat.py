@@ -38,17 +38,15 @@ from statqat_lightning.callbacks.input_warnings import StatQATWarning as StatQAT
 from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.callbacks.refusals import refuse_trainer
-from statqat_lightning.compensation import CompensationReport
-from statqat_lightning.dataflow import takes_means_away
-from statqat_lightning.export.kinds import KINDS
-from statqat_lightning.export.stale import remember_weights
-from statqat_lightning.insertion import prepare, remove, rows_in_use
-from statqat_lightning.insertion_report import InsertionReport
-from statqat_lightning.integer_kernels import IntegerKernel
-from statqat_lightning.module_names import modules_by_name, plain_name
-from statqat_lightning.observers import ObserverConfig, Reduce
-from statqat_lightning.placement import settle
-from statqat_lightning.quantized_model import (
+from statqat_lightning.export.files.kinds import KINDS
+from statqat_lightning.export.freezing.stale_scales import remember_weights
+from statqat_lightning.fake_quant.observers import ObserverConfig, Reduce
+from statqat_lightning.layers.module_names import modules_by_name, plain_name
+from statqat_lightning.model.compensation import CompensationReport
+from statqat_lightning.model.dataflow import takes_means_away
+from statqat_lightning.model.insertion import prepare, remove, rows_in_use
+from statqat_lightning.model.insertion_report import InsertionReport
+from statqat_lightning.model.quantized_model import (
     activation_quantizers,
     follow_averaged_weights,
     idle_activations,
@@ -64,10 +62,12 @@ from statqat_lightning.quantized_model import (
     set_recompute,
     switch_off_idle_layers,
 )
-from statqat_lightning.recipe import DEFAULT, ROLES, QuantRecipe, TensorSpec
-from statqat_lightning.schedule import QuantSchedule, When
-from statqat_lightning.targets import AUTO, check_target
-from statqat_lightning.weight_reads import set_readers
+from statqat_lightning.model.weight_reads import set_readers
+from statqat_lightning.recipes.recipe import DEFAULT, ROLES, QuantRecipe, TensorSpec
+from statqat_lightning.recipes.schedule import QuantSchedule, When
+from statqat_lightning.targets.integer_kernels import IntegerKernel
+from statqat_lightning.targets.placement import settle
+from statqat_lightning.targets.registry import AUTO, check_target
 
 _BATCHES_BETWEEN_CHECKS = 50  # for NaN in inputs: each check waits for the device
 
@@ -133,7 +133,7 @@ class StatQATCallback(Callback):
             for ExecuTorch, what activations return for OpenVINO and TensorRT (see `targets`). Where
             that is, one training batch shows, ahead of calibration; the checkpoint remembers. At
             the end of the fit, scales move a little, and biases for ONNX Runtime and ExecuTorch, to
-            where the runtime computes the same codes as the model, see `placement.settle`. Formats
+            where the runtime computes the same codes as the model, see `targets.settle`. Formats
             without integer kernels stay as they are.
         compensate: True makes up for the rounding errors of weights before the first step, on the
             batches that calibrate, see `compensate`: training starts at a better model. It costs

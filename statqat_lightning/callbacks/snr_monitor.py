@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from statqat_lightning.quantized_model import quantized_layers
-from statqat_lightning.report import SNRSummary, output_snr_by_weight, snr_by_tensor
+from statqat_lightning.insight.snr import SNRSummary, output_snr_by_weight, snr_by_tensor
+from statqat_lightning.model.quantized_model import quantized_layers
 
 PREFIX = "snr_db"
 OUTPUT_PREFIX = "output_snr_db"

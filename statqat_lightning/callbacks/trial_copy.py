@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from statqat_lightning.callbacks.lightning_names import is_a
-from statqat_lightning.isolated_copy import guarding, isolated_copy
+from statqat_lightning.model.isolated_copy import guarding, isolated_copy
 
 _STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 

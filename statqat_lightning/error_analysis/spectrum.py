@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statqat_lightning.error_analysis.samples import Samples, add_in_rows
+from statqat_lightning.error_analysis.empirical import Samples, add_in_rows
 from statqat_lightning.formats import FloatFormat, Format, IntFormat
 
 BINS_PER_OCTAVE = 32

@@ -12,40 +12,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.dataflow import record
-from statqat_lightning.export import runtimes
-from statqat_lightning.export.evaluation import Evaluation, accuracy_of
-from statqat_lightning.export.files import with_ending
-from statqat_lightning.export.frozen import freeze_quietly, left_in_float
-from statqat_lightning.export.inputs import ForwardCall, few_rows, first_that_runs, outputs_of
-from statqat_lightning.export.interface import (
+from statqat_lightning.export.calls.dimensions import (
     Dynamic,
     at_another_size,
     dimensions_of,
     second_example,
 )
-from statqat_lightning.export.kinds import KINDS, REPORT_ENDING
-from statqat_lightning.export.light_copy import light_copy
+from statqat_lightning.export.calls.forward_call import (
+    ForwardCall,
+    few_rows,
+    first_that_runs,
+    outputs_of,
+)
+from statqat_lightning.export.files.kinds import KINDS, REPORT_ENDING
+from statqat_lightning.export.files.on_disk import with_ending
+from statqat_lightning.export.files.onnx import ONNXExportError
+from statqat_lightning.export.files.tracing import ExportError
+from statqat_lightning.export.freezing.frozen import freeze_quietly, left_in_float
+from statqat_lightning.export.freezing.light_copy import light_copy
+from statqat_lightning.export.freezing.stale_scales import refit, stale_scales
 from statqat_lightning.export.memory import returned_at_once
-from statqat_lightning.export.onnx import ONNXExportError
-from statqat_lightning.export.proof import Proof
-from statqat_lightning.export.stale import refit, stale_scales
-from statqat_lightning.export.tracing import ExportError
-from statqat_lightning.export.verify import (
+from statqat_lightning.export.proof import runtimes
+from statqat_lightning.export.proof.evaluation import Evaluation, accuracy_of
+from statqat_lightning.export.proof.proof import Proof
+from statqat_lightning.export.proof.verify import (
     ArtefactReport,
     Example,
     ExportDifferenceError,
     ExportReport,
 )
+from statqat_lightning.export.proof.writers import Writer, writers
 from statqat_lightning.export.wording import Note, in_full, in_short
-from statqat_lightning.export.writers import Writer, writers
-from statqat_lightning.insertion import remove
-from statqat_lightning.integer_kernels import integer_kernels
-from statqat_lightning.isolated_copy import guarding
-from statqat_lightning.placement import Settled, settle
-from statqat_lightning.quantized_model import quantized_layers, state_tensors
-from statqat_lightning.recipe import QuantRecipe
-from statqat_lightning.targets import check_target
+from statqat_lightning.model.dataflow import record
+from statqat_lightning.model.insertion import remove
+from statqat_lightning.model.isolated_copy import guarding
+from statqat_lightning.model.quantized_model import quantized_layers, state_tensors
+from statqat_lightning.recipes.recipe import QuantRecipe
+from statqat_lightning.targets.integer_kernels import integer_kernels
+from statqat_lightning.targets.placement import Settled, settle
+from statqat_lightning.targets.registry import check_target
 
 _MOST_EXAMPLES = 256
 LARGE = 2**29
@@ -352,7 +357,7 @@ class _Export:
         return whole
 
     def settle(self, reference: nn.Module, call: ForwardCall, target: str) -> None:
-        """See `placement.settle`; nothing is left to do for a model trained for the target."""
+        """See `targets.settle`; nothing is left to do for a model trained for the target."""
         try:
             settled = _settle(reference, self.module, call, target)
         except Exception as error:

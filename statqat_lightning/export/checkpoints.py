@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from statqat_lightning.export.artefacts import export_model
-from statqat_lightning.export.loading import load_checkpoint, read_checkpoint
-from statqat_lightning.export.native import KEY
-from statqat_lightning.export.verify import ExportReport
-from statqat_lightning.recipe import QuantRecipe
+from statqat_lightning.export.files.loading import load_checkpoint, read_checkpoint
+from statqat_lightning.export.files.native import KEY
+from statqat_lightning.export.proof.verify import ExportReport
+from statqat_lightning.recipes.recipe import QuantRecipe
 
 
 def export_checkpoint(

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from statqat_lightning.export.wording import in_short
-from statqat_lightning.isolated_copy import CannotCopy, isolated_copy
-from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.model.isolated_copy import CannotCopy, isolated_copy
+from statqat_lightning.model.quantized_model import quantized_layers
 
 
 def refuse_uncopyable(model: nn.Module) -> None:

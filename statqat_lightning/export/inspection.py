@@ -12,23 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statqat_lightning.export.files import size_of
-from statqat_lightning.export.frozen import weight_key
-from statqat_lightning.export.loading import (
+from statqat_lightning.export.files.loading import (
     file_kind,
     native_weights,
     read_checkpoint,
 )
-from statqat_lightning.export.native import KEY, read_header
-from statqat_lightning.export.runtimes import constant_weights, require_onnx
-from statqat_lightning.fake_quantizer import OUTPUT
+from statqat_lightning.export.files.native import KEY, read_header
+from statqat_lightning.export.files.on_disk import size_of
+from statqat_lightning.export.freezing.frozen import weight_key
+from statqat_lightning.export.proof.runtimes import constant_weights, require_onnx
+from statqat_lightning.fake_quant.fake_quantizer import OUTPUT
+from statqat_lightning.fake_quant.observers import NOISE, SIGNAL
 from statqat_lightning.formats import BlockFormat, get_format
-from statqat_lightning.function_results import is_result
-from statqat_lightning.functional import QParams, fake_quantize, snr_db
-from statqat_lightning.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor
-from statqat_lightning.layer_kinds import INPUT_ROLES
-from statqat_lightning.observers import NOISE, SIGNAL
-from statqat_lightning.recipe import ROLES, QuantRecipe
+from statqat_lightning.layers.function_results import is_result
+from statqat_lightning.layers.layer_kinds import INPUT_ROLES
+from statqat_lightning.numerics.functional import QParams, fake_quantize, snr_db
+from statqat_lightning.numerics.granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+)
+from statqat_lightning.recipes.recipe import ROLES, QuantRecipe
 
 
 @dataclass(frozen=True)

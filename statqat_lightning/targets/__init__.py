@@ -1,27 +1,14 @@
-"""Runtimes that quantizers can be placed for: a file each, with its rules and their sources."""
+"""What a runtime needs, a file of rules each with its sources, and how a model is made to fit.
 
-from __future__ import annotations
+In come a float model, a recipe and a run; `place` gives the recipe with quantizers where the
+runtime's integer kernels need them. `settle` moves scales and biases of a trained model to where
+the runtime computes the same codes.
+"""
 
-from statqat_lightning.targets import executorch, onnxruntime, openvino, tensorrt
-from statqat_lightning.targets.base import CLIPPING as CLIPPING
-from statqat_lightning.targets.base import LARGEST as LARGEST
 from statqat_lightning.targets.base import Target as Target
-
-TARGETS = {
-    module.TARGET.name: module.TARGET for module in (onnxruntime, openvino, tensorrt, executorch)
-}
-"""All of them, by name."""
-
-AUTO = "auto"
-"""In place of a target: that of the files which the training is to end with."""
-
-
-def check_target(target: str | None) -> str | None:
-    """The name of a target as it is.
-
-    Raises:
-        ValueError: If there is no such target.
-    """
-    if target is not None and target not in TARGETS:
-        raise ValueError(f"target: got {target!r}; expected None or one of {', '.join(TARGETS)}.")
-    return target
+from statqat_lightning.targets.placement import Placement as Placement
+from statqat_lightning.targets.placement import place as place
+from statqat_lightning.targets.placement import settle as settle
+from statqat_lightning.targets.registry import AUTO as AUTO
+from statqat_lightning.targets.registry import TARGETS as TARGETS
+from statqat_lightning.targets.registry import check_target as check_target

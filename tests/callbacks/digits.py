@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
 from statqat_lightning.callbacks.qat import StatQATCallback
-from statqat_lightning.quantized_model import quantized_layers, quantizer_state
-from statqat_lightning.tensor_spec import TensorSpec
+from statqat_lightning.fake_quant.tensor_spec import TensorSpec
+from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state
 
 BATCH_SIZE = 32
 STEPS_PER_EPOCH = 6

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.model.quantized_model import quantized_layers
 from tests.callbacks.ddp_run import RankModule
 from tests.callbacks.digits import make_trainer, statqat
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from statqat_lightning import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.callbacks import DistillationCallback, StatQATCallback
-from statqat_lightning.quantized_model import activation_quantizers, quantizer_state
+from statqat_lightning.model.quantized_model import activation_quantizers, quantizer_state
 from tests.callbacks.digits import Witness, make_trainer
 
 STEPS = 6

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from statqat_lightning.callbacks import StatQATCallback
-from statqat_lightning.insertion import prepare
-from statqat_lightning.quantized_model import quantizer_state
-from statqat_lightning.tensor_spec import TensorSpec
+from statqat_lightning.fake_quant.tensor_spec import TensorSpec
+from statqat_lightning.model.insertion import prepare
+from statqat_lightning.model.quantized_model import quantizer_state
 from tests.callbacks.digits import Witness, make_trainer, scales
 from tests.callbacks.ranks_run import Batches
 

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from statqat_lightning.quantized_model import quantizer_state
+from statqat_lightning.model.quantized_model import quantizer_state
 from tests.callbacks.digits import loader, make_trainer, statqat
 from tests.callbacks.test_target import ResidualModule
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from statqat_lightning.callbacks.checkpoint import CHECKPOINT_KEY
 from statqat_lightning.callbacks.export import ExportCallback
-from statqat_lightning.recipe import TensorSpec
+from statqat_lightning.recipes.recipe import TensorSpec
 from tests.callbacks.digits import (
     STEPS_PER_EPOCH,
     DigitsModule,

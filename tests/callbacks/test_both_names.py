@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
 
 from statqat_lightning import ExportCallback, SNRMonitor, load_quantized
-from statqat_lightning.quantized_model import quantizer_state
+from statqat_lightning.model.quantized_model import quantizer_state
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     SeedEachBatch,

@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, Dataset, Sampler, default_collate
 
 from statqat_lightning import DistillationCallback, QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.callbacks.qat import StatQATCallback, StatQATWarning
-from statqat_lightning.observers import statistics_of
+from statqat_lightning.fake_quant.observers import statistics_of
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     LAYERS,

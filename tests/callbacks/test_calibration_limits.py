@@ -14,8 +14,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from statqat_lightning.callbacks.calibration import CannotCalibrate, calibrate
 from statqat_lightning.callbacks.qat import StatQATWarning
-from statqat_lightning.insertion import prepare
-from statqat_lightning.quantized_model import quantizer_state
+from statqat_lightning.model.insertion import prepare
+from statqat_lightning.model.quantized_model import quantizer_state
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     STEPS_PER_EPOCH,

@@ -17,8 +17,8 @@ from scipy.special import log_softmax
 from torch import Tensor, nn
 
 from statqat_lightning import DistillationCallback, ExportCallback, StatQATCallback
-from statqat_lightning.distillation import fitting_temperature, kl_divergence
-from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.model.distillation import fitting_temperature, kl_divergence
+from statqat_lightning.model.quantized_model import quantized_layers
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     STEPS_PER_EPOCH,

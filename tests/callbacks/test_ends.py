@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from statqat_lightning import ExportCallback, QuantSchedule, TensorSpec, load_quantized, prepare
 from statqat_lightning.callbacks.checkpoint import CHECKPOINT_KEY
 from statqat_lightning.callbacks.qat import StatQATCallback, StatQATWarning
-from statqat_lightning.export.native import read_header
-from statqat_lightning.quantized_model import set_observing, set_recompute
+from statqat_lightning.export.files.native import read_header
+from statqat_lightning.model.quantized_model import set_observing, set_recompute
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     STEPS_PER_EPOCH,
@@ -194,7 +194,7 @@ def test_inputs_that_a_forward_writes_to_have_the_same_gradients(weights: str | 
         set_observing(model, True)
         model(x)
         set_observing(model, False)
-        from statqat_lightning.quantized_model import refresh
+        from statqat_lightning.model.quantized_model import refresh
 
         refresh(model, search=True)
         set_recompute(model, recompute)

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Timer
 
 from statqat_lightning import ExportCallback, SNRMonitor, StatQATCallback
 from statqat_lightning.callbacks.environment import callbacks_from_environment
-from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.model.quantized_model import quantized_layers
 from tests.callbacks.digits import DigitsModule, held_out, loader, make_trainer
 
 

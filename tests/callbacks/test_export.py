@@ -17,13 +17,13 @@ from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from torch import Tensor, nn
 
 import statqat_lightning.callbacks.export as export_callback
-import statqat_lightning.export.writers as writers
+import statqat_lightning.export.proof.writers as writers
 from statqat_lightning.callbacks.export import ExportCallback, ExportWarning
-from statqat_lightning.export.loading import load_quantized
-from statqat_lightning.export.native import read_header
-from statqat_lightning.export.onnx import ONNXExportError
-from statqat_lightning.export.verify import ExportDifferenceError, onnx_session
-from statqat_lightning.insertion import prepare
+from statqat_lightning.export.files.loading import load_quantized
+from statqat_lightning.export.files.native import read_header
+from statqat_lightning.export.files.onnx import ONNXExportError
+from statqat_lightning.export.proof.verify import ExportDifferenceError, onnx_session
+from statqat_lightning.model.insertion import prepare
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     DigitsModule,
@@ -378,7 +378,7 @@ def test_a_failed_write_leaves_the_old_file_and_writes_the_others(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("statqat_lightning.export.native.save_file", full)
+    monkeypatch.setattr("statqat_lightning.export.files.native.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         train(statqat(), ExportCallback("model.onnx"), limit_train_batches=1)
     files = {f.name: f.read_bytes() for f in Path().iterdir()}

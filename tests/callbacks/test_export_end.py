@@ -19,13 +19,13 @@ from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
 import statqat_lightning.callbacks.export_progress as export_progress
-import statqat_lightning.export.onnx as onnx_writer
-import statqat_lightning.export.writers as writers
+import statqat_lightning.export.files.onnx as onnx_writer
+import statqat_lightning.export.proof.writers as writers
 from statqat_lightning import QuantRecipe, QuantRule
 from statqat_lightning.callbacks.export import ExportCallback, ExportWarning
 from statqat_lightning.callbacks.qat import StatQATCallback
-from statqat_lightning.export.loading import load_quantized
-from statqat_lightning.export.verify import ExportDifferenceError, onnx_session
+from statqat_lightning.export.files.loading import load_quantized
+from statqat_lightning.export.proof.verify import ExportDifferenceError, onnx_session
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     BATCH_SIZE,
@@ -127,7 +127,7 @@ def test_whatever_fails_in_the_proof_costs_that_file_alone(
     def fails(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("shape '[32, -1]' is invalid for input of size 128")
 
-    monkeypatch.setattr(f"statqat_lightning.export.proof.{stage}", fails)
+    monkeypatch.setattr(f"statqat_lightning.export.proof.proof.{stage}", fails)
     monkeypatch.setattr(writers, "save_program", lambda *args: pytest.fail("is not asked for"))
     export = ExportCallback("m", native=False, strict=False, measure_latency=False)
     # A file that runs is kept, and called not proved; one that cannot be loaded is not.
@@ -285,7 +285,7 @@ def test_a_failure_beyond_the_limit_leaves_the_old_pair(monkeypatch: pytest.Monk
     def fails(*args: Any) -> None:
         raise RuntimeError("cannot allocate memory")
 
-    monkeypatch.setattr("statqat_lightning.export.proof.compare", fails)
+    monkeypatch.setattr("statqat_lightning.export.proof.proof.compare", fails)
     with pytest.raises(ExportDifferenceError, match="cannot allocate memory"):
         train(statqat("int4", "int8"), ExportCallback("m", native=False), limit_train_batches=1)
     after = {f.name: f.read_bytes() for f in Path().iterdir() if f.suffix != ".json"}

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from statqat_lightning.callbacks.export import ExportCallback, ExportWarning
 from statqat_lightning.export import export_model
-from statqat_lightning.export.verify import onnx_session
+from statqat_lightning.export.proof.verify import onnx_session
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import DigitsModule, digits, held_out, loader, statqat, train
 from tests.export.models import calibrated, recipe_of

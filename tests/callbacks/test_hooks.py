@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 
 from statqat_lightning.callbacks.checkpoint import CHECKPOINT_KEY
 from statqat_lightning.callbacks.hooks import WrappedHook, WrappedHooks
-from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.model.quantized_model import quantized_layers
 from tests.callbacks.digits import (
     DigitsModule,
     held_out,

@@ -20,11 +20,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import statqat_lightning
-import statqat_lightning.functional as functional
+import statqat_lightning.numerics.functional as functional
 from statqat_lightning import TensorSpec
 from statqat_lightning.callbacks import qat
-from statqat_lightning.insertion import prepare
-from statqat_lightning.quantized_model import refresh, set_observing
+from statqat_lightning.model.insertion import prepare
+from statqat_lightning.model.quantized_model import refresh, set_observing
 from tests.callbacks.digits import DigitsModule, digits, scales, small_cnn, statqat, train
 
 PACKAGE = str(Path(statqat_lightning.__file__).parent)

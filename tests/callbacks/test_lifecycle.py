@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from statqat_lightning.callbacks.qat import StatQATWarning
-from statqat_lightning.quantized_model import (
+from statqat_lightning.model.quantized_model import (
     activation_quantizers,
     quantized_layers,
     quantizer_state,

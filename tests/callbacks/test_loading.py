@@ -13,7 +13,7 @@ import torch
 from statqat_lightning import StatQATCallback, TensorSpec, load_quantized, quantized_loading
 from statqat_lightning.callbacks.checkpoint import CHECKPOINT_KEY
 from statqat_lightning.callbacks.qat import StatQATWarning
-from statqat_lightning.quantized_model import quantized_layers, quantizer_state
+from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state
 from tests.callbacks.digits import (
     DigitsModule,
     assert_same,

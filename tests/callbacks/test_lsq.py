@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from statqat_lightning import QuantRecipe, QuantRule, TensorSpec, freeze, prepare, remove
 from statqat_lightning.callbacks import SNRMonitor, StatQATCallback
 from statqat_lightning.export import load_quantized, save_native
-from statqat_lightning.quantized_model import quantized_layers, refresh, set_frozen, set_observing
+from statqat_lightning.model.quantized_model import (
+    quantized_layers,
+    refresh,
+    set_frozen,
+    set_observing,
+)
 from tests.callbacks.digits import (
     LAYERS,
     STEPS_PER_EPOCH,

@@ -32,8 +32,8 @@ from statqat_lightning import (
     TensorSpec,
     load_quantized,
 )
-from statqat_lightning.quantized_layer import weight_of
-from statqat_lightning.quantized_model import quantized_layers, quantizer_state, refit_weights
+from statqat_lightning.layers.quantized_layer import weight_of
+from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state, refit_weights
 from tests.callbacks.digits import (
     DigitsModule,
     SeedEachBatch,

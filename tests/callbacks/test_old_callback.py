@@ -32,7 +32,7 @@ from statqat_lightning import (
     StatQATCallback,
     load_quantized,
 )
-from statqat_lightning.quantized_model import (
+from statqat_lightning.model.quantized_model import (
     activation_quantizers,
     load_quantizer_state,
     quantized_layers,

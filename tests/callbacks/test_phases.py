@@ -14,7 +14,7 @@ from torch import nn
 
 from statqat_lightning import QuantSchedule
 from statqat_lightning.callbacks.qat import StatQATCallback, StatQATWarning
-from statqat_lightning.quantized_model import quantized_layers, quantizer_state, set_narrowest
+from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state, set_narrowest
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     STEPS_PER_EPOCH,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from statqat_lightning import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.callbacks.qat import StatQATCallback, StatQATWarning
 from statqat_lightning.error_analysis.spectrum import BINS_PER_OCTAVE
-from statqat_lightning.observers import QUANTIZED, SIGNAL
-from statqat_lightning.quantized_model import quantized_layers, quantizer_state
+from statqat_lightning.fake_quant.observers import QUANTIZED, SIGNAL
+from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     LAYERS,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from statqat_lightning import ExportCallback, StatQATCallback, load_quantized
-from statqat_lightning.quantized_model import quantizer_state
+from statqat_lightning.model.quantized_model import quantizer_state
 from tests.callbacks.digits import SeedEachBatch, assert_same
 
 BATCH = 8

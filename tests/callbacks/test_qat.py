@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from statqat_lightning import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.callbacks.qat import StatQATCallback
-from statqat_lightning.quantized_model import quantized_layers, quantizer_state
+from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     LAYERS,

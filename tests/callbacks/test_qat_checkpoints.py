@@ -19,7 +19,7 @@ from torch import nn
 from statqat_lightning import load_quantized, prepare, remove
 from statqat_lightning.callbacks.checkpoint import CHECKPOINT_KEY
 from statqat_lightning.callbacks.qat import StatQATCallback, StatQATWarning
-from statqat_lightning.quantized_model import quantized_layers, quantizer_state
+from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state
 from tests.callbacks.digits import (
     STEPS_PER_EPOCH,
     DigitsModule,

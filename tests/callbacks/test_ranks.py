@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from statqat_lightning.callbacks.qat import StatQATWarning
-from statqat_lightning.input_moments import MOMENTUM
-from statqat_lightning.insertion import prepare
-from statqat_lightning.quantized_model import load_quantizer_state
+from statqat_lightning.fake_quant.input_moments import MOMENTUM
+from statqat_lightning.model.insertion import prepare
+from statqat_lightning.model.quantized_model import load_quantizer_state
 from tests.callbacks.digits import assert_same
 from tests.callbacks.ranks import launch
 from tests.callbacks.ranks_run import (

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.callbacks.snr_monitor import SNRMonitor, SNRMonitorWarning
-from statqat_lightning.insertion import prepare
+from statqat_lightning.model.insertion import prepare
 from tests.callbacks.digits import (
     LAYERS,
     STEPS_PER_EPOCH,

@@ -15,10 +15,10 @@ from statqat_lightning.callbacks.checkpoint import CHECKPOINT_KEY
 from statqat_lightning.callbacks.export import ExportCallback
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.export.checkpoints import export_checkpoint
-from statqat_lightning.export.loading import load_quantized
-from statqat_lightning.export.openvino_runtime import layers_in_float
-from statqat_lightning.quantized_model import quantized_layers, quantizer_state
-from statqat_lightning.recipe import TensorSpec
+from statqat_lightning.export.files.loading import load_quantized
+from statqat_lightning.export.proof.openvino_runtime import layers_in_float
+from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state
+from statqat_lightning.recipes.recipe import TensorSpec
 from tests.callbacks.digits import (
     STEPS_PER_EPOCH,
     DigitsModule,
@@ -32,7 +32,7 @@ from tests.callbacks.digits import (
     train,
 )
 from tests.callbacks.ranks import launch
-from tests.test_placement import Block
+from tests.targets.test_placement import Block
 
 
 class Net(nn.Module):

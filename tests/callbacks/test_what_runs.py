@@ -23,8 +23,8 @@ from statqat_lightning import (
     TensorSpec,
 )
 from statqat_lightning.callbacks.qat import StatQATWarning
-from statqat_lightning.quantized_layer import is_quantized
-from statqat_lightning.quantized_model import quantizer_state
+from statqat_lightning.layers.quantized_layer import is_quantized
+from statqat_lightning.model.quantized_model import quantizer_state
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     STEPS_PER_EPOCH,

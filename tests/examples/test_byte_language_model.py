@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.model.quantized_model import quantized_layers
 
 TINY = (
     *("--layers", "1", "--width", "16", "--heads", "2", "--context", "8", "--batch-size", "4"),

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from statqat_lightning.insertion import prepare
-from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.model.insertion import prepare
+from statqat_lightning.model.quantized_model import quantized_layers
 from tests.wandb_file import read_run
 
 COMMANDS = (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning import get_format
-from statqat_lightning.quantized_model import set_enabled
+from statqat_lightning.model.quantized_model import set_enabled
 
 CONTEXT, WORDS, WIDTH = 16, 40, 24
 

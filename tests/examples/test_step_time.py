@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from statqat_lightning import TensorSpec
-from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.model.quantized_model import quantized_layers
 from tests.examples.test_examples import run_example
 
 CPU = torch.device("cpu")

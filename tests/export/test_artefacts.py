@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from statqat_lightning.export import export_model
-from statqat_lightning.insertion import prepare
+from statqat_lightning.model.insertion import prepare
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning import freeze, prepare
-from statqat_lightning.export.divergence import first_divergence
-from statqat_lightning.export.inputs import ForwardCall
-from statqat_lightning.export.onnx import save_onnx
-from statqat_lightning.export.runtimes import load_onnx
-from statqat_lightning.quantized_model import refresh, set_observing
+from statqat_lightning.export.calls.forward_call import ForwardCall
+from statqat_lightning.export.files.onnx import save_onnx
+from statqat_lightning.export.proof.divergence import first_divergence
+from statqat_lightning.export.proof.runtimes import load_onnx
+from statqat_lightning.model.quantized_model import refresh, set_observing
 
 
 class Attends(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import statqat_lightning.export.writers as writers
+import statqat_lightning.export.proof.writers as writers
 from statqat_lightning.export import (
     ExportDifferenceError,
     export_model,
@@ -20,11 +20,11 @@ from statqat_lightning.export import (
     load_quantized,
 )
 from statqat_lightning.export.artefacts import StaleScalesWarning
-from statqat_lightning.export.divergence import first_divergence, record_layers
-from statqat_lightning.export.inputs import ForwardCall
-from statqat_lightning.export.stale import remember_weights
-from statqat_lightning.export.verify import Comparison, Example
-from statqat_lightning.quantized_model import quantized_layers, refit_weights
+from statqat_lightning.export.calls.forward_call import ForwardCall
+from statqat_lightning.export.freezing.stale_scales import remember_weights
+from statqat_lightning.export.proof.divergence import first_divergence, record_layers
+from statqat_lightning.export.proof.verify import Comparison, Example
+from statqat_lightning.model.quantized_model import quantized_layers, refit_weights
 from tests.export.models import calibrated, recipe_of
 
 
@@ -206,8 +206,8 @@ class ReadsItsWeight(nn.Module):
 
 
 def test_what_freezing_changes_is_not_called_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    from statqat_lightning.export.divergence import Moved
-    from statqat_lightning.export.proof import _of_flips, _of_freezing
+    from statqat_lightning.export.proof.divergence import Moved
+    from statqat_lightning.export.proof.proof import _of_flips, _of_freezing
 
     x = torch.randn(16, 8)
     model = calibrated(TwoOutputs(), recipe_of("int2", "int8"), x)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export import ExportError, load_compressed, save_compressed
-from statqat_lightning.export.files import replacing_folder
-from statqat_lightning.export.frozen import freeze
-from statqat_lightning.insertion import prepare
-from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.export.files.on_disk import replacing_folder
+from statqat_lightning.export.freezing.frozen import freeze
+from statqat_lightning.model.insertion import prepare
+from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
 from tests.export.models import calibrated, images, outputs, recipe_of, small_net
 
 with warnings.catch_warnings():
@@ -158,7 +158,7 @@ def test_a_failed_write_leaves_the_old_folder(monkeypatch: pytest.MonkeyPatch) -
         write("new", fail=True)
     assert Path("m/b").read_text() == Path("m/a").read_text() == "old"
     # Where folders cannot be exchanged in one step:
-    monkeypatch.setattr("statqat_lightning.export.files._exchange", lambda *paths: False)
+    monkeypatch.setattr("statqat_lightning.export.files.on_disk._exchange", lambda *paths: False)
     write("new")
     assert Path("m/b").read_text() == Path("m/a").read_text() == "new"
     assert [f.name for f in Path().iterdir()] == ["m"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import statqat_lightning.export.onnx as onnx_export
+import statqat_lightning.export.files.onnx as onnx_export
 
 MODULES = {"pyyaml": "yaml"}  # where a package is imported under another name
 

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from statqat_lightning.callbacks.export import ExportCallback
 from statqat_lightning.export import ExportError, export_model, save_executorch
-from statqat_lightning.export.executorch import float_run, load
-from statqat_lightning.export.inputs import ForwardCall
-from statqat_lightning.placement import place
-from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.export.calls.forward_call import ForwardCall
+from statqat_lightning.export.proof.executorch_runtime import float_run, load
+from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.targets.placement import place
 from tests.callbacks.digits import statqat, train
 from tests.callbacks.test_target import ResidualModule
 from tests.export.models import observed, outputs, small_net
-from tests.test_gates import Excited
-from tests.test_placement import W8A8, Residual
-from tests.test_shared_scales import Mixed
+from tests.layers.test_gates import Excited
+from tests.targets.test_placement import W8A8, Residual
+from tests.targets.test_shared_scales import Mixed
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own imports

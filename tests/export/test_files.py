@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from statqat_lightning.export import export_model
-from statqat_lightning.export.files import FileError, replacing, size_of
+from statqat_lightning.export.files.on_disk import FileError, replacing, size_of
 from tests.export.fresh import run_fresh
 from tests.export.models import calibrated, images, recipe_of, small_net
 
@@ -51,8 +51,8 @@ import torch
 torch.set_num_threads(1)
 from tests.export.models import calibrated, outputs, recipe_of
 from statqat_lightning.export import export_model, load_quantized
-from statqat_lightning.export.runtimes import load_onnx, load_program
-from statqat_lightning.export.inputs import ForwardCall
+from statqat_lightning.export.proof.runtimes import load_onnx, load_program
+from statqat_lightning.export.calls.forward_call import ForwardCall
 
 torch.manual_seed(0)
 x = torch.randn(4, 16)

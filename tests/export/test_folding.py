@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statqat_lightning.export.folding import fold_batch_norm
-from statqat_lightning.export.frozen import FrozenLayer, freeze, frozen_layers
-from statqat_lightning.export.inputs import ForwardCall
-from statqat_lightning.export.light_copy import light_copy
-from statqat_lightning.insertion import prepare
-from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.export.calls.forward_call import ForwardCall
+from statqat_lightning.export.freezing.folding import fold_batch_norm
+from statqat_lightning.export.freezing.frozen import FrozenLayer, freeze, frozen_layers
+from statqat_lightning.export.freezing.light_copy import light_copy
+from statqat_lightning.model.insertion import prepare
+from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
 from tests.export.models import observed
 
 LAYERS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {

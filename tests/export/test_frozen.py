@@ -12,10 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.export.frozen import FrozenLayer, LeftInFloatWarning, freeze, frozen_layers
-from statqat_lightning.insertion import prepare
-from statqat_lightning.quantized_layer import is_quantized
-from statqat_lightning.quantized_model import quantized_layers, set_enabled
+from statqat_lightning.export.freezing.frozen import (
+    FrozenLayer,
+    LeftInFloatWarning,
+    freeze,
+    frozen_layers,
+)
+from statqat_lightning.layers.quantized_layer import is_quantized
+from statqat_lightning.model.insertion import prepare
+from statqat_lightning.model.quantized_model import quantized_layers, set_enabled
 from tests.export.models import (
     FORMATS_AND_GRANULARITIES,
     Everything,

@@ -15,18 +15,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from statqat_lightning.dataflow import record
-from statqat_lightning.export import artefacts, freeze, proof
+from statqat_lightning.export import artefacts, freeze
 from statqat_lightning.export.artefacts import export_model
-from statqat_lightning.export.inputs import ForwardCall
-from statqat_lightning.export.light_copy import light_copy
-from statqat_lightning.export.native import save_native
-from statqat_lightning.export.packing import pack, unpack
-from statqat_lightning.export.runtimes import load_codes
-from statqat_lightning.export.verify import Example, ExportDifferenceError
-from statqat_lightning.insertion import prepare
-from statqat_lightning.quantized_model import refresh, set_observing
-from statqat_lightning.recipe import TensorSpec
+from statqat_lightning.export.calls.forward_call import ForwardCall
+from statqat_lightning.export.files.native import save_native
+from statqat_lightning.export.files.packing import pack, unpack
+from statqat_lightning.export.freezing.light_copy import light_copy
+from statqat_lightning.export.proof import proof
+from statqat_lightning.export.proof.runtimes import load_codes
+from statqat_lightning.export.proof.verify import Example, ExportDifferenceError
+from statqat_lightning.model.dataflow import record
+from statqat_lightning.model.insertion import prepare
+from statqat_lightning.model.quantized_model import refresh, set_observing
+from statqat_lightning.recipes.recipe import TensorSpec
 
 
 class Network(nn.Module):
@@ -124,7 +125,7 @@ def test_what_stays_in_float_of_a_frozen_model_is_its_own(network: nn.Module) ->
 @pytest.fixture
 def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artefacts, "LARGE", 0)
-    monkeypatch.setattr("statqat_lightning.export.onnx.MOST_BYTES", 100)
+    monkeypatch.setattr("statqat_lightning.export.files.onnx.MOST_BYTES", 100)
 
 
 @pytest.mark.usefixtures("all_are_large")
@@ -169,7 +170,7 @@ def test_a_native_file_of_other_numbers_is_refused(
         )
         save_native(wrong, *args)
 
-    monkeypatch.setattr("statqat_lightning.export.writers.save_native", save_wrong)
+    monkeypatch.setattr("statqat_lightning.export.proof.writers.save_native", save_wrong)
     with pytest.raises(ExportDifferenceError, match=r"m\.safetensors: differs"):
         export_model(network, tmp_path / "m", torch.randn(8, 3, 8, 8), onnx=False)
     assert not (tmp_path / "m.safetensors").exists()
@@ -205,7 +206,7 @@ def test_codes_are_packed_in_pieces(bits: int, monkeypatch: pytest.MonkeyPatch) 
     codes = torch.randint(0, 2**bits, (1003,), dtype=torch.uint8)
     whole = pack(codes, bits)
     for piece in (1, 3, 200):
-        monkeypatch.setattr("statqat_lightning.export.packing._PIECE", piece)
+        monkeypatch.setattr("statqat_lightning.export.files.packing._PIECE", piece)
         assert torch.equal(pack(codes, bits), whole)
         assert torch.equal(unpack(whole, bits, 1003), codes)
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from statqat_lightning import load_quantized, prepare
-from statqat_lightning.export.frozen import freeze, frozen_layers
-from statqat_lightning.export.native import save_native
-from statqat_lightning.export.onnx import save_onnx
-from statqat_lightning.export.runtimes import onnx_session
-from statqat_lightning.quantized_model import refresh, set_observing
-from statqat_lightning.recipe import QuantRecipe, QuantRule
+from statqat_lightning.export.files.native import save_native
+from statqat_lightning.export.files.onnx import save_onnx
+from statqat_lightning.export.freezing.frozen import freeze, frozen_layers
+from statqat_lightning.export.proof.runtimes import onnx_session
+from statqat_lightning.model.quantized_model import refresh, set_observing
+from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule
 
 
 class Recurrent(nn.Module):

@@ -9,16 +9,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import statqat_lightning.export.native as native
-from statqat_lightning.export.files import replacing
-from statqat_lightning.export.frozen import freeze
-from statqat_lightning.export.loading import load_quantized
-from statqat_lightning.export.native import read_header, save_native
-from statqat_lightning.export.packing import pack
+import statqat_lightning.export.files.native as native
+from statqat_lightning.export.files.loading import load_quantized
+from statqat_lightning.export.files.native import read_header, save_native
+from statqat_lightning.export.files.on_disk import replacing
+from statqat_lightning.export.files.packing import pack
+from statqat_lightning.export.freezing.frozen import freeze
 from statqat_lightning.formats import block_format_names, format_names
-from statqat_lightning.quantized_layer import weight_of
-from statqat_lightning.quantized_model import quantized_layers, quantizer_state
-from statqat_lightning.recipe import QuantRecipe
+from statqat_lightning.layers.quantized_layer import weight_of
+from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state
+from statqat_lightning.recipes.recipe import QuantRecipe
 from tests.callbacks.digits import DigitsModule, held_out, loader, make_trainer, small_cnn, statqat
 from tests.export.fresh import run_fresh
 from tests.export.models import (
@@ -176,7 +176,7 @@ def test_a_frozen_model_writes_the_same_file(model: nn.Module, path: Path, tmp_p
     assert path.read_bytes() == (tmp_path / "other.safetensors").read_bytes()
 
 
-@pytest.mark.filterwarnings("ignore::statqat_lightning.export.frozen.LeftInFloatWarning")
+@pytest.mark.filterwarnings("ignore::statqat_lightning.export.freezing.frozen.LeftInFloatWarning")
 def test_what_was_left_in_float_stays_in_float(path: Path) -> None:
     model, x = calibrated(small_net(), recipe_of("int4", "int4"), images()), images()
     quantized_layers(model)[0].quantizers.weight.enabled = False  # type: ignore[union-attr]

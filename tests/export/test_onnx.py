@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.export.frozen import freeze
-from statqat_lightning.export.inputs import ForwardCall
-from statqat_lightning.export.onnx import OPSET, ONNXExportError, save_onnx
-from statqat_lightning.export.verify import onnx_session
+from statqat_lightning.export.calls.forward_call import ForwardCall
+from statqat_lightning.export.files.onnx import OPSET, ONNXExportError, save_onnx
+from statqat_lightning.export.freezing.frozen import freeze
+from statqat_lightning.export.proof.verify import onnx_session
 from statqat_lightning.formats import get_format
-from statqat_lightning.quantized_model import quantized_layers
+from statqat_lightning.model.quantized_model import quantized_layers
 from tests.export.models import (
     FLOATS,
     Branches,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from statqat_lightning.export.packing import pack, packed_size, unpack
+from statqat_lightning.export.files.packing import pack, packed_size, unpack
 
 
 def bit_string(codes: list[int], bits: int) -> list[int]:

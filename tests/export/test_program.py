@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export import ExportError, export_model, save_program
-from statqat_lightning.export.frozen import freeze
-from statqat_lightning.export.tracing import operators_of, where_it_stopped
+from statqat_lightning.export.files.tracing import operators_of, where_it_stopped
+from statqat_lightning.export.freezing.frozen import freeze
 from tests.export.fresh import run_fresh
 from tests.export.models import (
     Branches,
@@ -90,8 +90,8 @@ def test_keyword_arguments_structures_and_flags() -> None:
 
 
 def export_arguments(model: nn.Module, arguments: dict[str, Any]) -> Any:
-    from statqat_lightning.insertion import prepare
-    from statqat_lightning.quantized_model import refresh, set_observing
+    from statqat_lightning.model.insertion import prepare
+    from statqat_lightning.model.quantized_model import refresh, set_observing
 
     prepare(model, recipe=recipe_of("int4", "int8"))
     set_observing(model, True)

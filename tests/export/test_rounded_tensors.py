@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export.artefacts import export_model
-from statqat_lightning.export.divergence import Roundings, first_rounding, rounded_places
-from statqat_lightning.export.folding import fold_batch_norm
-from statqat_lightning.export.frozen import freeze
-from statqat_lightning.export.inputs import ForwardCall
-from statqat_lightning.export.onnx import save_onnx
-from statqat_lightning.export.runtimes import load_onnx
-from statqat_lightning.export.verify import ExportDifferenceError
-from tests.test_biases import residual
+from statqat_lightning.export.calls.forward_call import ForwardCall
+from statqat_lightning.export.files.onnx import save_onnx
+from statqat_lightning.export.freezing.folding import fold_batch_norm
+from statqat_lightning.export.freezing.frozen import freeze
+from statqat_lightning.export.proof.divergence import Roundings, first_rounding, rounded_places
+from statqat_lightning.export.proof.runtimes import load_onnx
+from statqat_lightning.export.proof.verify import ExportDifferenceError
+from tests.targets.test_biases import residual
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_wrong_layer_of_an_integer_file_is_named(
     import onnx
     import onnx.numpy_helper
 
-    import statqat_lightning.export.writers as writers
+    import statqat_lightning.export.proof.writers as writers
 
     def damaged(model: nn.Module, path: Path, call: Any, **options: Any) -> None:
         save_onnx(model, path, call, **options)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export import export_model, freeze, load_compressed, load_quantized
-from statqat_lightning.export.folding import fold_batch_norm
-from statqat_lightning.export.inputs import ForwardCall
-from statqat_lightning.export.native import read_header
-from statqat_lightning.export.runtimes import onnx_session
+from statqat_lightning.export.calls.forward_call import ForwardCall
+from statqat_lightning.export.files.native import read_header
+from statqat_lightning.export.freezing.folding import fold_batch_norm
+from statqat_lightning.export.proof.runtimes import onnx_session
 from tests.export.models import calibrated, outputs, recipe_of
 
 

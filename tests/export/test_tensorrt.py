@@ -13,15 +13,15 @@ from onnx import TensorProto, helper, save
 from torch import nn
 
 from statqat_lightning.export import export_model, save_onnx
-from statqat_lightning.export.onnx_files import graph_of
-from statqat_lightning.export.tensorrt_rules import violations
-from statqat_lightning.placement import place
-from statqat_lightning.quantized_model import activation_quantizers
-from statqat_lightning.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.export.files.onnx_files import graph_of
+from statqat_lightning.export.proof.tensorrt_rules import violations
+from statqat_lightning.model.quantized_model import activation_quantizers
+from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.targets.placement import place
 from tests.export.models import Everything, observed
-from tests.test_gates import Excited
-from tests.test_placement import W8A8, Residual
-from tests.test_shared_scales import Mixed
+from tests.layers.test_gates import Excited
+from tests.targets.test_placement import W8A8, Residual
+from tests.targets.test_shared_scales import Mixed
 
 INT8, UINT8, INT4 = TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export import ExportError, load_torchao, save_torchao, to_torchao
-from statqat_lightning.export.frozen import freeze
-from statqat_lightning.insertion import prepare
-from statqat_lightning.quantized_model import set_enabled
+from statqat_lightning.export.freezing.frozen import freeze
+from statqat_lightning.model.insertion import prepare
+from statqat_lightning.model.quantized_model import set_enabled
 from tests.export.models import calibrated, images, outputs, recipe_of, small_net
 
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import statqat_lightning.export.writers as writers
+import statqat_lightning.export.proof.writers as writers
 from statqat_lightning.export import ExportDifferenceError, export_model
-from statqat_lightning.export.divergence import (
+from statqat_lightning.export.calls.forward_call import ForwardCall
+from statqat_lightning.export.freezing.frozen import freeze
+from statqat_lightning.export.proof.divergence import (
     Moved,
     first_divergence,
     moved_codes,
     record_layers,
 )
-from statqat_lightning.export.frozen import freeze
-from statqat_lightning.export.inputs import ForwardCall
-from statqat_lightning.export.latency import medians_in_turns
-from statqat_lightning.export.runtimes import load_onnx, onnx_session
+from statqat_lightning.export.proof.latency import medians_in_turns
+from statqat_lightning.export.proof.runtimes import load_onnx, onnx_session
 from tests.export.models import calibrated, images, outputs, recipe_of, small_net
 
 LAYERS = ["0", "2", "5", "7"]

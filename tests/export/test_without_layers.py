@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from statqat_lightning.export import freeze
-from statqat_lightning.export.inputs import ForwardCall, outputs_of
-from statqat_lightning.export.kinds import KINDS
-from statqat_lightning.export.proof import Proof
-from statqat_lightning.export.runtimes import Runtime
-from statqat_lightning.export.verify import Example, ExportDifferenceError
-from statqat_lightning.export.writers import Writer
-from statqat_lightning.insertion import prepare
-from statqat_lightning.quantized_model import refresh, set_observing
+from statqat_lightning.export.calls.forward_call import ForwardCall, outputs_of
+from statqat_lightning.export.files.kinds import KINDS
+from statqat_lightning.export.proof.proof import Proof
+from statqat_lightning.export.proof.runtimes import Runtime
+from statqat_lightning.export.proof.verify import Example, ExportDifferenceError
+from statqat_lightning.export.proof.writers import Writer
+from statqat_lightning.model.insertion import prepare
+from statqat_lightning.model.quantized_model import refresh, set_observing
 
 (PTE,) = (kind for kind in KINDS if kind.field == "executorch")
 

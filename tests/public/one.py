@@ -28,7 +28,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from statqat_lightning import ExportCallback, StatQATCallback, load_quantized
-from statqat_lightning.quantized_model import quantized_layers, quantizer_state
+from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state
 from tests.public.modules import CASES, Case, loader
 from tests.public.probe import Row, WeightProbe, disagreements
 

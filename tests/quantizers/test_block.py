@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from statqat_lightning.fake_quantizer import ActivationFakeQuantizer, WeightFakeQuantizer
+from statqat_lightning.fake_quant.fake_quantizer import ActivationFakeQuantizer, WeightFakeQuantizer
+from statqat_lightning.fake_quant.observers import ObserverConfig
+from statqat_lightning.fake_quant.scale_refresh import refresh_weights
+from statqat_lightning.fake_quant.tensor_spec import TensorSpec
+from statqat_lightning.fake_quant.weights_together import WeightsTogether
 from statqat_lightning.formats import BlockFormat, block_format_names, get_format
-from statqat_lightning.functional import fake_quantize, quantize, snr_db
-from statqat_lightning.granularity import PerBlock
-from statqat_lightning.observers import ObserverConfig
+from statqat_lightning.numerics.functional import fake_quantize, quantize, snr_db
+from statqat_lightning.numerics.granularity import PerBlock
 from statqat_lightning.quantizers import Block, Statistics, get_quantizer
-from statqat_lightning.scale_refresh import refresh_weights
-from statqat_lightning.tensor_spec import TensorSpec
-from statqat_lightning.weights_together import WeightsTogether
 
 FORMATS = [fmt for name in block_format_names() if isinstance(fmt := get_format(name), BlockFormat)]
 MX = [fmt for fmt in FORMATS if fmt.name != "nvfp4"]

@@ -1,0 +1,85 @@
+"""Quantized weights for modules that read a weight without calling its layer.
+
+`F.linear(x, self.qkv.weight)` in the forward of a parent passes the layer by, and with it its fake
+quantizers (torchvision's Swin, timm's BEiT, an embedding's weight as output head). While such a
+parent runs, the attribute `weight` of the layer holds the fake-quantized weight, as it does for
+good in a frozen model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from statqat_lightning.layers.module_hooks import remove_hooks
+from statqat_lightning.layers.module_names import modules_by_name
+from statqat_lightning.layers.quantized_layer import attached, is_quantized
+
+
+class WeightView:
+    """The forward hooks of one reading module, which show it quantized weights.
+
+    It can be copied and pickled with the module.
+
+    Args:
+        weights: Layers and the roles of their weights that the module reads.
+    """
+
+    def __init__(self, weights: list[tuple[nn.Module, str]]) -> None:
+        self._weights = weights
+        self._shown: list[list[tuple[nn.Module, str, Any]]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shown": []}
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Before the forward: put the quantized weights in the place of the parameters."""
+        shown: list[tuple[nn.Module, str, Any]] = []
+        self._shown.append(shown)
+        for layer, role in self._weights:
+            quantizers = attached(layer) if is_quantized(layer) else None
+            if quantizers is None or role not in quantizers.weights or role in quantizers.shown:
+                continue
+            quantizers.ran = True
+            value = quantizers.weight_for(layer, role)
+            shown.append((layer, role, layer.__dict__.get(role)))
+            quantizers.shown[role] = value
+            layer.__dict__[role] = value
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After the forward, or past an exception in it: put everything back."""
+        for layer, role, previous in self._shown.pop():
+            attached(layer).shown.pop(role, None)
+            if previous is None:
+                layer.__dict__.pop(role, None)
+            else:
+                layer.__dict__[role] = previous
+
+
+def show_weights(model: nn.Module) -> None:
+    """Bring the hooks of reading modules in line with what the quantizers know of their readers.
+
+    Args:
+        model: A model. `WeightFakeQuantizer.read_by` names the modules, as this model calls them;
+            those that are not there are passed over. Without any, all hooks are taken off.
+    """
+    modules = modules_by_name(model)
+    for module in modules.values():
+        remove_hooks(module, lambda h: isinstance(getattr(h, "__self__", None), WeightView))
+    weights: dict[str, list[tuple[nn.Module, str]]] = {}
+    for module in modules.values():
+        for role, quantizer in _weights_of(module):
+            for reader in quantizer.read_by:
+                weights.setdefault(reader, []).append((module, role))
+    for reader, read in weights.items():
+        if reader in modules:
+            view = WeightView(read)
+            modules[reader].register_forward_pre_hook(view.enter)
+            modules[reader].register_forward_hook(view.leave, always_call=True)
+
+
+def _weights_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    if is_quantized(module):
+        yield from attached(module).weights.items()
