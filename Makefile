@@ -15,8 +15,12 @@ LOWEST_STAMP := $(LOWEST)/.statqat-installed
 PUBLIC       := .venv-public
 PUBLIC_STAMP := $(PUBLIC)/.statqat-installed
 
+# What `make docs` builds the documentation with.
+DOCS       := .venv-docs
+DOCS_STAMP := $(DOCS)/.statqat-installed
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-lowest test-public lint format clean
+.PHONY: help setup docs docs-serve demo test test-all test-lowest test-public lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +69,18 @@ $(LOWEST_STAMP): pyproject.toml | $(STAMP)
 	$(INSTALL) --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[dev]"
 	@touch $@
 
+# In an environment of its own, which needs neither torch nor Lightning.
+docs: $(DOCS_STAMP)  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+
+docs-serve: $(DOCS_STAMP)  ## show the documentation in a browser while it is written
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
+
+$(DOCS_STAMP): pyproject.toml | $(STAMP)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(DOCS)
+	$(INSTALL) --python $(DOCS)/bin/python --group docs
+	@touch $@
+
 # With RECORD=1, the results become those that later runs are compared with.
 test-public: $(PUBLIC_STAMP)  ## modules of public libraries, in .venv-public, against the record
 	$(PUBLIC)/bin/python -m tests.public.table --again $(if $(RECORD),--record)
@@ -85,6 +101,6 @@ format: $(STAMP)  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 
 clean:  ## remove what runs and tests left behind; the environments stay
-	rm -rf outputs exported lightning_logs wandb build dist *.egg-info
+	rm -rf site outputs exported lightning_logs wandb build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . \( -path ./$(VENV) -o -path ./$(LOWEST) -o -path ./$(PUBLIC) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./$(LOWEST) -o -path ./$(PUBLIC) -o -path ./$(DOCS) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -7,6 +7,7 @@ a file or asks the command line for help waits neither for Lightning nor for tor
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from statqat_lightning._moved import serve_old_names
@@ -66,8 +67,10 @@ def __getattr__(name: str) -> Any:
         return globals()[name]
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
+    if name == "__version__":
+        return importlib.metadata.version("statqat-lightning")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *_ROOMS})
+    return sorted({*globals(), *_HOMES, *_ROOMS, "__version__"})

@@ -65,7 +65,7 @@ MOVED = {
     "export.torchao": "export.files.torchao",
     "export.compressed_tensors": "export.files.compressed_tensors",
     "export.tracing": "export.files.tracing",
-    "export.kinds": "export.files.kinds",
+    "export.kinds": "export.files.registry",
     "export.inputs": "export.calls.forward_call",
     "export.interface": "export.calls.dimensions",
     "export.verify": "export.proof.verify",

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from statqat_lightning.export.checkpoints import export_checkpoint
-from statqat_lightning.export.files.kinds import KINDS
+from statqat_lightning.export.files.native import library_version
+from statqat_lightning.export.files.registry import DEFAULT, FILE_TYPES
 from statqat_lightning.export.inspection import compare_files, inspect_file
 from statqat_lightning.targets.registry import TARGETS
 
-FIELDS = {kind.option: kind.field for kind in KINDS}
+NAMES = [each.name for each in FILE_TYPES]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("statqat", description="Files of quantized models.")
+    about = f"%(prog)s {library_version()}, torch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=about)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     trust = argparse.ArgumentParser(add_help=False)
     trust.add_argument(
@@ -58,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--to",
-        default="onnx,native",
-        metavar="KINDS",
-        help=f"comma-separated, of {', '.join(FIELDS)} (default: %(default)s)",
+        default=",".join(DEFAULT),
+        metavar="FILES",
+        help=f"comma-separated, of {', '.join(NAMES)} (default: %(default)s)",
     )
     export.add_argument(
         "--output",
@@ -116,9 +119,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(options: argparse.Namespace) -> None:
-    kinds = [kind.strip() for kind in options.to.split(",")]
-    if unknown := [kind for kind in kinds if kind not in FIELDS]:
-        raise ValueError(f"--to: got {', '.join(unknown)}; expected of {', '.join(FIELDS)}.")
+    files = [name.strip() for name in options.to.split(",")]
+    if unknown := [name for name in files if name not in NAMES]:
+        raise ValueError(f"--to: got {', '.join(unknown)}; expected of {', '.join(NAMES)}.")
     report = export_checkpoint(
         options.checkpoint,
         options.module,
@@ -129,10 +132,10 @@ def _export(options: argparse.Namespace) -> None:
         strict=not options.not_strict,
         dynamic=_dynamic(options.dynamic),
         **({} if options.target is None else {"target": options.target}),
-        **{field: kind in kinds for kind, field in FIELDS.items()},
+        files=files,
     )
     print(report)
-    if len(report.artefacts) < len({*kinds}):
+    if len(report.artefacts) < len({*files}):
         raise ValueError(
             "not all files were written, see above. If no input is known, give --input."
         )

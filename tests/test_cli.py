@@ -184,8 +184,8 @@ def test_objects_in_a_checkpoint_need_trust(checkpoint: Path) -> None:
     data = torch.load(checkpoint, weights_only=True)
     torch.save(data | {"odd": Path("an object")}, "odd.ckpt")
     with pytest.raises(ValueError, match="may not trust"):
-        export_checkpoint("odd.ckpt", Sized, onnx=False)
-    report = export_checkpoint("odd.ckpt", Sized, onnx=False, trust=True)
+        export_checkpoint("odd.ckpt", Sized, files=("native",))
+    report = export_checkpoint("odd.ckpt", Sized, files=("native",), trust=True)
     assert report.native_path == "odd.safetensors"
 
 
@@ -278,7 +278,7 @@ def test_files_of_one_model_are_equal(fmt: str, granularity: str | None) -> None
 
 
 def test_a_checkpoint_equals_its_export(trained: tuple[Path, Sized]) -> None:
-    export_model(trained[1], "m", onnx=False)
+    export_model(trained[1], "m", files=("native",))
     assert compare_files(trained[0], "m.safetensors").equal
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
 import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import statqat_lightning
 from statqat_lightning._moved import MOVED
@@ -47,6 +49,22 @@ def test_what_needs_no_trainer_does_not_load_lightning() -> None:
 def test_public_names_are_there(name: str) -> None:
     assert name in dir(statqat_lightning)
     assert getattr(statqat_lightning, name) is getattr(statqat_lightning, name)
+
+
+def test_the_version_is_that_of_the_installation() -> None:
+    assert statqat_lightning.__version__ == importlib.metadata.version("statqat-lightning")
+    assert "__version__" in dir(statqat_lightning)
+
+
+def test_the_command_is_a_module_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "statqat_lightning", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    versions = f"{statqat_lightning.__version__}, torch {torch.__version__}"
+    assert done.stdout.strip() == f"statqat {versions}"
 
 
 def test_rooms_are_there_without_an_import_of_their_own() -> None:

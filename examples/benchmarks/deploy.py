@@ -77,9 +77,7 @@ def our_file(network: nn.Module, seen: list[Tensor], path: Path, target: str) ->
     mobile = target == "executorch"
     report = export_model(
         *(model, path, seen[0]),
-        native=False,
-        onnx=not mobile,
-        executorch=mobile,
+        files="pte" if mobile else "onnx",
         target=target,
         strict=False,
         measure_latency=False,

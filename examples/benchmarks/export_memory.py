@@ -16,11 +16,12 @@ import torch
 import torchvision
 
 from statqat_lightning.export.artefacts import export_model
+from statqat_lightning.export.files.registry import FILE_TYPES
 from statqat_lightning.model.insertion import prepare
 from statqat_lightning.model.quantized_model import refresh, set_observing
 from statqat_lightning.recipes.recipe import TensorSpec
 
-FILES = ("native", "onnx", "program", "executorch", "torchao", "compressed")
+FILES = tuple(each.name for each in FILE_TYPES)
 
 
 def memory(entry: str) -> float:
@@ -80,7 +81,7 @@ def main() -> None:
             model,
             Path(folder, "model"),
             images,
-            **{name: name in args.files for name in FILES},
+            files=args.files,
             strict=False,
             target=args.target,
             progress=progress,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +22,15 @@ from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.export.artefacts import export_model
 from statqat_lightning.export.calls.dimensions import labels_in, without_labels
 from statqat_lightning.export.calls.forward_call import ForwardCall
-from statqat_lightning.export.files.kinds import KINDS, REPORT_ENDING
 from statqat_lightning.export.files.loading import load_checkpoint
-from statqat_lightning.export.files.on_disk import ENDINGS, check_writable, with_ending
+from statqat_lightning.export.files.on_disk import check_writable
+from statqat_lightning.export.files.registry import (
+    ENDINGS,
+    REPORT_ENDING,
+    FileName,
+    wanted,
+    with_ending,
+)
 from statqat_lightning.export.foresight import (
     complex_parameters,
     refuse_uncopyable,
@@ -68,10 +74,10 @@ class ExportCallback(Callback):
     do without are left out.
 
     With `fast_dev_run`, the files go to a folder `fast_dev_run` beside the others, so that a trial
-    never replaces a trained model. Without any training step, inputs have no statistics, and
-    nothing is written.
+    never replaces a trained model, and are not timed. Without any training step, inputs have no
+    statistics, and nothing is written.
 
-    Example:
+    Examples:
         >>> callback = ExportCallback("exported/model.onnx")
 
     Args:
@@ -85,15 +91,22 @@ class ExportCallback(Callback):
             validation or training gave.
         module: Name of the submodule that goes into all files but the native one; None for what
             ran, see above.
-        onnx: Whether to write the `.onnx` file. It needs the extra `statqat-lightning[onnx]`.
-        native: Whether to write the `.safetensors` file.
-        program: Whether to write the `.pt2` file, which `torch.export.load` reads.
-        executorch: Whether to write the `.pte` file for ExecuTorch, for batches of one. It needs
-            the extra `statqat-lightning[executorch]`.
-        torchao: Whether to write the `.torchao.pt` file: integer weights of Linear layers as
-            torchao tensors. It needs the extra `statqat-lightning[torchao]`.
-        compressed: Whether to write the folder `.compressed` for language-model runtimes: integer
-            weights of Linear layers in the layout of compressed-tensors.
+        files: Which files to write, by name; None for `("native", "onnx")`.
+
+            - `native`: `.safetensors`, which `load_quantized` reads;
+            - `onnx`: `.onnx` for ONNX Runtime, OpenVINO and TensorRT, with the extra `onnx`;
+            - `pt2`: `.pt2`, which `torch.export.load` reads;
+            - `pte`: `.pte` for ExecuTorch, for batches of one, with the extra `executorch`;
+            - `torchao`: `.torchao.pt`, integer weights of Linear layers as torchao tensors, with
+              the extra `torchao`;
+            - `compressed-tensors`: a folder `.compressed` for language-model runtimes, integer
+              weights of Linear layers.
+        onnx: Deprecated, for `files`.
+        native: Deprecated, for `files`.
+        program: Deprecated, for `files`.
+        executorch: Deprecated, for `files`.
+        torchao: Deprecated, for `files`.
+        compressed: Deprecated, for `files`.
         strict: Whether a file that differs from the trained model is refused, and whatever went
             wrong raised when all others have been written; False keeps it, warns, and never ends a
             training with an error. See `export_model`.
@@ -106,7 +119,7 @@ class ExportCallback(Callback):
             `export_model`: `{"x": {2: "height", 3: "width"}}`, or a second example.
 
     Attributes:
-        files: Whether to write each kind, by its argument.
+        file_types: The types of files to write, see `registry`.
         report: Paths, sizes and differences of the last export, None before.
 
     Raises:
@@ -127,28 +140,28 @@ class ExportCallback(Callback):
         best: bool = False,
         example_input: Any = None,
         module: str | None = None,
-        onnx: bool = True,
-        native: bool = True,
-        program: bool = False,
-        executorch: bool = False,
-        torchao: bool = False,
-        compressed: bool = False,
+        files: Collection[FileName] | None = None,
+        onnx: bool | None = None,
+        native: bool | None = None,
+        program: bool | None = None,
+        executorch: bool | None = None,
+        torchao: bool | None = None,
+        compressed: bool | None = None,
         strict: bool = True,
         test_examples: int | None = 1000,
         measure_latency: bool = True,
         data: Literal["validation", "test"] = "validation",
         dynamic: Any = None,
     ) -> None:
-        self.files = {
-            "onnx": onnx,
+        old = {
             "native": native,
+            "onnx": onnx,
             "program": program,
             "executorch": executorch,
             "torchao": torchao,
             "compressed": compressed,
         }
-        if not any(self.files.values()):
-            raise ValueError("ExportCallback: got onnx=False and native=False; expected a file.")
+        self.file_types = wanted("ExportCallback", files, old)
         if data not in ("validation", "test"):
             raise ValueError(f"ExportCallback: got data={data!r}; expected 'validation' or 'test'.")
         self.path = _checked(path)
@@ -165,17 +178,21 @@ class ExportCallback(Callback):
         self._in_training: _Capture | None = None
         self._in_evaluation: _Capture | None = None
 
+    @property
+    def files(self) -> tuple[FileName, ...]:
+        """Names of the files to write."""
+        return tuple(each.name for each in self.file_types)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._fitting = stage == "fit" and trainer.is_global_zero
         if not self._fitting:
             return
         self.report = None
         self._in_training = self._in_evaluation = None
-        wanted = [kind for kind in KINDS if self.files[kind.field]]
-        endings = [*(kind.ending for kind in wanted if not kind.files), REPORT_ENDING]
+        endings = [*(each.ending for each in self.file_types if not each.files), REPORT_ENDING]
         check_writable(*(with_ending(self._target(trainer), ending) for ending in endings))
-        for kind in wanted:
-            kind.require()
+        for each in self.file_types:
+            each.require()
         if self.best and trainer.checkpoint_callback is None and not _is_trial(trainer):
             raise ValueError(
                 "ExportCallback: got best=True, but the Trainer has no ModelCheckpoint. Add one "
@@ -196,11 +213,11 @@ class ExportCallback(Callback):
 
     def _check_weights(self, pl_module: LightningModule) -> None:
         """Say what is known now of weights that files cannot hold at the end."""
-        if self.files["native"] and (tied := tied_in_two_formats(pl_module)):
+        if "native" in self.files and (tied := tied_in_two_formats(pl_module)):
             text = (
                 f"ExportCallback: the native file cannot hold {tied}: layers that share a weight "
                 "need one format. Give them one, leave one of them in float, or write no native "
-                "file (native=False)."
+                "file (files=...)."
             )
             if self.strict:
                 raise ValueError(text)
@@ -309,16 +326,11 @@ class ExportCallback(Callback):
                 example,
                 module=module,
                 recipe=_recipe(trainer),
-                onnx=self.files["onnx"],
-                native=self.files["native"],
-                program=self.files["program"],
-                executorch=self.files["executorch"],
-                torchao=self.files["torchao"],
-                compressed=self.files["compressed"],
+                files=self.files,
                 strict=self.strict,
                 data=self._batches(trainer, pl_module),
                 most_data=self.test_examples,
-                measure_latency=self.measure_latency,
+                measure_latency=self.measure_latency and not _is_trial(trainer),
                 target=_target(trainer),
                 dynamic=self.dynamic,
                 progress=progress,
@@ -410,8 +422,8 @@ class ExportCallback(Callback):
             return pl_module
 
     def _warn(self, report: ExportReport) -> None:
-        for kind in KINDS:
-            if self.files[kind.field] and kind.field not in report.by_kind:
+        for kind in self.file_types:
+            if kind.field not in report.by_kind:
                 own = [note for note in report.notes if note.startswith(f"{kind.title}: not ")]
                 why = first_lines(" ".join(own or report.notes))
                 rank_zero_warn(
@@ -450,7 +462,7 @@ def _checked(path: str | Path) -> Path:
         raise ValueError(
             f"ExportCallback: got path {given!r} with the ending {path.suffix!r}; expected "
             f"{' or '.join(ENDINGS)}, or none: {str(path.with_suffix(''))!r}. Which files are "
-            "written is said by onnx=..., native=... and the like."
+            "written is said by files=(...)."
         )
     return path
 

@@ -36,7 +36,7 @@ def quantized_loading() -> Iterator[None]:
 
     Where `STATQAT_CONFIG` names a file, this is on from the first Trainer of the process.
 
-    Example:
+    Examples:
         >>> with quantized_loading():
         ...     pass  # model = darts.models.TCNModel.load("tcn.pt")
     """

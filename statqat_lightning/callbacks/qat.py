@@ -38,7 +38,6 @@ from statqat_lightning.callbacks.input_warnings import StatQATWarning as StatQAT
 from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.callbacks.refusals import refuse_trainer
-from statqat_lightning.export.files.kinds import KINDS
 from statqat_lightning.export.freezing.stale_scales import remember_weights
 from statqat_lightning.fake_quant.observers import ObserverConfig, Reduce
 from statqat_lightning.layers.module_names import modules_by_name, plain_name
@@ -84,7 +83,7 @@ class StatQATCallback(Callback):
     travel in the checkpoint under a key of their own, so float and quantized checkpoints load into
     each other strictly.
 
-    Example:
+    Examples:
         >>> callback = StatQATCallback(weights="int4", activations="int4")
 
     Args:
@@ -116,9 +115,9 @@ class StatQATCallback(Callback):
         max_observed: Values of each input and batch that enter the statistics, default 4096; other
             ones in every batch.
         recompute_inputs: Quantize inputs once more in the backward pass, and do not keep them
-            quantized until then: memory close to that of the float run for some time, see README.
-            No number depends on it. `torch.compile` and gradient checkpointing decide by
-            themselves what they keep.
+            quantized until then: memory close to that of the float run for some time, see
+            docs/recipes.md. No number depends on it. `torch.compile` and gradient checkpointing
+            decide by themselves what they keep.
         enabled: False inserts, observes and reports, but changes no number: the run is the float
             run, bit for bit.
         verbose: Print the insertion report.
@@ -672,7 +671,7 @@ def _target_of_files(trainer: Trainer) -> str | None:
     from statqat_lightning.callbacks.export import ExportCallback  # which imports this module
 
     exports = [c for c in trainer.callbacks if isinstance(c, ExportCallback)]  # type: ignore[attr-defined]
-    wanted = (kind for export in exports for kind in KINDS if export.files[kind.field])
+    wanted = (each for export in exports for each in export.file_types)
     return next((kind.targets[0] for kind in wanted if kind.targets), None)
 
 

@@ -258,7 +258,7 @@ def get_density(name: str | Density) -> Density:
     Raises:
         ValueError: If there is no such density, or its parameter is not a number in its range.
 
-    Example:
+    Examples:
         >>> get_density("student_t:4").name
         'student_t:4'
     """

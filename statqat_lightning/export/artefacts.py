@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +24,14 @@ from statqat_lightning.export.calls.forward_call import (
     first_that_runs,
     outputs_of,
 )
-from statqat_lightning.export.files.kinds import KINDS, REPORT_ENDING
-from statqat_lightning.export.files.on_disk import with_ending
 from statqat_lightning.export.files.onnx import ONNXExportError
+from statqat_lightning.export.files.registry import (
+    FILE_TYPES,
+    REPORT_ENDING,
+    FileName,
+    wanted,
+    with_ending,
+)
 from statqat_lightning.export.files.tracing import ExportError
 from statqat_lightning.export.freezing.frozen import freeze_quietly, left_in_float
 from statqat_lightning.export.freezing.light_copy import light_copy
@@ -73,12 +78,13 @@ def export_model(
     *,
     module: str = "",
     recipe: QuantRecipe | None = None,
-    onnx: bool = True,
-    native: bool = True,
-    program: bool = False,
-    executorch: bool = False,
-    torchao: bool = False,
-    compressed: bool = False,
+    files: Collection[FileName] | None = None,
+    onnx: bool | None = None,
+    native: bool | None = None,
+    program: bool | None = None,
+    executorch: bool | None = None,
+    torchao: bool | None = None,
+    compressed: bool | None = None,
     strict: bool = True,
     bound: float = 1.0,
     data: Iterable[Any] | None = None,
@@ -112,13 +118,17 @@ def export_model(
             `example` belongs to; empty for the model itself. The native file always holds the whole
             model.
         recipe: The recipe of the training, for the record.
-        onnx: Whether to write the `.onnx` file.
-        native: Whether to write the `.safetensors` file.
-        program: Whether to write the `.pt2` file, see `save_program`.
-        executorch: Whether to write the `.pte` file, see `save_executorch`.
-        torchao: Whether to write the `.torchao.pt` file, see `save_torchao`. It holds weights
-            alone, and is compared with the model whose inputs are in float, like the next.
-        compressed: Whether to write the folder `.compressed`, see `save_compressed`.
+        files: Which files to write, by name: `native` (`.safetensors`) and `onnx`, which are those
+            of None; `pt2` for `torch.export.load`, see `save_program`; `pte` for ExecuTorch, see
+            `save_executorch`; `torchao` (`.torchao.pt`), see `save_torchao`, and
+            `compressed-tensors` (a folder `.compressed`), see `save_compressed`, which hold weights
+            alone and are compared with the model whose inputs are in float.
+        onnx: Deprecated, for `files`.
+        native: Deprecated, for `files`.
+        program: Deprecated, for `files`.
+        executorch: Deprecated, for `files`.
+        torchao: Deprecated, for `files`.
+        compressed: Deprecated, for `files`.
         strict: Whether a file that differs by more than the bound is refused, and whatever went
             wrong raised when all else is written. Otherwise it is kept, and one that its runtime
             cannot load or run is a note. A forward or a format that a kind of file cannot hold is a
@@ -160,7 +170,7 @@ def export_model(
         OSError: If a file cannot be written, and `strict`; if the report cannot.
         CannotCopy: If the model cannot be copied.
     """
-    chosen = {
+    old = {
         "native": native,
         "onnx": onnx,
         "program": program,
@@ -168,16 +178,16 @@ def export_model(
         "torchao": torchao,
         "compressed": compressed,
     }
+    chosen = wanted("export_model", files, old, stacklevel=4)
     check_target(target)
-    for kind in KINDS:
-        if chosen[kind.field]:
-            kind.require()
+    for file_type in chosen:
+        file_type.require()
     if module and module not in dict(model.named_modules(remove_duplicate=False)):
         raise ValueError(
             f"export: {type(model).__name__} has no submodule {module!r}; expected one of "
             f"{', '.join(name for name, _ in model.named_children())} or one below."
         )
-    export = _Export(path, module, strict, _Steps(progress, 2 + sum(chosen.values())))
+    export = _Export(path, module, strict, _Steps(progress, 2 + len(chosen)))
     export.notes += remarks
     float_bytes = sum(4 * t.numel() for t in state_tensors(model).values())
     is_large = float_bytes >= LARGE
@@ -231,11 +241,11 @@ def export_model(
             for writer in writers(
                 frozen, reference, module, recipe, opened, remarks, target, is_large
             ):
-                if chosen[writer.kind.field]:
+                if writer.file_type in chosen:
                     found = export.write(writer, proof, call, outside, example is not None)
-                    reports |= {} if found is None else {writer.kind.field: found}
+                    reports |= {} if found is None else {writer.file_type.field: found}
     report = ExportReport(
-        **{kind.field: reports.get(kind.field) for kind in KINDS},
+        **{each.field: reports.get(each.field) for each in FILE_TYPES},
         examples=(call.batch_size or 0) if call is not None else 0,
         output_range=max(
             (float(t.float().abs().max()) for t in _outputs(examples[:1]) if t.numel()), default=0.0
@@ -437,7 +447,7 @@ class _Export:
         is_given: bool,
     ) -> ArtefactReport | None:
         """Write and prove one file; None, with a note, whatever goes wrong."""
-        kind = writer.kind
+        kind = writer.file_type
         file = with_ending(self.path, kind.ending)
         self.steps.next(file.name)
         if kind.needs_call and call is None:

@@ -87,7 +87,7 @@ def get_format(name: str) -> Format:
         ValueError: If there is no such format; the message lists near misses and all names. If
             levels are not a list that `CodebookFormat` takes.
 
-    Example:
+    Examples:
         >>> get_format("fp4").values.tolist()[-4:]
         [2.0, 3.0, 4.0, 6.0]
     """

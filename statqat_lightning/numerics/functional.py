@@ -306,7 +306,7 @@ def snr_db(x: Tensor, x_hat: Tensor, dim: int | tuple[int, ...] | None = None) -
     Raises:
         ValueError: If the shapes differ; broadcasting here would hide a wiring mistake.
 
-    Example:
+    Examples:
         >>> snr_db(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5]))
         tensor(20.)
     """

@@ -66,7 +66,7 @@ class QuantSchedule:
     Raises:
         ValueError: If a moment, a width or a mode is out of range.
 
-    Example:
+    Examples:
         >>> schedule = QuantSchedule(activations_at="1 epoch", widths=[(0.5, 8)])
         >>> schedule.narrowest(Progress(step=9, epoch=1, share=0.2))
         8

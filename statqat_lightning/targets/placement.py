@@ -4,8 +4,8 @@ What differs from runtime to runtime is in `targets`. ONNX Runtime, for one, run
 integers only if its output is rounded to 8 bits, too, behind the BatchNorm that is folded into it
 and behind a ReLU; and a sum or a product only if all its terms and its result are. So those tensors
 are rounded in training as well: once each, where they are made, instead of at every layer that
-reads them. (Which patterns have kernels: ONNX Runtime's QDQ selectors; measured ratios are in the
-README.)
+reads them. (Which patterns have kernels: ONNX Runtime's QDQ selectors; measured ratios are in
+docs/targets.md.)
 """
 
 from __future__ import annotations

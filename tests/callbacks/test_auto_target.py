@@ -53,7 +53,7 @@ def test_a_run_that_writes_onnx_is_one_for_onnxruntime(tmp_path: Path) -> None:
     assert not any("in float" in remark for remark in writer.report.onnx.remarks)
 
 
-@pytest.mark.parametrize("options", [None, {"onnx": False}, {"onnx": False, "program": True}])
+@pytest.mark.parametrize("options", [None, {"files": ("native",)}, {"files": ("native", "pt2")}])
 def test_without_such_a_file_there_is_no_target(
     tmp_path: Path, options: dict[str, Any] | None
 ) -> None:
@@ -70,8 +70,8 @@ def test_without_such_a_file_there_is_no_target(
 @pytest.mark.parametrize(
     ("files", "target"),
     [
-        ({"onnx": False, "executorch": True}, "executorch"),
-        ({"executorch": True}, "onnxruntime"),  # the first of the files
+        ({"files": ("native", "pte")}, "executorch"),
+        ({"files": ("native", "onnx", "pte")}, "onnxruntime"),  # the first of the files
     ],
 )
 def test_a_pte_file_is_for_executorch(tmp_path: Path, files: dict[str, Any], target: str) -> None:
@@ -150,7 +150,7 @@ def test_a_resumed_run_keeps_its_places_where_no_batch_can_be_looked_at(tmp_path
 
 
 def test_a_class_that_is_only_called_like_the_callback_is_none(tmp_path: Path) -> None:
-    foreign = type("ExportCallback", (Callback,), {"files": {"onnx": True}})
+    foreign = type("ExportCallback", (Callback,), {"files": ("native", "onnx")})
     callback = as_it_comes()
     train(callback, foreign(), module=ResidualModule)
     assert callback.effective_target is None

@@ -79,7 +79,7 @@ def test_train_resume_test_and_export(
     kind: type[Module], tmp_path: Path, messages: Messages
 ) -> None:
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    export = ExportCallback(tmp_path / "model.onnx", onnx=False)
+    export = ExportCallback(tmp_path / "model.onnx", files=("native",))
     logger = CSVLogger(tmp_path, name="log", version=0)
     whole = kind()
     start = {name: value.clone() for name, value in small_cnn().state_dict().items()}

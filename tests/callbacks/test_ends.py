@@ -51,7 +51,7 @@ def formats_in(path: Path) -> dict[str, str]:
 
 def test_the_best_checkpoint_is_one_of_the_last_phase(tmp_path: Path) -> None:
     keeper = ModelCheckpoint(tmp_path, "{epoch}", monitor="val_loss", save_top_k=1)
-    export = ExportCallback(tmp_path / "m.safetensors", best=True, onnx=False)
+    export = ExportCallback(tmp_path / "m.safetensors", best=True, files=("native",))
     train(widths(), keeper, export, module=Worsens, max_epochs=4)
     assert Path(keeper.best_model_path).name == "epoch=2.ckpt"
     assert formats_in(tmp_path / "m.safetensors")["net.3"] == "int4"
@@ -59,7 +59,7 @@ def test_the_best_checkpoint_is_one_of_the_last_phase(tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_has_quantized_inputs(tmp_path: Path) -> None:
     keeper = ModelCheckpoint(tmp_path, "{epoch}", monitor="val_loss")
-    export = ExportCallback(tmp_path / "m.safetensors", best=True, onnx=False)
+    export = ExportCallback(tmp_path / "m.safetensors", best=True, files=("native",))
     schedule = QuantSchedule(activations_at="2 epochs", freeze_at=None)
     callback = StatQATCallback("int4", "int8", schedule=schedule, verbose=False)
     train(callback, keeper, export, module=Worsens, max_epochs=4)
@@ -80,7 +80,7 @@ def test_a_run_resumed_at_the_border_forgets_the_best_of_the_earlier_phase(tmp_p
 def test_early_stopping_in_an_earlier_phase_is_said_and_the_recipe_is_exported(
     tmp_path: Path,
 ) -> None:
-    export = ExportCallback(tmp_path / "m.safetensors", onnx=False)
+    export = ExportCallback(tmp_path / "m.safetensors", files=("native",))
     stopping = EarlyStopping("val_loss", patience=1)
     callback = widths()
     with pytest.warns(StatQATWarning, match="before its last phase began: formats are of their"):

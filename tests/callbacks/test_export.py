@@ -150,7 +150,7 @@ def test_the_part_with_most_quantized_layers_is_exported_and_the_rest_named() ->
 
 
 def test_a_named_module_is_exported() -> None:
-    export = ExportCallback("model.onnx", module="net.8", native=False)
+    export = ExportCallback("model.onnx", module="net.8", files=("onnx",))
     train(statqat(), export, limit_train_batches=2)
     assert not Path("model.safetensors").exists()
     (given,) = onnx_session("model.onnx").get_inputs()
@@ -164,8 +164,8 @@ class KnowsItsInput(DigitsModule):
 
 
 def test_example_inputs_come_first_from_the_user_then_from_the_module() -> None:
-    given = ExportCallback("a.onnx", onnx=False, example_input=torch.rand(5, 1, 8, 8))
-    known = ExportCallback("b.onnx", onnx=False)
+    given = ExportCallback("a.onnx", files=("native",), example_input=torch.rand(5, 1, 8, 8))
+    known = ExportCallback("b.onnx", files=("native",))
     train(statqat(), given, known, module=KnowsItsInput, limit_train_batches=2)
     assert given.report is not None
     assert known.report is not None
@@ -210,8 +210,8 @@ def test_the_best_checkpoint_is_exported() -> None:
             self.log("score", float(-self.current_epoch))
 
     checkpoint = ModelCheckpoint("checkpoints", monitor="score", mode="max")
-    export = ExportCallback("best.onnx", best=True, onnx=False)
-    last = ExportCallback("last.onnx", onnx=False)
+    export = ExportCallback("best.onnx", best=True, files=("native",))
+    last = ExportCallback("last.onnx", files=("native",))
     qat = statqat(calibration_batches=2)
     module, _ = train(qat, checkpoint, export, last, module=GetsWorse, max_epochs=2)
     best = predictions(load_quantized(GetsWorse(), checkpoint.best_model_path))
@@ -247,7 +247,7 @@ class WithTestSet(L.LightningDataModule):
 
 
 def test_the_test_set_is_left_alone_unless_it_is_asked_for() -> None:
-    export = ExportCallback("model", onnx=False)
+    export = ExportCallback("model", files=("native",))
     module, data = DigitsModule(), WithTestSet()
     make_trainer(statqat(), export, limit_train_batches=1).fit(module, datamodule=data)
     assert not data.ready
@@ -260,7 +260,7 @@ def test_the_test_set_is_left_alone_unless_it_is_asked_for() -> None:
 
 @pytest.mark.timed
 def test_accuracy_on_the_test_set_goes_to_the_report_and_the_loggers(tmp_path: Path) -> None:
-    export = ExportCallback("model.onnx", program=True, data="test")
+    export = ExportCallback("model.onnx", files=("native", "onnx", "pt2"), data="test")
     module = DigitsModule()
     trainer = make_trainer(statqat(), export, logger=[CSVLogger("csv"), TensorBoardLogger("tb")])
     trainer.fit(module, datamodule=WithTestSet())
@@ -282,7 +282,7 @@ def test_accuracy_on_the_test_set_goes_to_the_report_and_the_loggers(tmp_path: P
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 32), (40, 72), (None, 32 + 192)])
 def test_so_many_examples_of_the_validation_set(count: int | None, expected: int) -> None:
-    export = ExportCallback("m", onnx=False, test_examples=count, measure_latency=False)
+    export = ExportCallback("m", files=("native",), test_examples=count, measure_latency=False)
     train(statqat(), export, limit_train_batches=1)
     assert export.report is not None
     assert export.report.native is not None
@@ -296,7 +296,7 @@ def test_batches_that_a_hook_changes_are_not_predicted() -> None:
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             return batch
 
-    export = ExportCallback("m", onnx=False)
+    export = ExportCallback("m", files=("native",))
     train(statqat(), export, module=Changes, limit_train_batches=1)
     assert export.report is not None
     assert export.report.accuracy is None
@@ -317,7 +317,7 @@ def test_a_file_that_differs_is_refused_when_all_others_are_written(
     monkeypatch: pytest.MonkeyPatch, messages: Messages
 ) -> None:
     damage(monkeypatch)
-    export = ExportCallback("m", onnx=False, program=True)
+    export = ExportCallback("m", files=("native", "pt2"))
     with pytest.raises(ExportDifferenceError, match=r"m.pt2: differs .* First at layer 'net.3'"):
         train(statqat(), export, limit_train_batches=1)
     assert export.report is not None
@@ -328,7 +328,7 @@ def test_a_file_that_differs_is_refused_when_all_others_are_written(
 
 def test_not_strict_keeps_a_file_that_differs_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     damage(monkeypatch)
-    export = ExportCallback("m", onnx=False, program=True, strict=False)
+    export = ExportCallback("m", files=("native", "pt2"), strict=False)
     with pytest.warns(ExportWarning, match=r"m.pt2 differs .* First at layer 'net.3'"):
         train(statqat(), export, limit_train_batches=1)
     assert Path("m.pt2").exists()
@@ -339,7 +339,7 @@ def test_a_failing_test_set_does_not_take_the_files_along() -> None:
         def test_dataloader(self) -> Any:
             raise FileNotFoundError("no test set here")
 
-    export = ExportCallback("m", onnx=False, data="test")
+    export = ExportCallback("m", files=("native",), data="test")
     make_trainer(statqat(), export, limit_train_batches=1).fit(DigitsModule(), datamodule=Fails())
     assert export.report is not None
     assert "No accuracy: the data failed with FileNotFoundError" in export.report.notes[0]
@@ -360,7 +360,7 @@ def test_a_layer_that_never_ran_is_named() -> None:
             super().__init__()
             self.idle = nn.Linear(3, 3)
 
-    export = ExportCallback("model.onnx", onnx=False)
+    export = ExportCallback("model.onnx", files=("native",))
     with pytest.warns(UserWarning, match="idle"):
         train(statqat(), export, module=Idle, limit_train_batches=2)
     assert export.report is not None
@@ -396,7 +396,7 @@ def test_a_model_that_is_random_in_eval_mode_is_reported() -> None:
     with pytest.warns(ExportWarning, match="Is the forward random in eval mode"):
         train(
             statqat(),
-            ExportCallback("model.onnx", onnx=False),
+            ExportCallback("model.onnx", files=("native",)),
             module=Random,
             limit_train_batches=1,
         )
@@ -406,7 +406,7 @@ def test_export_after_resuming_a_finished_run(tmp_path: Path) -> None:
     trainer = make_trainer(statqat())
     trainer.fit(DigitsModule(), loader(), held_out())
     trainer.save_checkpoint("end.ckpt")
-    export = ExportCallback("model.onnx", onnx=False, example_input=IMAGES[:4])
+    export = ExportCallback("model.onnx", files=("native",), example_input=IMAGES[:4])
     module, _ = train(statqat(), export, ckpt_path="end.ckpt")
     assert export.report is not None
     assert torch.equal(

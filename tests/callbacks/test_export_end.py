@@ -55,7 +55,9 @@ def test_any_error_of_a_writer_ends_its_file_alone(
     strict: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writers, "save_onnx", broken)
-    export = ExportCallback("out/m", program=True, strict=strict, measure_latency=False)
+    export = ExportCallback(
+        "out/m", files=("native", "onnx", "pt2"), strict=strict, measure_latency=False
+    )
     if strict:
         with pytest.raises(ValueError, match="maximum protobuf size"):
             train(statqat(), export, limit_train_batches=1)
@@ -88,7 +90,7 @@ def test_several_failures_are_all_told(monkeypatch: pytest.MonkeyPatch) -> None:
     save = writers.save_program
     monkeypatch.setattr(writers, "save_onnx", broken)
     monkeypatch.setattr(writers, "save_program", wrong)
-    export = ExportCallback("m", program=True, measure_latency=False)
+    export = ExportCallback("m", files=("native", "onnx", "pt2"), measure_latency=False)
     options: dict[str, Any] = {"logger": Offline("logs"), "limit_train_batches": 1}
     with (
         pytest.warns(ExportWarning, match="Offline did not take the report: ConnectionError"),
@@ -106,7 +108,7 @@ class FixesItsBatch(DigitsModule):
 
 
 def test_a_forward_that_fixes_its_batch_size_is_exported_and_proved() -> None:
-    export = ExportCallback("m", program=True)
+    export = ExportCallback("m", files=("native", "onnx", "pt2"))
     module, _ = train(statqat(), export, module=FixesItsBatch, limit_train_batches=1)
     report = export.report
     assert report is not None
@@ -129,7 +131,7 @@ def test_whatever_fails_in_the_proof_costs_that_file_alone(
 
     monkeypatch.setattr(f"statqat_lightning.export.proof.proof.{stage}", fails)
     monkeypatch.setattr(writers, "save_program", lambda *args: pytest.fail("is not asked for"))
-    export = ExportCallback("m", native=False, strict=False, measure_latency=False)
+    export = ExportCallback("m", files=("onnx",), strict=False, measure_latency=False)
     # A file that runs is kept, and called not proved; one that cannot be loaded is not.
     fine = stage == "fold_batch_norm"
     with nullcontext() if fine else pytest.warns(ExportWarning, match="is invalid for input"):
@@ -169,7 +171,7 @@ def test_a_weight_with_nan_is_named() -> None:
     with pytest.raises(ValueError, match=r"freeze: net\.3/weight: the weight holds NaN"):
         train(statqat(), export, module=Breaks, limit_train_batches=1)
     assert "holds NaN" in json.loads(Path("m.export.json").read_text())["notes"][0]
-    gentle = ExportCallback("n", onnx=False, strict=False)
+    gentle = ExportCallback("n", files=("native",), strict=False)
     with pytest.warns(
         ExportWarning, match=r"no \.safetensors.*net\.3/weight: the weight holds NaN"
     ):
@@ -226,7 +228,7 @@ def test_locks_generators_and_graphs_on_the_module_do_no_harm() -> None:
             self.lock, self.noise = threading.Lock(), torch.Generator()
             self.last_loss = F.cross_entropy(self(IMAGES[:8]), digits().tensors[1][:8])
 
-    export = ExportCallback("m", program=True)
+    export = ExportCallback("m", files=("native", "onnx", "pt2"))
     module, _ = train(statqat(), export, module=Keeps, limit_train_batches=1)
     assert export.report is not None
     assert len(export.report.artefacts) == 3
@@ -245,7 +247,10 @@ def test_complex_weights_are_named_before_training() -> None:
 
     with pytest.warns(ExportWarning, match="complex parameters stay in float: filter"):
         module, _ = train(
-            statqat(), ExportCallback("m", onnx=False), module=Spectral, limit_train_batches=1
+            statqat(),
+            ExportCallback("m", files=("native",)),
+            module=Spectral,
+            limit_train_batches=1,
         )
     loaded = load_quantized(Spectral(), "m.safetensors")
     assert torch.equal(predictions(loaded), predictions(module))
@@ -258,7 +263,7 @@ def test_weights_go_to_a_file_of_their_own_beyond_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(onnx_writer, "MOST_BYTES", 1000)
-    export = ExportCallback("m", native=False)
+    export = ExportCallback("m", files=("onnx",))
     module, _ = train(statqat("int8", "int8"), export, limit_train_batches=1)
     (data,) = Path().glob("m.onnx.*.data")
     assert export.report is not None
@@ -269,7 +274,7 @@ def test_weights_go_to_a_file_of_their_own_beyond_the_limit(
     (given,) = onnx_session("m.onnx").run(None, {"x": IMAGES.numpy()})
     assert (given.argmax(1) == expected.argmax(1).numpy()).mean() > 0.98
     # A second export leaves one pair of files, whichever weights it has.
-    train(statqat("int4", "int8"), ExportCallback("m", native=False), limit_train_batches=2)
+    train(statqat("int4", "int8"), ExportCallback("m", files=("onnx",)), limit_train_batches=2)
     (other,) = Path().glob("m.onnx*.data")
     assert other != data
     assert {f.name for f in Path().iterdir()} == {"m.onnx", other.name, "m.export.json"}
@@ -278,7 +283,7 @@ def test_weights_go_to_a_file_of_their_own_beyond_the_limit(
 
 def test_a_failure_beyond_the_limit_leaves_the_old_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_writer, "MOST_BYTES", 1000)
-    train(statqat("int8", "int8"), ExportCallback("m", native=False), limit_train_batches=1)
+    train(statqat("int8", "int8"), ExportCallback("m", files=("onnx",)), limit_train_batches=1)
     before = {f.name: f.read_bytes() for f in Path().iterdir() if f.suffix != ".json"}
     assert len(before) == 2
 
@@ -287,7 +292,7 @@ def test_a_failure_beyond_the_limit_leaves_the_old_pair(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("statqat_lightning.export.proof.proof.compare", fails)
     with pytest.raises(ExportDifferenceError, match="cannot allocate memory"):
-        train(statqat("int4", "int8"), ExportCallback("m", native=False), limit_train_batches=1)
+        train(statqat("int4", "int8"), ExportCallback("m", files=("onnx",)), limit_train_batches=1)
     after = {f.name: f.read_bytes() for f in Path().iterdir() if f.suffix != ".json"}
     assert after == before
 
@@ -311,7 +316,7 @@ class Heavy(DigitsModule):
 def test_a_model_of_more_than_two_gigabytes_is_written_and_runs() -> None:
     """No protobuf may be larger: the weights are in a file beside the graph."""
     module = Heavy()
-    export = ExportCallback("m", native=False, measure_latency=False)
+    export = ExportCallback("m", files=("onnx",), measure_latency=False)
     recipe = QuantRecipe([QuantRule("table", None), QuantRule("*", "int8", "int8")])
     train(StatQATCallback(recipe=recipe), export, module=module, limit_train_batches=1)
     (data,) = Path().glob("m.onnx.*.data")
@@ -356,7 +361,7 @@ def test_the_export_of_a_resnet_is_a_screenful(target: Any, messages: Messages) 
     images, labels = digits().tensors
     images = F.interpolate(images, size=(32, 32)).expand(-1, 3, -1, -1)
     data = loader(TensorDataset(images[:64], labels[:64]), shuffle=False)
-    export = ExportCallback("m", program=True)
+    export = ExportCallback("m", files=("native", "onnx", "pt2"))
     callbacks = [StatQATCallback("int8", "int8", target=target), export]
     trainer = make_trainer(*callbacks, max_epochs=1)
     trainer.fit(ResNet(), data, data)
@@ -375,10 +380,10 @@ def test_a_bar_shows_how_far_a_long_export_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(export_progress, "SHOWN_AFTER", 0.0)
-    export = ExportCallback("m", onnx=False, measure_latency=False)
+    export = ExportCallback("m", files=("native",), measure_latency=False)
     train(statqat(), export, limit_train_batches=1, enable_progress_bar=True)
     assert "StatQAT export: 100%" in capsys.readouterr().err
-    train(statqat(), ExportCallback("m", onnx=False), limit_train_batches=1)
+    train(statqat(), ExportCallback("m", files=("native",)), limit_train_batches=1)
     assert "StatQAT export: " not in capsys.readouterr().err
 
 

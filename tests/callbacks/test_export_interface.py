@@ -55,7 +55,7 @@ def test_labels_that_the_forward_can_do_without_are_no_inputs(messages: Messages
     for options in ({}, {"limit_val_batches": 0}):  # by position in validation, by name in training
         train(
             statqat(),
-            ExportCallback("m", native=False, **FAST),
+            ExportCallback("m", files=("onnx",), **FAST),
             module=LikeHuggingFace,
             limit_train_batches=1,
             **options,
@@ -72,7 +72,7 @@ class DemandsTargets(LikeHuggingFace):
 
 
 def test_labels_that_the_forward_demands_are_warned_of() -> None:
-    export = ExportCallback("m", onnx=False, **FAST)
+    export = ExportCallback("m", files=("native",), **FAST)
     with pytest.warns(ExportWarning, match=r"files take labels: labels, it seems.*example_input="):
         train(statqat(), export, module=DemandsTargets, limit_train_batches=1)
 
@@ -100,7 +100,7 @@ def test_a_detector_takes_no_targets(options: dict[str, Any]) -> None:
     data = DataLoader(digits(), batch_size=2)
     train(
         statqat(),
-        ExportCallback("m", native=False, **FAST),
+        ExportCallback("m", files=("onnx",), **FAST),
         module=LikeADetector,
         data=data,
         validation=data,
@@ -145,7 +145,7 @@ class FullyConvolutional(DigitsModule):
     ids=["names", "second"],
 )
 def test_other_dimensions_can_be_open(dynamic: Any) -> None:
-    export = ExportCallback("m", native=False, program=True, dynamic=dynamic, **FAST)
+    export = ExportCallback("m", files=("onnx", "pt2"), dynamic=dynamic, **FAST)
     module, _ = train(
         statqat("int4", "int4"), export, module=FullyConvolutional, limit_train_batches=1
     )
@@ -166,7 +166,7 @@ def test_other_dimensions_can_be_open(dynamic: Any) -> None:
 
 
 def test_what_is_fixed_is_said() -> None:
-    export = ExportCallback("m", native=False, program=True, **FAST)
+    export = ExportCallback("m", files=("onnx", "pt2"), **FAST)
     train(statqat(), export, limit_train_batches=1)
     assert "Inputs: x (batch, 1, 8, 8). Sizes in numbers are fixed." in str(export.report)
 
@@ -206,7 +206,9 @@ def test_lengths_that_inputs_share_have_one_name() -> None:
 
     model = calibrated(Sentences(), recipe_of("int8", "int8"), *sentences(8, 12))
     first, second = sentences(8, 12), sentences(8, 21)
-    report = export_model(model, "m", first, dynamic=second, program=True, measure_latency=False)
+    report = export_model(
+        model, "m", first, dynamic=second, files=("native", "onnx", "pt2"), measure_latency=False
+    )
     assert "ids (batch, ids_1), mask (batch, ids_1)" in str(report)
     ids, mask = sentences(3, 33)
     with torch.no_grad():
@@ -259,7 +261,7 @@ def test_accuracy_is_found_in_batches_and_loaders_of_any_structure(kind: str) ->
         "dict of loaders": {"a": held_out(), "b": held_out()},
         "combined": combined,
     }[kind]
-    export = ExportCallback("m", onnx=False, measure_latency=False, test_examples=None)
+    export = ExportCallback("m", files=("native",), measure_latency=False, test_examples=None)
     module, _ = train(
         statqat(), export, module=TakesDicts, validation=validation, limit_train_batches=1
     )
@@ -296,7 +298,7 @@ def test_where_there_is_no_accuracy_a_note_says_why(
                 isinstance(batch, list)
             ) else self(batch[0])
 
-    export = ExportCallback("m", onnx=False, measure_latency=False)
+    export = ExportCallback("m", files=("native",), measure_latency=False)
     train(statqat(), export, module=Quiet, validation=data, limit_train_batches=1)
     assert export.report is not None
     assert export.report.accuracy is None
@@ -305,7 +307,7 @@ def test_where_there_is_no_accuracy_a_note_says_why(
 
 
 def test_without_a_validation_set_the_way_to_the_test_set_is_told() -> None:
-    export = ExportCallback("m", onnx=False, measure_latency=False)
+    export = ExportCallback("m", files=("native",), measure_latency=False)
     import lightning as L
 
     from tests.callbacks.digits import make_trainer

@@ -47,13 +47,13 @@ def test_a_folder_in_place_of_a_file_is_refused_before_training(ending: str) -> 
 
 def test_a_folder_in_place_of_a_file_that_is_not_asked_for_does_no_harm() -> None:
     Path("model.onnx").mkdir()
-    train(statqat(), ExportCallback("model.onnx", onnx=False), limit_train_batches=1)
+    train(statqat(), ExportCallback("model.onnx", files=("native",)), limit_train_batches=1)
     assert Path("model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", ["err/m.pt", "m.ckpt", Path("model.ONNX")])
 def test_another_ending_is_refused(path: str | Path) -> None:
-    endings = r"\.onnx or \.safetensors or \.pt2 or \.pte"
+    endings = r"\.safetensors or \.onnx or \.pt2 or \.pte"
     expected = rf"got path '{path}'.*expected {endings}, or none: '.*m(odel)?'"
     with pytest.raises(ValueError, match=expected):
         ExportCallback(path)
@@ -67,7 +67,7 @@ def test_a_folder_for_a_path_is_refused(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["run_0.1", "run_0.1.onnx", Path("run_0.1.safetensors")])
 def test_a_number_in_a_name_is_no_ending(path: str | Path) -> None:
-    train(statqat(), ExportCallback(path, onnx=False), limit_train_batches=1)
+    train(statqat(), ExportCallback(path, files=("native",)), limit_train_batches=1)
     assert {file.name for file in Path().glob("run*")} == {
         "run_0.1.safetensors",
         "run_0.1.export.json",
@@ -102,13 +102,13 @@ def test_a_missing_extra_is_named_before_training(monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(ModuleNotFoundError, match=r"statqat-lightning\[onnx\]"):
         train(statqat(), ExportCallback("model.onnx"))
-    train(statqat(), ExportCallback("model.onnx", onnx=False), limit_train_batches=1)
+    train(statqat(), ExportCallback("model.onnx", files=("native",)), limit_train_batches=1)
     assert Path("model.safetensors").exists()
 
 
 def test_no_file_at_all_is_refused() -> None:
-    with pytest.raises(ValueError, match="got onnx=False and native=False"):
-        ExportCallback("model.onnx", onnx=False, native=False)
+    with pytest.raises(ValueError, match=r"got files=\(\); expected at least one file"):
+        ExportCallback("model.onnx", files=())
 
 
 # Nothing to write

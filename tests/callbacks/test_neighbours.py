@@ -157,7 +157,7 @@ def test_a_checkpoint_of_averaged_weights_is_tested_as_it_was_validated(tmp_path
 @pytest.mark.parametrize("first", [True, False])
 def test_averaged_weights_are_exported_with_their_scales(first: bool, tmp_path: Path) -> None:
     assert WEIGHT_AVERAGING is not None
-    export = ExportCallback(tmp_path / "model.onnx", onnx=False)
+    export = ExportCallback(tmp_path / "model.onnx", files=("native",))
     ours, average = statqat(), WEIGHT_AVERAGING(decay=0.5)
     order = [export, ours, average] if first else [average, ours, export]
     module, _ = train(*order)

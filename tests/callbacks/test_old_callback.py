@@ -152,7 +152,7 @@ class Predicting(DigitsModule):
 
 def test_12896_after_fit_and_export_the_module_is_evaluated_in_every_way(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, monitor="val_loss", filename="best")
-    export = ExportCallback(tmp_path / "model.onnx", onnx=False)
+    export = ExportCallback(tmp_path / "model.onnx", files=("native",))
     trainer = make_trainer(statqat(), keep, export, max_epochs=2)
     module = Predicting()
     trainer.fit(module, loader(), held_out())

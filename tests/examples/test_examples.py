@@ -1,4 +1,4 @@
-"""The examples and the README's code run as a user runs them."""
+"""The examples run as a user runs them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-from statqat_lightning.model.insertion import prepare
-from statqat_lightning.model.quantized_model import quantized_layers
 from tests.wandb_file import read_run
 
 COMMANDS = (
@@ -203,25 +201,6 @@ def test_weight_scales_prints_costs(repository: Path) -> None:
     results = json.loads(Path("out.json").read_text())
     assert len(results["costs"]) == 4
     assert all(value > 0 for row in results["costs"].values() for value in row.values())
-
-
-def test_python_code_of_the_readme_runs(repository: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
-    assert "class " in blocks[0]
-    code = "\n".join(blocks)
-    for shown, quick in (("L.Trainer(", "L.Trainer(logger=False, "), ("4096", "512")):
-        assert shown in code
-        code = code.replace(shown, quick)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert Path("exported/model.onnx").exists()
-    # The two files that the reader loads last hold the same model.
-    with torch.no_grad():
-        expected = names["model"](names["x"][:8]).numpy()
-    assert abs(names["logits"] - expected).max() < 0.1 * abs(expected).max()
-    # The recipe is for the module of the first block.
-    prepare(module := names["Classifier"](), recipe=names["recipe"])
-    assert {layer.name for layer in quantized_layers(module)} == {"body.0", "body.2"}
 
 
 def error_of(monkeypatch: pytest.MonkeyPatch, folder: Path, example: str, *arguments: str) -> str:

@@ -63,9 +63,9 @@ class ThreeOutputs(TwoOutputs):
         (FlatOutput, r"its output 0 has shape \(12,\) where the model's has \(3, 4\)"),
     ],
 )
-@pytest.mark.parametrize("kind", ["program", "onnx"])
+@pytest.mark.parametrize(("file", "kind"), [("pt2", "program"), ("onnx", "onnx")])
 def test_missing_extra_and_misshapen_outputs_are_differences(
-    kind: str, cls: type[nn.Module], said: str, monkeypatch: pytest.MonkeyPatch
+    file: Any, kind: str, cls: type[nn.Module], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(3, 8)
     model = calibrated(TwoOutputs(), recipe_of("int4"), x)
@@ -77,9 +77,8 @@ def test_missing_extra_and_misshapen_outputs_are_differences(
         frozen.__class__ = TwoOutputs
 
     monkeypatch.setattr(writers, f"save_{kind}", wrong)
-    options: dict[str, Any] = {"onnx": False, "native": False, "measure_latency": False}
     with pytest.raises(ExportDifferenceError, match=said):
-        export_model(model, "m", x, **options | {kind: True})
+        export_model(model, "m", x, files=(file,), measure_latency=False)
     assert {f.name for f in Path().iterdir()} == {"m.export.json"}
 
 
@@ -133,7 +132,7 @@ def test_weights_changed_after_the_training_get_new_scales() -> None:
     model, x = trained(), torch.randn(16, 32)
     merge_an_adapter(model)
     stale = noise_of(model[0].weight, freeze(model)[0].weight)  # type: ignore[index]
-    report = export_model(model, "m", x, onnx=False, measure_latency=False)
+    report = export_model(model, "m", x, files=("native",), measure_latency=False)
     assert "files have new scales" in report.notes[0]
     assert "0/weight (" in report.notes[0]
     assert "2/weight" not in report.notes[0]
@@ -152,7 +151,7 @@ def test_weights_as_the_training_left_them_keep_their_scales() -> None:
     model = trained()
     merge_an_adapter(model)
     remember_weights(model)  # the last steps of a training, with scales that are frozen
-    report = export_model(model, "m", torch.randn(4, 32), onnx=False, measure_latency=False)
+    report = export_model(model, "m", torch.randn(4, 32), files=("native",), measure_latency=False)
     assert report.notes == ()
     assert torch.equal(exported_weight(model), freeze(model)[0].weight)  # type: ignore[index]
 
@@ -176,7 +175,7 @@ def test_scales_that_cannot_be_chosen_anew_are_warned_of(why: str) -> None:
             model,
             "m",
             x,
-            onnx=False,
+            files=("native",),
             measure_latency=False,
             target="onnxruntime" if why == "target" else None,
         )

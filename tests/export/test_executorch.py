@@ -84,9 +84,7 @@ def test_all_layers_run_in_integers(network: Callable[[], nn.Module], tmp_path: 
     x = torch.randn(16, 3, 16, 16)
     model = placed(network, x)
 
-    report = export_model(
-        model, tmp_path / "m", x, native=False, onnx=False, executorch=True, target="executorch"
-    )
+    report = export_model(model, tmp_path / "m", x, files=("pte",), target="executorch")
 
     found = report.executorch
     assert found is not None
@@ -155,7 +153,7 @@ def test_a_model_of_one_layer(tmp_path: Path) -> None:
 
 
 def test_what_lightning_trains_is_what_it_runs(tmp_path: Path) -> None:
-    export = ExportCallback(tmp_path / "m", onnx=False, executorch=True)
+    export = ExportCallback(tmp_path / "m", files=("native", "pte"))
 
     train(statqat("int8", "int8", target="executorch"), export, module=ResidualModule, max_epochs=2)
 

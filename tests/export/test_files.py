@@ -68,7 +68,7 @@ call = ForwardCall.of(x)
 
 
 def write(number):
-    export_model(models[number], "m", x, program=True, measure_latency=False)
+    export_model(models[number], "m", x, files=("native", "onnx", "pt2"), measure_latency=False)
 
 
 def which():
@@ -196,7 +196,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     model = calibrated(small_net(), recipe_of("int4"), images())
     with pytest.raises(FileError, match=r"'file/below/m.safetensors' cannot be written"):
-        export_model(model, "file/below/m", onnx=False)
+        export_model(model, "file/below/m", files=("native",))
     assert [*Path().iterdir()] == [Path("file")]
 
 

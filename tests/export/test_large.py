@@ -135,7 +135,7 @@ def test_a_large_model_is_exported_whole_and_stays_as_it_was(
     network: nn.Module, tmp_path: Path, target: str | None
 ) -> None:
     before, x = state(network), torch.randn(8, 3, 8, 8)
-    kinds = {"program": True, "torchao": True}
+    kinds = {"files": ("native", "onnx", "pt2", "torchao")}
     report = export_model(network, tmp_path / "m", x, target=target, **kinds)
     assert same(before, network)
     assert report.native is not None
@@ -172,7 +172,7 @@ def test_a_native_file_of_other_numbers_is_refused(
 
     monkeypatch.setattr("statqat_lightning.export.proof.writers.save_native", save_wrong)
     with pytest.raises(ExportDifferenceError, match=r"m\.safetensors: differs"):
-        export_model(network, tmp_path / "m", torch.randn(8, 3, 8, 8), onnx=False)
+        export_model(network, tmp_path / "m", torch.randn(8, 3, 8, 8), files=("native",))
     assert not (tmp_path / "m.safetensors").exists()
 
 

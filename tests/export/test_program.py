@@ -99,7 +99,7 @@ def export_arguments(model: nn.Module, arguments: dict[str, Any]) -> Any:
     refresh(model)
     set_observing(model, False)
     model.eval()
-    return export_model(model, "m", arguments, onnx=False, program=True)
+    return export_model(model, "m", arguments, files=("native", "pt2"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -119,7 +119,7 @@ def test_the_line_that_cannot_be_traced_is_named_and_the_native_file_written() -
     where = r"stopped at \".*models.py\", line \d+, in forward: .*# the culprit"
     with pytest.raises(ExportError, match=where):
         save_program(model, "m.pt2", torch.randn(4, 4))
-    report = export_model(model, "m", torch.randn(4, 4), program=True)
+    report = export_model(model, "m", torch.randn(4, 4), files=("native", "onnx", "pt2"))
     for note, title in zip(report.notes, ("ONNX", "torch.export"), strict=True):
         assert note.startswith(f"{title}: not written. ")
         assert "# the culprit" in note
@@ -158,7 +158,7 @@ def test_an_error_without_a_line_of_the_user_names_none() -> None:
 
 def test_without_an_input_the_note_says_how_to_give_one() -> None:
     model = calibrated(small_net(), recipe_of("int4"), images())
-    report = export_model(model, "m", program=True)
+    report = export_model(model, "m", files=("native", "onnx", "pt2"))
     assert [note.split(":")[0] for note in report.notes] == ["ONNX", "torch.export"]
     assert all("Set example_input_array in the LightningModule" in note for note in report.notes)
     assert report.program is None

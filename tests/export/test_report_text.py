@@ -40,7 +40,7 @@ def test_a_deep_model_left_in_float_is_one_note() -> None:
     model = calibrated(model, recipe_of("int4", "int8"), torch.randn(8, 4))  # type: ignore[assignment]
     for layer in model[:29]:
         layer._statqat.weights["weight"].enabled = False  # type: ignore[union-attr]
-    report = export_model(model, "m", torch.randn(2, 4), onnx=False, measure_latency=False)
+    report = export_model(model, "m", torch.randn(2, 4), files=("native",), measure_latency=False)
     (note,) = report.notes
     assert note.count("switched off") == 29
     assert "and 26 more" in " ".join(str(report).split())

@@ -110,5 +110,5 @@ def test_a_wrong_layer_of_an_integer_file_is_named(
     model, _, x = residual()
 
     with pytest.raises(ExportDifferenceError, match=r"First at layer 'blocks.1.conv1'"):
-        export_model(model, tmp_path / "model", x, native=False, measure_latency=False)
+        export_model(model, tmp_path / "model", x, files=("onnx",), measure_latency=False)
     assert not (tmp_path / "model.onnx").exists()

@@ -40,7 +40,11 @@ def test_every_kind_of_file_holds_a_module_under_several_names(weights: str, inp
     model = calibrated(Repeats(), recipe_of(weights, inputs), x)
     integers = weights.startswith("int")
     report = export_model(
-        model, "m", x, program=True, torchao=integers, compressed=integers, measure_latency=False
+        model,
+        "m",
+        x,
+        files=("native", "onnx", "pt2", *(("torchao", "compressed-tensors") if integers else ())),
+        measure_latency=False,
     )
     assert len(report.artefacts) == (5 if integers else 3), report.notes
     expected = outputs(model, x)

@@ -128,7 +128,7 @@ def test_what_is_written_for_it_keeps_all_rules(
     assert all(q.fmt.is_signed for q in activation_quantizers(model))
 
     path = tmp_path / "m.onnx"
-    report = export_model(model, path, x, native=False, target="tensorrt")
+    report = export_model(model, path, x, files=("onnx",), target="tensorrt")
 
     assert violations(path) == []
     assert report.onnx is not None
@@ -169,7 +169,7 @@ def test_files_for_other_runtimes_break_rules(tmp_path: Path) -> None:
     assert any("codes are UINT8" in violation.why for violation in violations(tmp_path / "m.onnx"))
 
     report = export_model(
-        model, tmp_path / "t.onnx", x, native=False, target="tensorrt", strict=False
+        model, tmp_path / "t.onnx", x, files=("onnx",), target="tensorrt", strict=False
     )
     assert report.onnx is not None
     assert any("nodes break one: " in remark for remark in report.onnx.remarks)

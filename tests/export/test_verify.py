@@ -81,7 +81,7 @@ def test_the_figures_are_those_of_the_files(model: nn.Module) -> None:
 
 def test_data_is_cut_to_the_number_asked_for(model: nn.Module) -> None:
     batches = [(images(10), torch.zeros(10, dtype=torch.long))] * 9
-    report = export(model, onnx=False, data=batches, most_data=25)
+    report = export(model, files=("native",), data=batches, most_data=25)
     assert report.native.examples == 16 + 25
 
 
@@ -89,7 +89,7 @@ def test_data_is_cut_to_the_number_asked_for(model: nn.Module) -> None:
     "batch", [(torch.randn(4, 3), torch.zeros(4)), "text", (images(4), torch.randn(4, 2))]
 )
 def test_data_of_another_kind_gives_no_accuracy(model: nn.Module, batch: Any) -> None:
-    report = export(model, onnx=False, data=[batch])
+    report = export(model, files=("native",), data=[batch])
     assert report.accuracy is None
     assert report.native.agreement == 1
 
@@ -99,7 +99,7 @@ def test_data_that_fails_does_not_take_the_files_along(model: nn.Module) -> None
         yield (images(4), torch.zeros(4, dtype=torch.long))
         raise OSError("disk gone")
 
-    report = export(model, onnx=False, data=failing())
+    report = export(model, files=("native",), data=failing())
     assert "No accuracy: the data failed with OSError: disk gone" in report.notes
     assert Path("model.safetensors").exists()
 
@@ -177,7 +177,7 @@ def test_the_first_layer_of_a_wrong_program_is_named(
     frozen: Any = freeze(model)
     monkeypatch.setattr(writers, "save_program", wrong)
     with pytest.raises(ExportDifferenceError, match=r"model.pt2: .*First at layer '2': "):
-        export(model, onnx=False, program=True)
+        export(model, files=("native", "pt2"))
 
 
 def test_the_first_layer_of_a_wrong_native_file_is_named(
@@ -192,7 +192,7 @@ def test_the_first_layer_of_a_wrong_native_file_is_named(
 
     monkeypatch.setattr(writers, "save_native", wrong)
     with pytest.raises(ExportDifferenceError, match=r"model.safetensors: .*First at layer '5': "):
-        export(model, onnx=False)
+        export(model, files=("native",))
 
 
 def test_nan_is_a_difference(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +290,7 @@ def test_a_forward_that_fixes_its_batch_is_compared_on_that_batch() -> None:
             return out
 
     model = calibrated(Fixed(), recipe_of("int4", "int8"), torch.randn(2, 1))
-    report = export_model(model, "model", torch.randn(7, 1), program=True)
+    report = export_model(model, "model", torch.randn(7, 1), files=("native", "onnx", "pt2"))
     assert report.program is not None
     assert report.program.remarks == ("The forward fixes its batch size: 3 only.",)
     assert (report.program.max_steps, report.program.examples) == (0, 6)
@@ -324,7 +324,7 @@ def test_a_random_model_is_reported_and_nothing_refused() -> None:
             return out + torch.rand(4)
 
     model = calibrated(Random(), recipe_of("int4"), torch.randn(2, 4))
-    report = export_model(model, "model", torch.randn(2, 4), onnx=False)
+    report = export_model(model, "model", torch.randn(2, 4), files=("native",))
     assert "other outputs each time, in eval mode" in report.notes[0]
     assert report.native is not None
 
@@ -345,7 +345,7 @@ def linears() -> nn.Sequential:
 def test_weights_alone_are_compared_with_inputs_in_float() -> None:
     x = torch.randn(8, 16)
     model = calibrated(linears(), recipe_of("int4", "int3"), x)
-    report = export_model(model, "model", x, onnx=False, torchao=True, compressed=True)
+    report = export_model(model, "model", x, files=("native", "torchao", "compressed-tensors"))
     for found, path in (
         (report.torchao, "model.torchao.pt"),
         (report.compressed, "model.compressed"),
@@ -358,9 +358,9 @@ def test_weights_alone_are_compared_with_inputs_in_float() -> None:
     assert "model.compressed" in str(report)
 
 
-@pytest.mark.parametrize("kind", ["torchao", "compressed"])
+@pytest.mark.parametrize(("file", "kind"), [("torchao",) * 2, ("compressed-tensors", "compressed")])
 def test_the_first_layer_of_wrong_weights_is_named(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    file: Any, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(8, 16)
     model = calibrated(linears(), recipe_of("int4", "int3"), x)
@@ -373,12 +373,12 @@ def test_the_first_layer_of_wrong_weights_is_named(
 
     monkeypatch.setattr(writers, f"save_{kind}", wrong)
     with pytest.raises(ExportDifferenceError, match="First at layer '2': "):
-        export_model(model, "model", x, onnx=False, **{kind: True})  # type: ignore[arg-type]
+        export_model(model, "model", x, files=("native", file))
     assert {f.name for f in Path().iterdir()} == {"model.safetensors", "model.export.json"}
 
 
 def test_what_a_writer_cannot_hold_is_a_note(model: nn.Module) -> None:
-    report = export(model, onnx=False, compressed=True)
+    report = export(model, files=("native", "compressed-tensors"))
     assert report.compressed is None
     assert report.notes[0].startswith("compressed-tensors: not written. compressed-tensors (pack-")
     assert Path("model.safetensors").exists()

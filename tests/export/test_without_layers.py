@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from statqat_lightning.export import freeze
 from statqat_lightning.export.calls.forward_call import ForwardCall, outputs_of
-from statqat_lightning.export.files.kinds import KINDS
+from statqat_lightning.export.files.registry import FILE_TYPES
 from statqat_lightning.export.proof.proof import Proof
 from statqat_lightning.export.proof.runtimes import Runtime
 from statqat_lightning.export.proof.verify import Example, ExportDifferenceError
@@ -21,7 +21,7 @@ from statqat_lightning.export.proof.writers import Writer
 from statqat_lightning.model.insertion import prepare
 from statqat_lightning.model.quantized_model import refresh, set_observing
 
-(PTE,) = (kind for kind in KINDS if kind.field == "executorch")
+(PTE,) = (each for each in FILE_TYPES if each.name == "pte")
 
 
 class InAnotherOrder(TorchFunctionMode):

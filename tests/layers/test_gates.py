@@ -139,7 +139,7 @@ def test_the_proof_finds_no_difference(tmp_path: Path) -> None:
     observed(model, recipe, x)
 
     report = export_model(
-        model, tmp_path / "m", x, native=False, target="onnxruntime", measure_latency=False
+        model, tmp_path / "m", x, files=("onnx",), target="onnxruntime", measure_latency=False
     )
 
     assert report.onnx is not None

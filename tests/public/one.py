@@ -201,8 +201,8 @@ def _fill(result: dict[str, Any], case: Case, folder: Path) -> None:
     problems: dict[str, str] = result.setdefault("problems", {})
     statqat = StatQATCallback(verbose=False, **case.options)
     losses, watch, keep = Losses(), Watch(), Keep()
-    native = Guarded(folder / "native", onnx=False, measure_latency=False)
-    onnx = Guarded(folder / "onnx", native=False, measure_latency=False)
+    native = Guarded(folder / "native", files=("native",), measure_latency=False)
+    onnx = Guarded(folder / "onnx", files=("onnx",), measure_latency=False)
     own_fit = case.fit is not None
     callbacks = [keep, statqat, SeedEachBatch(), losses, watch, native, onnx]
     if own_fit:

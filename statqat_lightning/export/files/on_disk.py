@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ENDINGS = (".onnx", ".safetensors", ".pt2", ".pte")
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -109,13 +107,6 @@ def _cannot_be_written(path: Path, error: OSError) -> FileError:
         f"{str(path)!r} cannot be written ({error.strerror or error}). What was there before stays "
         "as it was.",
     )
-
-
-def with_ending(path: str | Path, ending: str) -> Path:
-    """The path with an ending of an export in place of the one it has, if it has one of them."""
-    # Not `with_suffix`, which takes the end of `run_0.1` for an ending as well.
-    path = Path(path)
-    return path.with_name((path.stem if path.suffix in ENDINGS else path.name) + ending)
 
 
 DIGITS = 8

@@ -103,7 +103,7 @@ def require_packages() -> None:
     if missing:
         raise ModuleNotFoundError(
             f'ONNX export needs {", ".join(missing)}: pip install "statqat-lightning[onnx]", or, '
-            'in a checkout, pip install ".[onnx]". Or export without it: onnx=False.'
+            'in a checkout, pip install ".[onnx]". Or export without it: files=("native",).'
         )
 
 

@@ -228,7 +228,7 @@ class Proof:
     def _compared(self, writer: Writer, path: Path, target: Path) -> ArtefactReport:
         frozen, examples = self.frozen, self.examples
         remarks: list[str] = []
-        if writer.kind.weights_only and (rounded := with_rounded_inputs(frozen)):
+        if writer.file_type.weights_only and (rounded := with_rounded_inputs(frozen)):
             frozen, examples = self._without_inputs()
             remarks.append(
                 Note.of_names(
@@ -238,7 +238,7 @@ class Proof:
                 )
             )
         unfolded = frozen
-        if writer.kind.folded and examples:
+        if writer.file_type.folded and examples:
             folded = fold_batch_norm(
                 light_copy(frozen).float(), *few_rows(examples[0].call.to_float32())
             )
@@ -260,10 +260,10 @@ class Proof:
             ) from error
         if runtime.batch is not None and examples:
             remarks.append(f"The forward fixes its batch size: {runtime.batch} only.")
-        if self.target in writer.kind.targets:
+        if self.target in writer.file_type.targets:
             remarks += _of_target(TARGETS[self.target], runtime, path)
         divergence, exact = None, None
-        bound = 0.0 if writer.kind.exact else self.bound
+        bound = 0.0 if writer.file_type.exact else self.bound
         # Not `max_steps > bound`: that is false for NaN.
         if examples and not comparison.max_steps <= bound:
             divergence = None if self.is_random else _of_freezing(unfolded, examples)
@@ -273,12 +273,12 @@ class Proof:
             if divergence is None and not comparison.mismatch:
                 views = [_in_view(runtime, frozen, example) for example in examples]
                 divergence = self._located(writer, runtime, frozen, views)
-                if divergence is not None and finite and not writer.kind.exact:
+                if divergence is not None and finite and not writer.file_type.exact:
                     excuse = _like_its_own_rounding(runtime, frozen, examples)
             if excuse is not None:
                 divergence = None
                 remarks.append(f"differs by {comparison.max_steps:.3g} steps. {excuse}")
-            elif divergence is not None or writer.kind.exact or not finite:
+            elif divergence is not None or writer.file_type.exact or not finite:
                 remarks.append(self._not_proved(target, comparison, bound, divergence))
             else:
                 every = [self._moved(writer, runtime, frozen, view) for view in views]
@@ -344,7 +344,7 @@ class Proof:
         frozen = light_copy(frozen)
         for call in calls:
             outputs = runtime.run(call)
-            if writer.kind.in_float32:
+            if writer.file_type.in_float32:
                 frozen, call = frozen.float(), call.to_float32()
             # A runtime that fuses rounding into layers shows rounded tensors as it computes them;
             # to show more it has to compute otherwise, which helps to name what is wrong.
@@ -367,7 +367,7 @@ class Proof:
     ) -> Moved:
         """How many rounded values of a file are others than the frozen model's."""
         frozen = light_copy(frozen)
-        if writer.kind.in_float32:
+        if writer.file_type.in_float32:
             frozen, call = frozen.float(), call.to_float32()
         shown = {} if runtime.roundings is None else runtime.roundings(call)
         found = {} if shown else runtime.layer_outputs(call)

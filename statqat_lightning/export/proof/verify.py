@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.export.calls.forward_call import ForwardCall
-from statqat_lightning.export.files.kinds import KINDS
 from statqat_lightning.export.files.on_disk import replacing
+from statqat_lightning.export.files.registry import FILE_TYPES
 from statqat_lightning.export.files.tracing import ExportError
 from statqat_lightning.export.proof.divergence import mismatch_of
 from statqat_lightning.export.proof.latency import medians_in_turns
@@ -123,7 +123,7 @@ class ExportReport:
     @property
     def by_kind(self) -> dict[str, ArtefactReport]:
         """The files that were written, by their fields here."""
-        found = {kind.field: getattr(self, kind.field) for kind in KINDS}
+        found = {kind.field: getattr(self, kind.field) for kind in FILE_TYPES}
         return {field: artefact for field, artefact in found.items() if artefact is not None}
 
     @property

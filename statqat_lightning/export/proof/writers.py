@@ -13,10 +13,10 @@ from statqat_lightning.export.calls.dimensions import Dynamic
 from statqat_lightning.export.calls.forward_call import ForwardCall
 from statqat_lightning.export.files.compressed_tensors import load_compressed, save_compressed
 from statqat_lightning.export.files.executorch import save_executorch
-from statqat_lightning.export.files.kinds import KINDS, Kind
 from statqat_lightning.export.files.native import save_native
 from statqat_lightning.export.files.onnx import save_onnx
 from statqat_lightning.export.files.program import save_program
+from statqat_lightning.export.files.registry import FILE_TYPES, FileType
 from statqat_lightning.export.files.torchao import load_torchao, save_torchao
 from statqat_lightning.export.proof import executorch_runtime, openvino_runtime, runtimes
 from statqat_lightning.export.proof.runtimes import Run, Runtime
@@ -26,16 +26,16 @@ from statqat_lightning.recipes.recipe import QuantRecipe
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes one kind of file of one model.
+    """Writes one type of file of one model.
 
     Attributes:
-        kind: Which kind.
-        write: Writes it, from an input of a forward if the kind needs one.
+        file_type: Which.
+        write: Writes it, from an input of a forward if the type needs one.
         load: Loads it as its runtime does.
         float_run: The float model in the same runtime; None if it does not run there.
     """
 
-    kind: Kind
+    file_type: FileType
     write: Callable[[Path, ForwardCall | None], None]
     load: Callable[[Path], Runtime]
     float_run: Callable[[nn.Module, ForwardCall], Run | None]
@@ -96,7 +96,7 @@ def writers(
     def in_torch(plain: nn.Module, call: ForwardCall) -> Run:
         return runtimes.float_in_torch(plain)
 
-    kinds = {kind.field: kind for kind in KINDS}
+    kinds = {kind.field: kind for kind in FILE_TYPES}
     return [
         Writer(
             kinds["native"],
