@@ -35,12 +35,12 @@ def costs(size: int, rounds: int) -> dict[str, dict[str, float]]:
     quantizer, table = Analytic(), {}
     for name in FORMATS:
         fmt = get_format(name)
-        warm = quantizer.from_rows(rows, fmt)
-        qparams = QParams(warm.unsqueeze(1), granularity=PerChannel())
+        current_scale = quantizer.from_rows(rows, fmt)
+        qparams = QParams(current_scale.unsqueeze(1), granularity=PerChannel())
         runs: dict[str, Callable[[], object]] = {
             "amax": lambda: rows.abs().amax(1),
             "fake_quantize": lambda p=qparams, f=fmt: fake_quantize(rows, p, f),
-            "search": lambda f=fmt, w=warm: quantizer.from_rows(rows, f, w),
+            "search": lambda f=fmt, w=current_scale: quantizer.from_rows(rows, f, w),
             "first search": lambda f=fmt: quantizer.from_rows(rows, f),
         }
         seconds = measure(runs, rounds, warm_up=1)

@@ -166,7 +166,7 @@ class Phases:
         return Phase(
             weights=reached(schedule.weights_at, now),
             inputs=reached(schedule.activations_at, now),
-            bits=schedule.narrowest(now),
+            bits=schedule.min_bits(now),
             frozen=schedule.frozen(now),
             still=schedule.batch_norm == "freeze" and reached(schedule.batch_norm_at, now),
         )

@@ -244,9 +244,9 @@ class EnergySpectrum:
     def optimal_scale(
         self,
         fmt: Format,
-        warm: Tensor | None = None,
+        current_scale: Tensor | None = None,
         tolerance: float = 0.0,
-        room: bool = False,
+        headroom: bool = False,
     ) -> Tensor:
         """The scale of least error: the best candidate, followed by one fixed-point step.
 
@@ -257,9 +257,9 @@ class EnergySpectrum:
 
         Args:
             fmt: The number format.
-            warm: Scales in force, `(n,)`.
+            current_scale: Scales in force, `(n,)`.
             tolerance: Share of the least error by which another scale must be better.
-            room: Whether the spectrum comes from a sample. The rarest values are not in it, and
+            headroom: Whether the spectrum comes from a sample. The rarest values are not in it, and
                 clipping costs the square of what is cut off: floats whose exponents reach far get
                 room above the data, as many octaves, up to 7, as add at most half a percent to the
                 error.
@@ -268,7 +268,7 @@ class EnergySpectrum:
             float32 `(n,)`; 1 where there is no energy that the format can represent.
         """
         window = self._window(fmt)
-        most_room = _octaves_of_room(fmt) if room else 0
+        most_room = _octaves_of_room(fmt) if headroom else 0
         responses, scales, highest = _search_tables(fmt, window.energy.device, most_room)
         curve = window.energy @ responses
         height = torch.exp2(window.top)
@@ -281,24 +281,28 @@ class EnergySpectrum:
             most = (octaves * (free & (higher >= 0))).argmax(1, keepdim=True)
             best = higher.gather(1, most).squeeze(1)
         scale = scales[best] * height
-        rests = None
-        if warm is not None and tolerance > 0:
-            position = (window.top + highest - torch.log2(warm)).mul_(CANDIDATES_PER_OCTAVE // 2)
+        keeps_scale = None
+        if current_scale is not None and tolerance > 0:
+            position = (window.top + highest - torch.log2(current_scale)).mul_(
+                CANDIDATES_PER_OCTAVE // 2
+            )
             position = position.nan_to_num_(-1.0).round_()
             known = (position >= 0) & (position <= len(scales) - 1)
             own = curve.gather(1, position.clamp_(0, len(scales) - 1).long().unsqueeze(1)).squeeze(
                 1
             )
             # What every scale loses is added here only: beside it, float32 may not tell them apart.
-            rests = known & (own + window.outside <= (least + window.outside) * (1 + tolerance))
+            keeps_scale = known & (
+                own + window.outside <= (least + window.outside) * (1 + tolerance)
+            )
         x = window.points
         q = fmt.round_(x * (height / scale).view(-1, 1, 1))
         weighted = (window.energy * _inverse_power(x.device, x.shape[1])).unsqueeze(1) * q
         cross = (weighted.flatten(1) @ x.flatten()) * height
         step = cross / torch.linalg.vecdot(weighted.flatten(1), q.flatten(1))
         scale = torch.where(step.isfinite() & (step > 0), step, scale)
-        if warm is not None and rests is not None:
-            scale = torch.where(rests, warm, scale)
+        if current_scale is not None and keeps_scale is not None:
+            scale = torch.where(keeps_scale, current_scale, scale)
         return torch.where(window.power > 0, scale, 1.0)
 
     def mse(self, fmt: Format, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
@@ -315,7 +319,7 @@ class EnergySpectrum:
             few = slice(first, first + _ROWS_AT_ONCE // 8)
             zero = None if zero_point is None else zero_point[few].view(-1, 1, 1)
             window = EnergySpectrum(self.energy[few])._window(
-                fmt, apart=True, every=zero is not None
+                fmt, separate_signs=True, every=zero is not None
             )
             y = window.points * (torch.exp2(window.top) / scale[few]).view(-1, 1, 1)
             q = fmt.round(y) if zero is None else fmt.round_(y + zero).sub_(zero)
@@ -345,7 +349,7 @@ class EnergySpectrum:
             candidates, levels)`, the last index being the levels below zero.
         """
         device = self.energy.device
-        window = self._window(IntFormat(8), apart=True, every=True)
+        window = self._window(IntFormat(8), separate_signs=True, every=True)
         relative, ends, clips = _endless_grid(levels, device)
         energy = window.energy.view(len(self.energy), 2, -1)
         points = _window_points(device, 1, _FINE_POINTS)
@@ -362,7 +366,7 @@ class EnergySpectrum:
 
     def affine_step(self, fmt: Format, scale: Tensor, zero_point: Tensor) -> Tensor:
         """One fixed-point step of the scale, its zero point kept; all float32 `(n,)`."""
-        window = self._window(fmt, apart=True, every=True)
+        window = self._window(fmt, separate_signs=True, every=True)
         height = torch.exp2(window.top)
         x, zero = _window_points(scale.device, 2), zero_point.view(-1, 1, 1)
         power = x.square().mean(0)
@@ -371,13 +375,13 @@ class EnergySpectrum:
         step = cross / (window.energy * (q.square_().mean(1) / power)).sum(1)
         return torch.where(step.isfinite() & (step > 0), step, scale)
 
-    def _window(self, fmt: Format, apart: bool = False, every: bool = False) -> _Window:
+    def _window(self, fmt: Format, separate_signs: bool = False, every: bool = False) -> _Window:
         """The octaves that matter, aligned at the data's top.
 
         Args:
             fmt: The number format; values that it cannot represent are left out.
-            apart: Whether both signs are kept apart even where the grid is symmetric, and bins are
-                looked at closely.
+            separate_signs: Whether both signs are kept apart even where the grid is symmetric, and
+                bins are looked at closely.
             every: Whether the format represents both signs by its zero point.
         """
         n, device = len(self.energy), self.energy.device
@@ -385,7 +389,7 @@ class EnergySpectrum:
         if not (fmt.is_signed or every):
             num_sides, energy = 1, self.energy[:, :BINS_PER_SIDE]
             lost = self.energy[:, BINS_PER_SIDE:].sum(1)
-        elif not apart and fmt.is_symmetric:
+        elif not separate_signs and fmt.is_symmetric:
             num_sides = 1
             energy = self.energy[:, :BINS_PER_SIDE] + self.energy[:, BINS_PER_SIDE:]
         else:
@@ -406,7 +410,7 @@ class EnergySpectrum:
         window = window.mul_(exists).flatten(1)
         inside = window.sum(1)
         outside = lost + (total - inside).clamp_min_(0.0)
-        points = _window_points(device, num_sides, _FINE_POINTS if apart else 5)
+        points = _window_points(device, num_sides, _FINE_POINTS if separate_signs else 5)
         return _Window(window, inside, (top + LOWEST_OCTAVE).to(torch.float32), outside, points)
 
 
@@ -450,16 +454,16 @@ def _bins(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=8)
-def _candidate_clips(device: torch.device, room: int = 0) -> Tensor:
+def _candidate_clips(device: torch.device, headroom: int = 0) -> Tensor:
     """Candidate clip points relative to the top of the data, descending `(candidates,)`.
 
     Args:
         device: Where they are wanted.
-        room: Octaves more above the top.
+        headroom: Octaves more above the top.
     """
-    steps = (_OCTAVES_ABOVE + room + _OCTAVES_BELOW) * CANDIDATES_PER_OCTAVE
+    steps = (_OCTAVES_ABOVE + headroom + _OCTAVES_BELOW) * CANDIDATES_PER_OCTAVE
     down = torch.arange(steps, device=device, dtype=torch.float32) / CANDIDATES_PER_OCTAVE
-    return torch.exp2(_OCTAVES_ABOVE + room - down)
+    return torch.exp2(_OCTAVES_ABOVE + headroom - down)
 
 
 def _octaves_of_room(fmt: Format) -> int:
@@ -497,26 +501,28 @@ def _range(first: int, end: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _search_tables(fmt: Format, device: torch.device, room: int) -> tuple[Tensor, Tensor, float]:
+def _search_tables(
+    fmt: Format, device: torch.device, headroom: int
+) -> tuple[Tensor, Tensor, float]:
     """What a search needs: it tries every second candidate, as its step closes half the distance.
 
     Returns:
         Responses `(bins, candidates)`; scales `(candidates,)` if the upper end of the window were
         1; the binary logarithm of the largest of these.
     """
-    responses = _responses(fmt, device, room)[::2].T.contiguous()
-    scales = _candidate_clips(device, room)[::2] / fmt.max
-    return responses, scales, _OCTAVES_ABOVE + room - math.log2(fmt.max)
+    responses = _responses(fmt, device, headroom)[::2].T.contiguous()
+    scales = _candidate_clips(device, headroom)[::2] / fmt.max
+    return responses, scales, _OCTAVES_ABOVE + headroom - math.log2(fmt.max)
 
 
 @lru_cache(maxsize=64)
-def _responses(fmt: Format, device: torch.device, room: int = 0) -> Tensor:
+def _responses(fmt: Format, device: torch.device, headroom: int = 0) -> Tensor:
     """Mean relative squared error in each bin of the window, float32 `(candidates, bins)`."""
     num_sides = 2 if fmt.is_signed and not fmt.is_symmetric else 1
     x = _window_points(torch.device("cpu"), num_sides, _FINE_POINTS)
     power = x.square().mean(0)
     rows = []
-    for scale in torch.split(_candidate_clips(torch.device("cpu"), room) / fmt.max, 64):
+    for scale in torch.split(_candidate_clips(torch.device("cpu"), headroom) / fmt.max, 64):
         s = scale.view(-1, 1, 1)
         rows.append(fmt.round_(x / s).mul_(s).sub_(x).square_().mean(1) / power)
     return torch.cat(rows).to(device)

@@ -55,7 +55,7 @@ class FakeQuantizer:
         scale: float32, in the shape of its granularity; a parameter of the layer if it is learned.
         ready: Whether the scale is known; until then tensors pass unchanged.
         enabled: Switch for quantization.
-        narrowest: Fewest bits that the format in use may have, whatever the specification says.
+        min_bits: Fewest bits that the format in use may have, whatever the specification says.
         optional: Whether it may well never run: attention whose keys are its queries quantizes them
             once, as queries.
         frozen: Whether the scale, and an input's statistics, are kept as they are. A weight's scale
@@ -83,7 +83,7 @@ class FakeQuantizer:
             self.scale = nn.Parameter(self.scale)
         self.ready = False
         self.enabled = True
-        self.narrowest = 0
+        self.min_bits = 0
         self.optional = False
         self.frozen = False
         self.num_refreshes = 0
@@ -116,11 +116,11 @@ class FakeQuantizer:
         early = number & (number - 1) == 0  # 0, 1, 2, 4, 8, 16
         return not self.ready or early or number % self.search_every == 0
 
-    def pass_over(self) -> bool:
+    def skip_refresh(self) -> bool:
         """Count a refresh in which the scale rests; False if there is something to do."""
-        rests = self.quantizer.rests and not self.is_due
-        self.num_refreshes += rests
-        return rests
+        keeps_scale = self.quantizer.keeps_scale and not self.is_due
+        self.num_refreshes += keeps_scale
+        return keeps_scale
 
     def freeze(self, frozen: bool) -> None:
         """Set `frozen`; a learned scale then has no gradient."""
@@ -168,7 +168,7 @@ class FakeQuantizer:
         """Everything a resumed run needs, as plain data and CPU tensors."""
         return {
             "format": self.fmt.name,
-            "narrowest": self.narrowest,
+            "narrowest": self.min_bits,
             "ready": self.ready,
             "num_refreshes": self.num_refreshes,
             "scale": self.scale.detach().cpu().clone(),
@@ -195,7 +195,7 @@ class FakeQuantizer:
         """
         self.check_state(state)
         self.fmt = get_format(state["format"])
-        self.narrowest = int(state.get("narrowest", 0))
+        self.min_bits = int(state.get("narrowest", 0))
         self.ready = bool(state["ready"])
         self.num_refreshes = int(state.get("num_refreshes", 0))
         self.scale.copy_(state["scale"])
@@ -282,7 +282,7 @@ class WeightFakeQuantizer(FakeQuantizer):
 
     def widen(self, bits: int) -> bool:
         """Use a format of at least `bits` bits; whether it is another one and needs a scale."""
-        self.narrowest = bits
+        self.min_bits = bits
         fmt = at_least_bits(get_format(self.spec.format), bits)
         changed = fmt != self.fmt
         if changed:
@@ -428,7 +428,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
         Returns:
             Whether it has a scale from its statistics alone now.
         """
-        self.narrowest = bits
+        self.min_bits = bits
         if not self.ready:
             self.fmt = at_least_bits(get_format(self.spec.format), bits)
             return False
@@ -447,7 +447,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
         fmt = get_format(self.spec.format)
         if self.spec.unsigned_if_nonnegative and self.lowest.item() >= 0:
             fmt = unsigned(fmt) or fmt
-        return at_least_bits(fmt, self.narrowest)
+        return at_least_bits(fmt, self.min_bits)
 
     @torch.no_grad()
     def _fit(self, fmt: Format) -> None:

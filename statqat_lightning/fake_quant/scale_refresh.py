@@ -39,12 +39,12 @@ def refresh_weights(
     for fmt, starts, searched, group in _groups(weights, search):
         quantizers = [quantizer for quantizer, *_ in group]
         rows, errors = _stacked(group)
-        warm = torch.cat([q.scale.flatten() for q in quantizers])
+        current_scale = torch.cat([q.scale.flatten() for q in quantizers])
         rule = quantizers[0].quantizer
         scales = (
-            rule.search(rows, fmt, warm if starts else None, errors)
+            rule.search(rows, fmt, current_scale if starts else None, errors)
             if searched
-            else rule.track(rows, fmt, warm, errors)
+            else rule.track(rows, fmt, current_scale, errors)
         )
         parts = torch.split(scales, [len(rows) for _, rows, _ in group])
         torch._foreach_copy_(
@@ -137,7 +137,7 @@ def refresh_activations(
     overflow = fold([q.observer for q in quantizers], statistics, reduce)
     if not statistics:
         return overflow
-    due = [q for q in quantizers if q.ready and (search or not q.pass_over())]
+    due = [q for q in quantizers if q.ready and (search or not q.skip_refresh())]
     _refresh_scales([q for q in due if q.spec.shared is None])
     for sharing in _groups_of(due, quantizers):
         ready = [q for q in sharing if q.ready]
@@ -179,11 +179,13 @@ def _groups_of(
     return [[q for q in quantizers if q.spec.shared == name] for name in names]
 
 
-def _refresh_shared(sharing: Sequence[ActivationFakeQuantizer], warm: Tensor | None) -> None:
+def _refresh_shared(
+    sharing: Sequence[ActivationFakeQuantizer], current_scale: Tensor | None
+) -> None:
     """Choose the scale of ready quantizers that share it."""
     first = sharing[0]
     statistics = merged(statistics_of([q.observer for q in sharing]))
-    scale = first.quantizer.from_statistics(statistics, first.fmt, warm).squeeze(0)
+    scale = first.quantizer.from_statistics(statistics, first.fmt, current_scale).squeeze(0)
     torch._foreach_copy_([q.scale for q in sharing], [scale] * len(sharing))
     for quantizer in sharing:
         quantizer.stay_within_limit()
@@ -203,8 +205,8 @@ def _refresh_scales(quantizers: Sequence[ActivationFakeQuantizer]) -> None:
     for group in kinds.values():
         first = group[0]
         statistics = statistics_of([q.observer for q in group])
-        warm = torch.stack([q.scale for q in group])
-        scales = first.quantizer.from_statistics(statistics, first.fmt, warm)
+        current_scale = torch.stack([q.scale for q in group])
+        scales = first.quantizer.from_statistics(statistics, first.fmt, current_scale)
         torch._foreach_copy_([q.scale for q in group], list(scales.unbind()))
         for quantizer in group:
             quantizer.stay_within_limit()

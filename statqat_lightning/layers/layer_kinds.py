@@ -25,7 +25,7 @@ class LayerKind:
         weights: Names of a layer's weights, each with the axis of its output channels, which is
             kept: one scale for each index along it.
         inputs: Names of the inputs, in the order of the arguments of `forward`.
-        by_request: Whether only a rule that means this layer gives it quantizers: one for its type,
+        opt_in: Whether only a rule that means this layer gives it quantizers: one for its type,
             or with its full name.
         functional: The forward as a function of layer, input and weight; None where the class's own
             forward is called.
@@ -36,7 +36,7 @@ class LayerKind:
     cls: type[nn.Module]
     weights: Callable[[Any], dict[str, int]]
     inputs: tuple[str, ...] = ("input",)
-    by_request: bool = False
+    opt_in: bool = False
     functional: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     channels: Callable[[Any, str, Shape], InputChannels | None] = lambda module, role, shape: None
 
@@ -137,7 +137,7 @@ KINDS = (
         for cls in (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
     ),
     *(
-        LayerKind(cls, _one_weight, (), by_request=True, channels=_of_rows)
+        LayerKind(cls, _one_weight, (), opt_in=True, channels=_of_rows)
         for cls in (nn.Embedding, nn.EmbeddingBag)
     ),
 )

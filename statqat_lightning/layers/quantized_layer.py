@@ -203,9 +203,9 @@ def why_unsupported(module: nn.Module) -> str | None:
         return f"its own forward takes the place of that of {kind.cls.__name__}"
     if own_forward and any(is_parametrized(module, name) for name in kind.weights(module)):
         return "its own forward reads a parametrized weight"
-    if getattr(module, "sparse", False) and kind.by_request:
+    if getattr(module, "sparse", False) and kind.opt_in:
         return "its gradients are sparse"
-    if getattr(module, "max_norm", None) is not None and kind.by_request:
+    if getattr(module, "max_norm", None) is not None and kind.opt_in:
         return "max_norm rewrites its weight in every forward"
     return None
 

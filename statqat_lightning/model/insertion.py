@@ -115,7 +115,7 @@ def prepare(
         or (any(True for _ in module.parameters(recurse=False)) and not _makes_a_weight(name))
     }
     others = {name: module for name, module in modules.items() if name not in candidates}
-    if all(kind_of(module).by_request for module in candidates.values()) and not any(
+    if all(kind_of(module).opt_in for module in candidates.values()) and not any(
         rule.only_outputs or any(rule.names(name) for name in candidates) for rule in recipe.rules
     ):
         there = ", ".join(
@@ -428,7 +428,7 @@ def _why_float(module: nn.Module, rule: QuantRule | None, unsupported: str | Non
         return unsupported
     if rule is not None:
         return f"left in float by rule {rule.pattern!r}"
-    if kind_of(module).by_request:
+    if kind_of(module).opt_in:
         return "no rule for its type or with its full name"
     return "no rule matches"
 
@@ -509,7 +509,7 @@ def _describe_all(quantizers: Iterable[FakeQuantizer]) -> str | None:
 def describe(quantizer: FakeQuantizer) -> str:
     """Format, granularity and quantizer of one tensor in a few words."""
     fmt = quantizer.fmt.name
-    if quantizer.narrowest:  # for a phase of a schedule; the specification says what it comes to
+    if quantizer.min_bits:  # for a phase of a schedule; the specification says what it comes to
         own = get_format(quantizer.spec.format)
         fmt = own.name if quantizer.fmt.is_signed else (unsigned(own) or own).name
     if (

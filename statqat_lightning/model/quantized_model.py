@@ -230,7 +230,7 @@ def follow_averaged_weights(model: nn.Module) -> None:
         (quantizer, module, role)
         for module, layer in _quantized_modules(model)
         for role, quantizer in layer.weights.items()
-        if quantizer.quantizer.rests and quantizer.ready
+        if quantizer.quantizer.keeps_scale and quantizer.ready
     ]
     before = [
         (quantizer.scale.clone(), quantizer.energies(weight_of(module, role), of_output=True)[1])
@@ -279,10 +279,10 @@ def refresh(
             (q, m, name)
             for m, layer in layers
             for name, q in layer.weights.items()
-            if search or not q.pass_over()
+            if search or not q.skip_refresh()
         ]
         sharded = [is_sharded(m._parameters.get(name)) for _, m, name in found]
-        whole = [entry for entry, apart in zip(found, sharded, strict=True) if not apart]
+        whole = [entry for entry, in_parts in zip(found, sharded, strict=True) if not in_parts]
         refresh_weights([(q, weight_of(m, name)) for q, m, name in whole], search)
         for q, m, name in compress(found, sharded):
             refresh_weights([(q, weight_of(m, name))], search)  # one gathered weight at a time

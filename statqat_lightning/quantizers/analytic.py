@@ -80,19 +80,21 @@ class Analytic(Quantizer):
         self.prior = prior if prior == AUTO else get_density(prior).name
         self.refine = refine
         self.tolerance = checked_tolerance("Analytic", tolerance)
-        self.rests = refine and tolerance > 0
+        self.keeps_scale = refine and tolerance > 0
 
-    def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
-        return by_parts(self._search if self.refine else self._closed_form, rows, fmt, warm)
+    def from_rows(self, rows: Tensor, fmt: Format, current_scale: Tensor | None = None) -> Tensor:
+        return by_parts(
+            self._search if self.refine else self._closed_form, rows, fmt, current_scale
+        )
 
     def from_weighted_rows(
-        self, rows: Tensor, fmt: Format, weights: ErrorWeights, warm: Tensor | None = None
+        self, rows: Tensor, fmt: Format, weights: ErrorWeights, current_scale: Tensor | None = None
     ) -> Tensor:
         choose = self._search if self.refine else self._closed_form
-        return by_parts(choose, rows, fmt, warm, weights)
+        return by_parts(choose, rows, fmt, current_scale, weights)
 
     def from_statistics(
-        self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
+        self, statistics: Statistics, fmt: Format, current_scale: Tensor | None = None
     ) -> Tensor:
         spectrum = statistics.spectrum
         assert spectrum is not None, "Analytic asks for the spectrum"
@@ -104,26 +106,36 @@ class Analytic(Quantizer):
         scales = [cap, start, _capped(rms * optimal_scale(fmt, "laplace"), cap)]
         errors = [spectrum.mse(fmt, scale) for scale in scales]
         found, error = least(torch.stack(scales), torch.stack(errors)), torch.stack(errors).amin(0)
-        if warm is None:
+        if current_scale is None:
             return found
-        rests = (spectrum.mse(fmt, warm) <= error * (1 + self.tolerance)) & (spectrum.power > 0)
-        return torch.where(rests, warm, found)
+        keeps_scale = (spectrum.mse(fmt, current_scale) <= error * (1 + self.tolerance)) & (
+            spectrum.power > 0
+        )
+        return torch.where(keeps_scale, current_scale, found)
 
     def _constant(self, fmt: Format, rms: Tensor, mean: Callable[[], Tensor]) -> Tensor | float:
         """Best scale in units of the RMS; `mean` gives the mean magnitudes if they are needed."""
         return _fitted(mean() / rms, fmt) if self.prior == AUTO else optimal_scale(fmt, self.prior)
 
     def _closed_form(
-        self, rows: Tensor, fmt: Format, warm: Tensor | None, weights: RelativeWeights | None
+        self,
+        rows: Tensor,
+        fmt: Format,
+        current_scale: Tensor | None,
+        weights: RelativeWeights | None,
     ) -> Tensor:
         rms = _rms(rows, weights)
         constant = self._constant(fmt, rms, lambda: _mean_of(rows.abs(), weights))
         return _capped(rms * constant, torch.ones_like(rms))
 
     def _search(
-        self, rows: Tensor, fmt: Format, warm: Tensor | None, weights: RelativeWeights | None
+        self,
+        rows: Tensor,
+        fmt: Format,
+        current_scale: Tensor | None,
+        weights: RelativeWeights | None,
     ) -> Tensor:
-        start = self._closed_form(rows, fmt, warm, weights)
+        start = self._closed_form(rows, fmt, current_scale, weights)
         low = _LOWEST_START * optimal_scale(fmt, "normal") * _rms(rows, weights)
         low = low.clamp(_LEAST_START, _LEAST_SPAN)
         # Where few elements carry most of the error, it ripples like that of a short row.
@@ -132,7 +144,7 @@ class Analytic(Quantizer):
         )
         count = _num_candidates(fmt, length)
         fractions = torch.linspace(0, 1, count, device=rows.device).unsqueeze(1)
-        known = [torch.ones_like(start), start, *([] if warm is None else [warm])]
+        known = [torch.ones_like(start), start, *([] if current_scale is None else [current_scale])]
         scales = torch.cat([torch.stack(known), low * (_highest(fmt) / low).pow(fractions)])
 
         if not fmt.is_signed:
@@ -150,11 +162,11 @@ class Analytic(Quantizer):
             best = torch.cat([best, moved])
             error = torch.cat([error, errors_at(rows, moved, fmt, weights)])
         found = torch.where(errors[0] > 0, least(best, error), 1.0)  # max|x| may be exact, or all 0
-        if warm is None:
+        if current_scale is None:
             return found
         most = math.sqrt(1 + self.tolerance) * error.amin(0)
-        rests = (errors[len(known) - 1] <= most) & (errors[0] > 0)
-        return torch.where(rests, warm, found)
+        keeps_scale = (errors[len(known) - 1] <= most) & (errors[0] > 0)
+        return torch.where(keeps_scale, current_scale, found)
 
 
 def _cover(absmax: Tensor, fmt: Format) -> Tensor:

@@ -125,7 +125,7 @@ class Quantizer(ABC):
     """Whether `from_statistics` reads `Statistics.low` and `high`."""
     learned = False
     """Whether the scale is a parameter that training moves; the rule then gives its start only."""
-    rests = False
+    keeps_scale = False
     """Whether scales of weights rest between two searches; they are tracked if not."""
     range_momentum: float | None = None
     """Weight of a new batch in the running range; None keeps the extremes of all batches."""
@@ -142,21 +142,21 @@ class Quantizer(ABC):
         return False
 
     @abstractmethod
-    def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
+    def from_rows(self, rows: Tensor, fmt: Format, current_scale: Tensor | None = None) -> Tensor:
         """Scale of each row of a tensor that is at hand.
 
         Args:
             rows: Finite float32 `(n, m)`.
             fmt: The number format.
-            warm: Scales in force, float32 `(n,)`: a refresh may start from them, and keeps them
-                where they are nearly as good as what it finds.
+            current_scale: Scales in force, float32 `(n,)`: a refresh may start from them, and keeps
+                them where they are nearly as good as what it finds.
 
         Returns:
             float32 `(n,)`, positive; 1 for a row of zeros.
         """
 
     def from_weighted_rows(
-        self, rows: Tensor, fmt: Format, weights: ErrorWeights, warm: Tensor | None = None
+        self, rows: Tensor, fmt: Format, weights: ErrorWeights, current_scale: Tensor | None = None
     ) -> Tensor:
         """Like `from_rows`, but least is the error of what the layer makes of its inputs.
 
@@ -166,7 +166,7 @@ class Quantizer(ABC):
             weights: What the errors count; only ratios within a row matter. No element counts less
                 than 1e-4 of its row's mean, as what carries no energy in a sample may carry some
                 later.
-            warm: As of `from_rows`.
+            current_scale: As of `from_rows`.
 
         Raises:
             ValueError: If this quantizer does not weigh errors; the message says which do.
@@ -178,34 +178,34 @@ class Quantizer(ABC):
         )
 
     def track(
-        self, rows: Tensor, fmt: Format, warm: Tensor, weights: ErrorWeights | None = None
+        self, rows: Tensor, fmt: Format, current_scale: Tensor, weights: ErrorWeights | None = None
     ) -> Tensor:
-        """Scale of rows that moved little since `warm`, between searches, unless scales rest."""
-        return self.search(rows, fmt, warm, weights)
+        """Scale of rows that moved little since `current_scale`, between two searches."""
+        return self.search(rows, fmt, current_scale, weights)
 
     def search(
-        self, rows: Tensor, fmt: Format, warm: Tensor | None, weights: ErrorWeights | None
+        self, rows: Tensor, fmt: Format, current_scale: Tensor | None, weights: ErrorWeights | None
     ) -> Tensor:
         """`from_rows`, or `from_weighted_rows` where it is known what errors count."""
         if weights is None:
-            return self.from_rows(rows, fmt, warm)
-        return self.from_weighted_rows(rows, fmt, weights, warm)
+            return self.from_rows(rows, fmt, current_scale)
+        return self.from_weighted_rows(rows, fmt, weights, current_scale)
 
     @abstractmethod
     def from_statistics(
-        self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
+        self, statistics: Statistics, fmt: Format, current_scale: Tensor | None = None
     ) -> Tensor:
         """Scale of each tensor known by its running statistics only; like `from_rows`."""
 
     def affine_from_rows(
-        self, rows: Tensor, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
+        self, rows: Tensor, fmt: Format, current_scale: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each row of a tensor that is at hand.
 
         Args:
             rows: Finite float32 `(n, m)`.
             fmt: An integer format.
-            warm: Scales and zero points in force, float32 `(n,)` each.
+            current_scale: Scales and zero points in force, float32 `(n,)` each.
 
         Returns:
             Scale, positive, and zero point: a whole number from `fmt.min` to `fmt.max`, the code of
@@ -217,7 +217,10 @@ class Quantizer(ABC):
         raise ValueError(_no_zero_point(self.name))
 
     def affine_from_statistics(
-        self, statistics: Statistics, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
+        self,
+        statistics: Statistics,
+        fmt: Format,
+        current_scale: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Scale and zero point of tensors known by running statistics; like `affine_from_rows`."""
         raise ValueError(_no_zero_point(self.name))

@@ -58,18 +58,18 @@ class Block(Quantizer):
             raise ValueError(f"Block: got rule={rule!r}; expected one of {', '.join(RULES)}.")
         self.rule = rule
 
-    def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
+    def from_rows(self, rows: Tensor, fmt: Format, current_scale: Tensor | None = None) -> Tensor:
         """Scale of each block; see `Quantizer.from_rows`.
 
         Args:
             rows: Blocks, finite float32 `(n, block_size)`; those of NVFP4 make up one whole tensor.
             fmt: A block format.
-            warm: Not needed, the search is complete.
+            current_scale: Not needed, the search is complete.
         """
         return self._choose(rows, fmt, None)
 
     def from_weighted_rows(
-        self, rows: Tensor, fmt: Format, weights: ErrorWeights, warm: Tensor | None = None
+        self, rows: Tensor, fmt: Format, weights: ErrorWeights, current_scale: Tensor | None = None
     ) -> Tensor:
         return self._choose(rows, fmt, relative(weights))
 
@@ -83,7 +83,7 @@ class Block(Quantizer):
         return _least_error(rows, amax, [specified, *near], fmt, weights)
 
     def track(
-        self, rows: Tensor, fmt: Format, warm: Tensor, weights: ErrorWeights | None = None
+        self, rows: Tensor, fmt: Format, current_scale: Tensor, weights: ErrorWeights | None = None
     ) -> Tensor:
         """The specified scale or the one in force, rounded to what can be stored now."""
         assert isinstance(fmt, BlockFormat), "check_pairing has seen to it"
@@ -92,10 +92,10 @@ class Block(Quantizer):
         if self.rule == "max":
             return specified
         known = None if weights is None else relative(weights)
-        return _least_error(rows, amax, [specified, scale_of(code_of(warm))], fmt, known)
+        return _least_error(rows, amax, [specified, scale_of(code_of(current_scale))], fmt, known)
 
     def from_statistics(
-        self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
+        self, statistics: Statistics, fmt: Format, current_scale: Tensor | None = None
     ) -> Tensor:
         """Refuse: a running statistic does not hold the values of each block.
 

@@ -80,33 +80,39 @@ class Iterative(Quantizer):
                 f"Iterative: got max_iterations={max_iterations!r}; expected at least 1."
             )
         self.tolerance = checked_tolerance("Iterative", tolerance)
-        self.rests = tolerance > 0
+        self.keeps_scale = tolerance > 0
         self.max_iterations = max_iterations
 
     def needs_peaks(self, fmt: Format) -> bool:
         # So fine a grid is clipped at what one in some 100 000 values exceeds.
         return isinstance(fmt, IntFormat) and fmt.bits >= 7
 
-    def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
+    def from_rows(self, rows: Tensor, fmt: Format, current_scale: Tensor | None = None) -> Tensor:
         rows = rows if fmt.is_signed else rows.clamp_min(0)  # what it cannot represent is zero
         peak = largest(rows, fmt)
         rows, unit = near_one(rows, peak)
-        warm = None if warm is None else warm / unit
+        current_scale = None if current_scale is None else current_scale / unit
         found = []
         # In parts: the spectra of many short rows would take far more memory than the rows.
         for first in range(0, len(rows), _ROWS_AT_ONCE):
             few = slice(first, first + _ROWS_AT_ONCE)
-            found.append(self._search(rows[few], fmt, None if warm is None else warm[few]))
+            found.append(
+                self._search(rows[few], fmt, None if current_scale is None else current_scale[few])
+            )
         scale = positive_or_one(torch.cat(found) * unit)
         return torch.where(peak > 0, scale, 1.0)
 
     def from_weighted_rows(
-        self, rows: Tensor, fmt: Format, weights: ErrorWeights, warm: Tensor | None = None
+        self, rows: Tensor, fmt: Format, weights: ErrorWeights, current_scale: Tensor | None = None
     ) -> Tensor:
-        return by_parts(self._weighted_search, rows, fmt, warm, weights)
+        return by_parts(self._weighted_search, rows, fmt, current_scale, weights)
 
     def _weighted_search(
-        self, rows: Tensor, fmt: Format, warm: Tensor | None, weights: RelativeWeights | None
+        self,
+        rows: Tensor,
+        fmt: Format,
+        current_scale: Tensor | None,
+        weights: RelativeWeights | None,
     ) -> Tensor:
         """Scales of rows in units of `max|x| / fmt.max`, the first of all candidates."""
         rows = rows if fmt.is_signed else rows.clamp_min(0)
@@ -115,7 +121,7 @@ class Iterative(Quantizer):
             _LOWEST_OCTAVE, _HIGHEST_OCTAVE, octaves * _PER_OCTAVE + 1, device=rows.device
         )
         ones = rows.new_ones(1, len(rows))
-        known = [ones] if warm is None else [ones, warm.unsqueeze(0)]
+        known = [ones] if current_scale is None else [ones, current_scale.unsqueeze(0)]
         scales = torch.cat([*known, torch.exp2(exponents).unsqueeze(1).expand(-1, len(rows))])
         errors = errors_at(rows, scales, fmt, weights)
         width = 1.0 / _PER_OCTAVE
@@ -133,12 +139,12 @@ class Iterative(Quantizer):
         scales = torch.cat([scales, steps])
         errors = torch.cat([errors, errors_at(rows, steps, fmt, weights)])
         found = torch.where(errors[0] > 0, least(scales, errors), 1.0)  # max|x| exact, or all 0
-        if warm is None:
+        if current_scale is None:
             return found
         most = math.sqrt(1 + self.tolerance) * errors.amin(0)
-        return torch.where((errors[1] <= most) & (errors[0] > 0), warm, found)
+        return torch.where((errors[1] <= most) & (errors[0] > 0), current_scale, found)
 
-    def _search(self, rows: Tensor, fmt: Format, warm: Tensor | None) -> Tensor:
+    def _search(self, rows: Tensor, fmt: Format, current_scale: Tensor | None) -> Tensor:
         curve = EnergySpectrum.of_rows(rows, keep=False, check=False).error_curve(fmt)
         samples = Samples.condensed(rows, fold=fmt.is_symmetric)
         size = _CONDENSED_LENGTH if samples.weights is not None else rows.shape[1]
@@ -150,8 +156,8 @@ class Iterative(Quantizer):
             offsets = torch.linspace(-0.4, 0.4, first_parts, device=rows.device) * width
             scales = (scales.unsqueeze(2) * torch.exp2(offsets)).flatten(1)
             width /= first_parts
-        if warm is not None:
-            scales = torch.cat([scales, warm.unsqueeze(1)], 1)
+        if current_scale is not None:
+            scales = torch.cat([scales, current_scale.unsqueeze(1)], 1)
         errors = samples.errors(fmt, scales)
         for _ in range(rounds):
             best = errors.topk(kept, 1, largest=False, sorted=False)
@@ -168,38 +174,40 @@ class Iterative(Quantizer):
             scales = values.stepped(fmt, scales)
         errors = values.errors(fmt, scales)
         found = scales.gather(1, errors.argmin(1, keepdim=True)).squeeze(1)
-        if warm is None:
+        if current_scale is None:
             return found
-        stays = values.errors(fmt, warm.unsqueeze(1)).squeeze(1)
-        return torch.where(stays <= errors.amin(1) * (1 + self.tolerance), warm, found)
+        stays = values.errors(fmt, current_scale.unsqueeze(1)).squeeze(1)
+        return torch.where(stays <= errors.amin(1) * (1 + self.tolerance), current_scale, found)
 
     def from_statistics(
-        self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
+        self, statistics: Statistics, fmt: Format, current_scale: Tensor | None = None
     ) -> Tensor:
         spectrum = statistics.spectrum
         assert spectrum is not None, "Iterative asks for the spectrum"
         if statistics.peaks is not None and self.needs_peaks(fmt):
             spectrum = spectrum.reaching(statistics.peaks)
-        return spectrum.optimal_scale(fmt, warm, self.tolerance, room=True)
+        return spectrum.optimal_scale(fmt, current_scale, self.tolerance, headroom=True)
 
     def affine_from_rows(
-        self, rows: Tensor, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
+        self, rows: Tensor, fmt: Format, current_scale: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         peak = rows.abs().amax(1)
         rows, unit = near_one(rows, peak)
-        if warm is not None:
-            warm = warm[0] / unit, warm[1]
+        if current_scale is not None:
+            current_scale = current_scale[0] / unit, current_scale[1]
         found = []
         for first in range(0, len(rows), _AFFINE_ROWS_AT_ONCE):
             few = slice(first, first + _AFFINE_ROWS_AT_ONCE)
-            known = None if warm is None else (warm[0][few], warm[1][few])
+            known = (
+                None if current_scale is None else (current_scale[0][few], current_scale[1][few])
+            )
             found.append(self._affine_search(rows[few], fmt, known))
         scale, zero = (torch.cat(column) for column in zip(*found, strict=True))
         scale = positive_or_one(scale * unit)
         return torch.where(peak > 0, scale, 1.0), torch.where(peak > 0, zero, 0.0)
 
     def _affine_search(
-        self, rows: Tensor, fmt: Format, warm: tuple[Tensor, Tensor] | None
+        self, rows: Tensor, fmt: Format, current_scale: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         samples = Samples.condensed(rows, fold=False)
         levels = int(fmt.max - fmt.min) + 1
@@ -224,9 +232,9 @@ class Iterative(Quantizer):
             likely = curve.flatten(1).topk(_AFFINE_STARTS, 1, largest=False, sorted=False).indices
             scales = curve_scales.gather(1, likely // levels)
             zeros = (likely % levels) + fmt.min
-        if warm is not None:
-            scales = torch.cat([scales, warm[0].unsqueeze(1)], 1)
-            zeros = torch.cat([zeros, warm[1].unsqueeze(1)], 1)
+        if current_scale is not None:
+            scales = torch.cat([scales, current_scale[0].unsqueeze(1)], 1)
+            zeros = torch.cat([zeros, current_scale[1].unsqueeze(1)], 1)
         errors = samples.errors(fmt, scales, zeros)
         for _ in range(_AFFINE_ROUNDS):
             best = errors.topk(kept, 1, largest=False, sorted=False)
@@ -247,14 +255,19 @@ class Iterative(Quantizer):
             scales = values.stepped(fmt, scales, zeros)
         least, index = values.errors(fmt, scales, zeros).min(1, keepdim=True)
         scale, zero = scales.gather(1, index).squeeze(1), zeros.gather(1, index).squeeze(1)
-        if warm is None:
+        if current_scale is None:
             return scale, zero
-        own = values.errors(fmt, warm[0].unsqueeze(1), warm[1].unsqueeze(1))
+        own = values.errors(fmt, current_scale[0].unsqueeze(1), current_scale[1].unsqueeze(1))
         stays = (own <= least * (1 + self.tolerance)).squeeze(1)
-        return torch.where(stays, warm[0], scale), torch.where(stays, warm[1], zero)
+        return torch.where(stays, current_scale[0], scale), torch.where(
+            stays, current_scale[1], zero
+        )
 
     def affine_from_statistics(
-        self, statistics: Statistics, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
+        self,
+        statistics: Statistics,
+        fmt: Format,
+        current_scale: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         spectrum = statistics.spectrum
         assert spectrum is not None, "Iterative asks for the spectrum"
@@ -264,8 +277,11 @@ class Iterative(Quantizer):
         scale = scales.gather(1, (index // levels).unsqueeze(1)).squeeze(1)
         zero = index % levels + fmt.min
         scale = spectrum.affine_step(fmt, scale, zero)
-        if warm is not None:
-            stays = spectrum.mse(fmt, *warm) <= best * (1 + self.tolerance)
-            scale, zero = torch.where(stays, warm[0], scale), torch.where(stays, warm[1], zero)
+        if current_scale is not None:
+            stays = spectrum.mse(fmt, *current_scale) <= best * (1 + self.tolerance)
+            scale, zero = (
+                torch.where(stays, current_scale[0], scale),
+                torch.where(stays, current_scale[1], zero),
+            )
         some = spectrum.power > 0
         return torch.where(some, scale, 1.0), torch.where(some, zero, 0.0)

@@ -41,12 +41,12 @@ class LSQ(Quantizer):
     needs_spectrum = True
     learned = True
 
-    def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
+    def from_rows(self, rows: Tensor, fmt: Format, current_scale: Tensor | None = None) -> Tensor:
         magnitudes = rows.abs() if fmt.is_signed else rows.clamp_min(0)
         return self._start(magnitudes.mean(1), fmt)
 
     def from_statistics(
-        self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
+        self, statistics: Statistics, fmt: Format, current_scale: Tensor | None = None
     ) -> Tensor:
         assert statistics.spectrum is not None, "LSQ asks for the spectrum"
         return self._start(Tails.of(statistics.spectrum, fmt).first[:, 0], fmt)

@@ -22,11 +22,11 @@ class MinMax(Quantizer):
     needs_range = True
     has_zero_point = True
 
-    def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
+    def from_rows(self, rows: Tensor, fmt: Format, current_scale: Tensor | None = None) -> Tensor:
         return covering_scale(rows, fmt)
 
     def from_statistics(
-        self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
+        self, statistics: Statistics, fmt: Format, current_scale: Tensor | None = None
     ) -> Tensor:
         low, high = statistics.low, statistics.high
         assert low is not None, "the range is asked for"
@@ -35,12 +35,15 @@ class MinMax(Quantizer):
         return positive_or_one(scale.maximum(low / fmt.min) if fmt.is_signed else scale)
 
     def affine_from_rows(
-        self, rows: Tensor, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
+        self, rows: Tensor, fmt: Format, current_scale: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         return _affine(rows.amin(1), rows.amax(1), fmt)
 
     def affine_from_statistics(
-        self, statistics: Statistics, fmt: Format, warm: tuple[Tensor, Tensor] | None = None
+        self,
+        statistics: Statistics,
+        fmt: Format,
+        current_scale: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert statistics.low is not None, "MinMax asks for the range"
         assert statistics.high is not None, "MinMax asks for the range"

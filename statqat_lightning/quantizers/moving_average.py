@@ -30,6 +30,8 @@ class MovingAverage(MinMax):
             )
         self.averaging_constant = self.range_momentum = averaging_constant
 
-    def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
+    def from_rows(self, rows: Tensor, fmt: Format, current_scale: Tensor | None = None) -> Tensor:
         newest = super().from_rows(rows, fmt)
-        return newest if warm is None else warm.lerp(newest, self.averaging_constant)
+        return (
+            newest if current_scale is None else current_scale.lerp(newest, self.averaging_constant)
+        )

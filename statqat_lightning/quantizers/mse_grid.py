@@ -31,7 +31,7 @@ class MSEGrid(Quantizer):
 
     name = "mse_grid"
     needs_spectrum = True
-    rests = True
+    keeps_scale = True
 
     def __init__(self, num_candidates: int = 100) -> None:
         if num_candidates < 1:
@@ -40,7 +40,7 @@ class MSEGrid(Quantizer):
             )
         self.num_candidates = num_candidates
 
-    def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
+    def from_rows(self, rows: Tensor, fmt: Format, current_scale: Tensor | None = None) -> Tensor:
         rows, unit = near_one(rows, largest(rows, fmt))
         cap = positive_or_one(largest(rows, fmt) / fmt.max)
         best, least_error = cap, rounding_error(rows, cap, fmt)
@@ -53,7 +53,7 @@ class MSEGrid(Quantizer):
         return torch.where(known, best * unit, 1.0)
 
     def from_statistics(
-        self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
+        self, statistics: Statistics, fmt: Format, current_scale: Tensor | None = None
     ) -> Tensor:
         spectrum = statistics.spectrum
         assert spectrum is not None, "MSEGrid asks for the spectrum"

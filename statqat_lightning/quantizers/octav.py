@@ -57,7 +57,7 @@ class Octav(Quantizer):
                 "knows evenly spaced values and binades. Use 'iterative', which knows any grid."
             )
 
-    def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
+    def from_rows(self, rows: Tensor, fmt: Format, current_scale: Tensor | None = None) -> Tensor:
         magnitudes = rows.abs() if fmt.is_signed else rows.clamp_min(0)
         # In units of the largest: a sum of values near float32's end would overflow.
         unit = positive_or_one(magnitudes.amax(1))
@@ -71,7 +71,7 @@ class Octav(Quantizer):
         return torch.where(magnitudes.amax(1) > 0, scale * unit, 1.0)
 
     def from_statistics(
-        self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
+        self, statistics: Statistics, fmt: Format, current_scale: Tensor | None = None
     ) -> Tensor:
         assert statistics.spectrum is not None, "Octav asks for the spectrum"
         tails = Tails.of(statistics.spectrum, fmt)

@@ -36,7 +36,7 @@ class Percentile(Quantizer):
             )
         self.percentile = percentile
 
-    def from_rows(self, rows: Tensor, fmt: Format, warm: Tensor | None = None) -> Tensor:
+    def from_rows(self, rows: Tensor, fmt: Format, current_scale: Tensor | None = None) -> Tensor:
         magnitudes = rows.abs() if fmt.is_signed else rows.clamp_min(0)
         place = (rows.shape[1] - 1) * (self.percentile / 100)
         lower = math.floor(place)
@@ -46,7 +46,7 @@ class Percentile(Quantizer):
         return positive_or_one(torch.where(limit > 0, limit, largest(rows, fmt)) / fmt.max)
 
     def from_statistics(
-        self, statistics: Statistics, fmt: Format, warm: Tensor | None = None
+        self, statistics: Statistics, fmt: Format, current_scale: Tensor | None = None
     ) -> Tensor:
         assert statistics.spectrum is not None, "Percentile asks for the spectrum"
         tails = Tails.of(statistics.spectrum, fmt)

@@ -24,7 +24,7 @@ def by_parts(
     choose: Callable[[Tensor, Format, Tensor | None, RelativeWeights | None], Tensor],
     rows: Tensor,
     fmt: Format,
-    warm: Tensor | None,
+    current_scale: Tensor | None,
     weights: ErrorWeights | None = None,
 ) -> Tensor:
     """Scales chosen by `choose` from rows in units of `max|x| / fmt.max`.
@@ -37,7 +37,7 @@ def by_parts(
             units.
         rows: float32 `(n, m)`.
         fmt: The number format.
-        warm: Scales in force, `(n,)`.
+        current_scale: Scales in force, `(n,)`.
         weights: What the errors count, if not all alike.
     """
     num_rows = max(1, elements_at_once(rows.device) // rows.shape[1])
@@ -47,7 +47,7 @@ def by_parts(
     for start in range(0, len(rows), num_rows):
         part = rows[start : start + num_rows]
         cap = covering_scale(part, fmt)
-        force = None if warm is None else warm[start : start + num_rows]
+        force = None if current_scale is None else current_scale[start : start + num_rows]
         known = None if force is None else force / cap
         own = None if weights is None else relative(weights.rows(slice(start, start + num_rows)))
         chosen = choose(part / cap.unsqueeze(1), fmt, known, own)

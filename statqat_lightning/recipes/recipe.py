@@ -442,7 +442,7 @@ def _check_exclude(exclude: Sequence[str]) -> None:
 
 def _by_request(module: nn.Module) -> bool:
     """Whether only rules that mean a layer may give it quantizers."""
-    return next((kind.by_request for kind in KINDS if isinstance(module, kind.cls)), False)
+    return next((kind.opt_in for kind in KINDS if isinstance(module, kind.cls)), False)
 
 
 def _own_types(module: nn.Module) -> list[type]:

@@ -112,7 +112,7 @@ class QuantSchedule:
                 "least 1."
             )
 
-    def narrowest(self, progress: Progress) -> int:
+    def min_bits(self, progress: Progress) -> int:
         """Fewest bits that a format may have now; 0 where each has its own width."""
         return next((bits for when, bits in self.widths if not reached(when, progress)), 0)
 

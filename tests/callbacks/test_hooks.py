@@ -100,9 +100,9 @@ def test_a_wrapped_hook_of_the_instance_copies_and_pickles() -> None:
     module: LightningModule = DigitsModule()
     module.on_fit_start = Recorder()  # type: ignore[method-assign]
     WrappedHook(module, "on_fit_start")
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        wrapped = twin.__dict__["on_fit_start"]
-        assert wrapped.pl_module is twin
-        twin.on_fit_start()
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        wrapped = copied.__dict__["on_fit_start"]
+        assert wrapped.pl_module is copied
+        copied.on_fit_start()
         assert len(wrapped.own.calls) == 1
     assert not module.__dict__["on_fit_start"].own.calls

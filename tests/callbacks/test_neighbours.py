@@ -68,9 +68,9 @@ def weight_errors(module: nn.Module) -> dict[str, float]:
 
 def fits(module: nn.Module) -> bool:
     """Whether no search on the weights as they are, that knows no scales, halves any error."""
-    twin = copy.deepcopy(module)
-    refit_weights(twin)
-    least = weight_errors(twin)
+    copied = copy.deepcopy(module)
+    refit_weights(copied)
+    least = weight_errors(copied)
     return all(error <= 2 * least[name] + 1e-12 for name, error in weight_errors(module).items())
 
 

@@ -225,8 +225,8 @@ def test_running_statistic_and_a_grid_that_is_not_symmetric(fmt: Format, sign: i
     best = error.best(fmt)
     found = running.optimal_scale(fmt)
     assert decibels(error(fmt, float(found)) / best) < 0.1
-    warm = running.optimal_scale(fmt, found * 1.01, 0.02)
-    assert decibels(error(fmt, float(warm)) / best) < 0.1
+    current_scale = running.optimal_scale(fmt, found * 1.01, 0.02)
+    assert decibels(error(fmt, float(current_scale)) / best) < 0.1
     # Of its three candidates the analytic rule takes the best one.
     chosen = Analytic().from_statistics(Statistics(running), fmt)
     covering = max(x.max() / fmt.max, x.min() / fmt.min)
@@ -254,18 +254,20 @@ def test_a_scale_in_force_stays_where_nothing_is_clearly_better() -> None:
     # E4M3 on a normal: within 0.1 dB, or 2 %.
     spectrum, fmt = spectrum_of("normal"), get_format("fp8_e4m3")
     best = spectrum.optimal_scale(fmt)
-    warm = 0.7 * best
-    assert 1 < ERRORS["normal"](fmt, float(warm)) / ERRORS["normal"](fmt, float(best)) < 1.05
-    stayed = spectrum.optimal_scale(fmt, warm, tolerance=0.1)
-    assert stayed.item() == warm.item()
-    moved = spectrum.optimal_scale(fmt, warm, tolerance=0.0)
+    current_scale = 0.7 * best
+    assert (
+        1 < ERRORS["normal"](fmt, float(current_scale)) / ERRORS["normal"](fmt, float(best)) < 1.05
+    )
+    stayed = spectrum.optimal_scale(fmt, current_scale, tolerance=0.1)
+    assert stayed.item() == current_scale.item()
+    moved = spectrum.optimal_scale(fmt, current_scale, tolerance=0.0)
     assert moved.item() == best.item()
 
 
-@pytest.mark.parametrize("warm", [1e-30, 1e30, 1.0])
-def test_a_useless_scale_in_force_is_left(warm: float) -> None:
+@pytest.mark.parametrize("current_scale", [1e-30, 1e30, 1.0])
+def test_a_useless_scale_in_force_is_left(current_scale: float) -> None:
     spectrum, fmt = spectrum_of("laplace"), get_format("int4")
-    got = spectrum.optimal_scale(fmt, torch.tensor([warm]), tolerance=0.02)
+    got = spectrum.optimal_scale(fmt, torch.tensor([current_scale]), tolerance=0.02)
     assert got.item() == pytest.approx(spectrum.optimal_scale(fmt).item(), rel=1e-6)
 
 

@@ -92,7 +92,7 @@ def test_a_search_comes_every_so_many_refreshes(fmt: str, expected: list[int]) -
     small = weight / 30
     searches = []
     for number in range(90):
-        searches += [] if quantizer.pass_over() else [number]
+        searches += [] if quantizer.skip_refresh() else [number]
         if searches[-1:] == [number]:
             refresh_weights([(quantizer, small)])
     assert [n + 1 for n in searches] == expected

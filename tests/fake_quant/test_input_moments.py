@@ -403,11 +403,11 @@ def test_a_compiled_model_is_compiled_once_and_observes_the_same() -> None:
 
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     prepare(model, **WEIGHTS_ONLY)
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     compiled = torch.compile(model, backend=counting)
     for step in range(6):
         x = torch.randn(5, 8)
-        for own, call in ((model, compiled), (twin, twin)):
+        for own, call in ((model, compiled), (copied, copied)):
             set_observing(own, True)
             call(x)
             set_observing(own, False)
@@ -415,7 +415,7 @@ def test_a_compiled_model_is_compiled_once_and_observes_the_same() -> None:
         if step == 0:
             first = len(graphs)
     assert len(graphs) == first
-    for ours, theirs in zip(quantized_layers(model), quantized_layers(twin), strict=True):
+    for ours, theirs in zip(quantized_layers(model), quantized_layers(copied), strict=True):
         mine, other = moments_of(ours.module), moments_of(theirs.module)
         torch.testing.assert_close(mine.mean, other.mean)
         assert torch.equal(mine.num_batches, other.num_batches)
@@ -501,12 +501,12 @@ def test_a_scale_chosen_before_inputs_were_known_is_no_start() -> None:
     weights = quantizer.error_weights(layer.weight)
     assert weights is not None
     rows = layer.weight.detach()
-    cold, warm = (
+    cold, current_scale = (
         quantizer.quantizer.from_weighted_rows(rows, quantizer.fmt, weights, start)
         for start in (None, before.flatten())
     )
     assert torch.equal(quantizer.scale.flatten(), cold)
-    assert (warm == before.flatten()).any(), "some would have stayed as they were"
+    assert (current_scale == before.flatten()).any(), "some would have stayed as they were"
     # From then on they rest.
     refresh(layer, search=True)
     assert torch.equal(quantizer.scale.flatten(), cold)

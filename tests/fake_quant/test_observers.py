@@ -180,17 +180,17 @@ def test_peaks_of_a_bad_batch_do_not_count(bad: float) -> None:
 
 
 def test_many_samples_do_not_pile_up() -> None:
-    observer, twin = spectral(), spectral()
+    observer, copied = spectral(), spectral()
     parts = torch.randn(50, 30).unbind()
     for part in parts:  # micro-batches
         add(observer, part, quantized=True)
         assert len(observer.pending) < 8
-        add(twin, part, quantized=True)
-        add_up([twin])
+        add(copied, part, quantized=True)
+        add_up([copied])
     add_up([observer])
     assert observer.sums[COUNT] == 1500
-    torch.testing.assert_close(observer.sums, twin.sums)
-    torch.testing.assert_close(observer.spectrum, twin.spectrum)
+    torch.testing.assert_close(observer.sums, copied.sums)
+    torch.testing.assert_close(observer.spectrum, copied.spectrum)
 
 
 def test_samples_of_different_layers_stay_apart() -> None:
@@ -331,10 +331,10 @@ def test_places_of_a_sample_move_on_with_every_batch(numel: int) -> None:
         taken = sample.values.long()
         assert len(taken.unique()) == 4096
         if batch == 20:  # a run that goes on from here takes the same
-            twin = spectral(max_observed=4096)
-            twin.num_batches.copy_(observer.num_batches)
-            add(twin, x)
-            assert twin.pending[0].values.equal(sample.values)
+            copied = spectral(max_observed=4096)
+            copied.num_batches.copy_(observer.num_batches)
+            add(copied, x)
+            assert copied.pending[0].values.equal(sample.values)
         times[taken] += 1
         fold([observer], statistics=True)
     # The share of a value is that of the places at which a run meets it.

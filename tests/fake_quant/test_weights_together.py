@@ -162,9 +162,9 @@ def test_a_copy_within_a_step_has_its_own_weights(
     prepare(model, "int4", None)
     set_observing(model, True)
     quantized_weights(model)
-    twin = duplicate(model)
-    write_in_place(weight_of(twin[2]))
-    assert_like_alone(twin)
+    copied = duplicate(model)
+    write_in_place(weight_of(copied[2]))
+    assert_like_alone(copied)
     assert_like_alone(model)
 
 

@@ -218,16 +218,16 @@ def test_layers_see_what_compensated_ones_before_them_make() -> None:
     def run(of: nn.Module) -> None:
         runs.append(of(x))
 
-    once, apart = copy.deepcopy(model), copy.deepcopy(model)
+    once, separate_signs = copy.deepcopy(model), copy.deepcopy(model)
     report = compensate(once, lambda: run(once))
     assert len(runs) == 2  # one for the order, and one for all of the layers
     runs.clear()
-    compensate(apart, lambda: run(apart), memory=1)
+    compensate(separate_signs, lambda: run(separate_signs), memory=1)
     assert len(runs) == 4
     assert [row.name for row in report.rows] == ["0/weight", "2/weight", "4/weight"]
     with torch.no_grad():
         wanted = exact(x)
-        errors = [float((own(x) - wanted).square().mean()) for own in (model, once, apart)]
+        errors = [float((own(x) - wanted).square().mean()) for own in (model, once, separate_signs)]
     assert errors[2] < errors[1] < 0.7 * errors[0]
 
 

@@ -51,28 +51,28 @@ def through_torch_save(model: nn.Module) -> nn.Module:
 def test_a_copy_is_quantized_and_independent(copied_by: Callable[[nn.Module], nn.Module]) -> None:
     model = calibrated(Net(), "int4", "int4").eval()
     before = model(X)
-    twin = copied_by(model).eval()
-    assert torch.equal(twin(X), before)
-    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+    copied = copied_by(model).eval()
+    assert torch.equal(copied(X), before)
+    assert [type(m) for m in copied.modules()] == [type(m) for m in model.modules()]
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in copied.parameters():
             parameter.add_(1.0)
-    set_observing(twin, True)
-    twin(X)
-    refresh(twin)
-    set_enabled(twin, weights=False)
+    set_observing(copied, True)
+    copied(X)
+    refresh(copied)
+    set_enabled(copied, weights=False)
     assert torch.equal(model(X), before)
-    remove(twin)
+    remove(copied)
     assert torch.equal(model(X), before)
 
 
 def test_quantizer_state_goes_from_model_to_model() -> None:
     model = calibrated(Net(), "int4", "int4")
-    twin = Net()
-    twin.load_state_dict(model.state_dict())
-    prepare(twin, "int4", "int4")
-    load_quantizer_state(twin, quantizer_state(model))
-    assert torch.equal(twin.eval()(X), model.eval()(X))
+    copied = Net()
+    copied.load_state_dict(model.state_dict())
+    prepare(copied, "int4", "int4")
+    load_quantizer_state(copied, quantizer_state(model))
+    assert torch.equal(copied.eval()(X), model.eval()(X))
     assert list(quantizer_state(model)) == [
         f"{name}/{role}" for name in LAYERS for role in ("weight", "input")
     ]
@@ -230,18 +230,18 @@ def test_scales_do_not_vanish_on_the_meta_device() -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_equals_the_eager_one(backend: str) -> None:
     model = perceptron(8)
-    twin = copy.deepcopy(model)
-    compiled = cast(nn.Module, torch.compile(twin, backend=backend))
+    copied = copy.deepcopy(model)
+    compiled = cast(nn.Module, torch.compile(copied, backend=backend))
     x = torch.randn(4, 8)
     for net in (model, compiled):
         net(x).square().sum().backward()
         refresh(net)
     assert [name for name, _, _ in quantized_layers(compiled)] == ["0", "2"]
-    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+    for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
         assert ours.grad is not None
         assert theirs.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad)
-    for one, other in zip(activation_quantizers(twin), activation_quantizers(model), strict=True):
+    for one, other in zip(activation_quantizers(copied), activation_quantizers(model), strict=True):
         assert one.observer.num_batches == other.observer.num_batches == 2
         torch.testing.assert_close(one.scale, other.scale)
 

@@ -232,9 +232,9 @@ def test_unsigned_formats_look_at_the_side_they_represent() -> None:
 @given(st.sampled_from(ALL_FORMATS), st.floats(0.3, 3.0))
 def test_a_scale_in_force_is_kept_unless_something_is_better(fmt: Format, factor: float) -> None:
     rows = WEIGHTS["laplace"]
-    warm = factor * MinMax().from_rows(rows, fmt)
-    got = errors(rows, Analytic().from_rows(rows, fmt, warm), fmt)
-    for ours, before in zip(got, errors(rows, warm, fmt), strict=True):
+    current_scale = factor * MinMax().from_rows(rows, fmt)
+    got = errors(rows, Analytic().from_rows(rows, fmt, current_scale), fmt)
+    for ours, before in zip(got, errors(rows, current_scale, fmt), strict=True):
         assert ours <= before * (1 + 1e-6) + 1e-12
 
 
@@ -249,11 +249,11 @@ def test_a_scale_in_force_rests_within_the_tolerance(
     least = np.array(errors(rows, best, fmt))
     kept = 0
     for factor in (0.8, 0.9, 0.97, 1.0, 1.02, 1.1, 1.3):
-        warm = factor * best
-        share = np.array(errors(rows, warm, fmt)) / least - 1
+        current_scale = factor * best
+        share = np.array(errors(rows, current_scale, fmt)) / least - 1
         for tolerance in (0.0, 0.05, 0.3):
-            found = quantizer(tolerance=tolerance).from_rows(rows, fmt, warm)
-            stays = (found == warm).numpy()
+            found = quantizer(tolerance=tolerance).from_rows(rows, fmt, current_scale)
+            stays = (found == current_scale).numpy()
             assert stays[share < tolerance - 5e-3].all()
             assert not stays[share > tolerance + 5e-3].any()
             moved = np.array(errors(rows, found, fmt))[~stays]
@@ -273,12 +273,12 @@ def test_scales_from_statistics_rest_within_the_tolerance(
     best = quantizer().from_statistics(statistics, fmt)
     least = spectrum.mse(fmt, best)
     for factor in (0.85, 0.95, 1.0, 1.05, 1.2):
-        warm = factor * best
-        share = float(spectrum.mse(fmt, warm) / least - 1)
+        current_scale = factor * best
+        share = float(spectrum.mse(fmt, current_scale) / least - 1)
         for tolerance in (0.02, 0.1):
-            found = quantizer(tolerance=tolerance).from_statistics(statistics, fmt, warm)
+            found = quantizer(tolerance=tolerance).from_statistics(statistics, fmt, current_scale)
             if share < 0.8 * tolerance:
-                assert torch.equal(found, warm)
+                assert torch.equal(found, current_scale)
             elif share > 1.5 * tolerance:
                 assert float(spectrum.mse(fmt, found) / least) < 1 + tolerance / 2
 
@@ -295,10 +295,10 @@ def test_a_scale_far_off_does_not_rest(name: str, power: int) -> None:
 
 
 def test_rows_of_zeros_get_scale_one_again() -> None:
-    warm = torch.tensor([0.3, 0.3])
+    current_scale = torch.tensor([0.3, 0.3])
     rows = torch.stack([torch.zeros(50), torch.randn(50)])
     for quantizer in (Analytic(), Iterative()):
-        assert quantizer.from_rows(rows, INT4, warm)[0] == 1
+        assert quantizer.from_rows(rows, INT4, current_scale)[0] == 1
 
 
 @pytest.mark.parametrize("quantizer", [Analytic, Iterative])
@@ -311,5 +311,5 @@ def test_tolerance_is_checked(quantizer: type[Analytic] | type[Iterative]) -> No
 def test_tracking_without_refinement_is_the_closed_form() -> None:
     rows = WEIGHTS["normal"]
     quantizer = Analytic(refine=False)
-    warm = torch.full((8,), 123.0)
-    assert torch.equal(quantizer.track(rows, INT4, warm), quantizer.from_rows(rows, INT4))
+    current_scale = torch.full((8,), 123.0)
+    assert torch.equal(quantizer.track(rows, INT4, current_scale), quantizer.from_rows(rows, INT4))

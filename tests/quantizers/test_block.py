@@ -149,12 +149,12 @@ def test_tracking_keeps_what_is_better_than_the_specified_scale(fmt: BlockFormat
     blocks = PerBlock(fmt.block_size)
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
     first = blocks.rows(x)
-    warm = Block().from_rows(first, fmt)
-    assert torch.equal(Block().track(first, fmt, warm), warm)
+    current_scale = Block().from_rows(first, fmt)
+    assert torch.equal(Block().track(first, fmt, current_scale), current_scale)
     moved = first + 0.01 * torch.randn_like(first)
     errors = {}
     for name, scale in {
-        "tracked": Block().track(moved, fmt, warm),
+        "tracked": Block().track(moved, fmt, current_scale),
         "specified": Block("max").from_rows(moved, fmt),
         "searched": Block().from_rows(moved, fmt),
     }.items():
@@ -166,7 +166,9 @@ def test_tracking_keeps_what_is_better_than_the_specified_scale(fmt: BlockFormat
     assert errors["tracked"].sum() - errors["searched"].sum() < 0.4 * (
         errors["specified"].sum() - errors["searched"].sum()
     )
-    assert torch.equal(Block("max").track(moved, fmt, warm), Block("max").from_rows(moved, fmt))
+    assert torch.equal(
+        Block("max").track(moved, fmt, current_scale), Block("max").from_rows(moved, fmt)
+    )
 
 
 @every_format

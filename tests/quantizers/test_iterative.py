@@ -145,9 +145,9 @@ def test_warm_start_is_used_where_it_is_better(name: str) -> None:
     fmt, rows = get_format(name), torch.from_numpy(SAMPLES["bimodal"]).float().view(4, -1)
     cold = Iterative().from_rows(rows, fmt)
     for factor in (0.5, 0.97, 1.03, 2.0):
-        warm = cold * factor
-        got = Iterative(tolerance=0.0).from_rows(rows, fmt, warm)
-        for row, s, w, c in zip(rows, got, warm, cold, strict=True):
+        current_scale = cold * factor
+        got = Iterative(tolerance=0.0).from_rows(rows, fmt, current_scale)
+        for row, s, w, c in zip(rows, got, current_scale, cold, strict=True):
             error = ErrorOf(row.numpy())
             allowed = min(error(fmt, float(w)), error(fmt, float(c)))
             assert error(fmt, float(s)) <= allowed * (1 + 1e-5)
@@ -182,8 +182,8 @@ def test_any_magnitude_is_resolved(fmt: Format) -> None:
     for power in (-110, -60, -37, -1, 3, 37, 60, 99):
         factor = 2.0**power
         assert torch.equal(quantizer.from_rows(x * factor, fmt), scale * factor)
-        warm = quantizer.from_rows(x * factor, fmt, 1.01 * scale * factor)
-        assert torch.equal(warm, quantizer.from_rows(x, fmt, 1.01 * scale) * factor)
+        current_scale = quantizer.from_rows(x * factor, fmt, 1.01 * scale * factor)
+        assert torch.equal(current_scale, quantizer.from_rows(x, fmt, 1.01 * scale) * factor)
     factors = torch.tensor([2.0**-37, 1.0, 2.0**99])
     assert torch.equal(quantizer.from_rows(x * factors.unsqueeze(1), fmt), scale * factors)
 
@@ -213,12 +213,12 @@ def test_scale_and_zero_point_in_force_rest_within_the_tolerance() -> None:
         return affine_error(x[row], fmt, float(scale[row]), float(zero[row]))
 
     for factor in (0.97, 0.99, 1.02, 1.2):
-        warm = scale * factor, zero
-        found = rule.affine_from_rows(rows, fmt, warm)
-        best = restless.affine_from_rows(rows, fmt, warm)
+        current_scale = scale * factor, zero
+        found = rule.affine_from_rows(rows, fmt, current_scale)
+        best = restless.affine_from_rows(rows, fmt, current_scale)
         for row in range(len(rows)):
-            ratio = error(row, *warm) / error(row, *best)
-            assert (found[0][row] == warm[0][row]) == (ratio <= 1.05), (factor, row, ratio)
+            ratio = error(row, *current_scale) / error(row, *best)
+            assert (found[0][row] == current_scale[0][row]) == (ratio <= 1.05), (factor, row, ratio)
             assert error(row, *found) <= 1.0501 * error(row, *best)
 
 

@@ -31,9 +31,9 @@ def test_moments(when: When, progress: Progress, expected: bool) -> None:
 
 def test_widths_fall_step_by_step() -> None:
     schedule = QuantSchedule(widths=[(0.25, 8), (100, 4)])
-    assert schedule.narrowest(Progress(0, 0, 0.0)) == 8
-    assert schedule.narrowest(Progress(99, 0, 0.25)) == 4
-    assert schedule.narrowest(Progress(100, 0, 0.25)) == 0
+    assert schedule.min_bits(Progress(0, 0, 0.0)) == 8
+    assert schedule.min_bits(Progress(99, 0, 0.25)) == 4
+    assert schedule.min_bits(Progress(100, 0, 0.25)) == 0
 
 
 @pytest.mark.parametrize(

@@ -128,15 +128,15 @@ def test_a_plain_convolution_without_norm_and_one_without_bias() -> None:
 
 def test_below_a_submodule() -> None:
     model, kernels, _ = residual()
-    twin = copy.deepcopy(model)
-    whole = nn.Sequential(twin)
+    copied = copy.deepcopy(model)
+    whole = nn.Sequential(copied)
     changed = round_biases(model, kernels)
 
     assert round_biases(whole, [kernel.below("0") for kernel in kernels]) == [
         f"0.{name}" for name in changed
     ]
     assert all(
-        torch.equal(*pair) for pair in zip(twin.parameters(), model.parameters(), strict=True)
+        torch.equal(*pair) for pair in zip(copied.parameters(), model.parameters(), strict=True)
     )
 
 

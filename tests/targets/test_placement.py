@@ -59,8 +59,8 @@ class Residual(nn.Module):
 
 
 def placed(model: nn.Module, recipe: QuantRecipe = W8A8, *shape: int) -> Placement:
-    example, twin = torch.randn(shape or (2, 3, 8, 8)), copy.deepcopy(model).eval()
-    return place(twin, recipe, lambda: twin(example), "onnxruntime")
+    example, copied = torch.randn(shape or (2, 3, 8, 8)), copy.deepcopy(model).eval()
+    return place(copied, recipe, lambda: copied(example), "onnxruntime")
 
 
 def in_onnxruntime(
@@ -228,9 +228,9 @@ def test_what_is_joined_shuffled_and_split_stays_codes(training: bool, tmp_path:
     """Seen in a run of evaluation or of training, where samples are dropped."""
     model = Residual()
     model.blocks = nn.Sequential(Shuffling(), Shuffling(), nn.Conv2d(8, 8, 1), nn.ReLU())
-    example, twin = torch.randn(2, 3, 8, 8), copy.deepcopy(model).train(training)
+    example, copied = torch.randn(2, 3, 8, 8), copy.deepcopy(model).train(training)
 
-    placement = place(twin, W8A8, lambda: twin(example), "onnxruntime")
+    placement = place(copied, W8A8, lambda: copied(example), "onnxruntime")
 
     rest, operators, expected, given = in_onnxruntime(model, placement.recipe, tmp_path / "a.onnx")
     assert placement.left == ()

@@ -189,7 +189,7 @@ def test_sums_of_convolutions_stay_clear_of_the_edges() -> None:
     x = torch.randn(256, 3, 8, 8)
 
     def nearest(model: nn.Module) -> float:
-        twin = copy.deepcopy(model).double()
+        copied = copy.deepcopy(model).double()
         distances = []
 
         def note(module: nn.Module, args: object, result: Tensor) -> None:
@@ -198,9 +198,9 @@ def test_sums_of_convolutions_stay_clear_of_the_edges() -> None:
             inside = steps[(steps > 0) & (steps < 255)]
             distances.append(float(((inside - inside.floor()) - 0.5).abs().min()))
 
-        quantizers = {layer.name: layer.quantizers for layer in quantized_layers(twin)}
-        with twin.get_submodule("blocks.0.bn1").register_forward_hook(note), torch.no_grad():
-            twin(x.double())
+        quantizers = {layer.name: layer.quantizers for layer in quantized_layers(copied)}
+        with copied.get_submodule("blocks.0.bn1").register_forward_hook(note), torch.no_grad():
+            copied(x.double())
         return min(distances)
 
     before = nearest(model)

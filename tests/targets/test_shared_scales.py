@@ -130,15 +130,15 @@ def test_scales_stay_equal_whoever_is_due() -> None:
 def test_a_resumed_model_goes_on_bit_for_bit() -> None:
     model, batches = branches(), [torch.randn(64, 8) for _ in range(6)]
     observe(model, batches[:3])
-    twin = branches()
-    load_quantizer_state(twin, quantizer_state(model))
+    copied = branches()
+    load_quantizer_state(copied, quantizer_state(model))
     copied = copy.deepcopy(model)
 
-    for each in (model, twin, copied):
+    for each in (model, copied, copied):
         observe(each, batches[3:])
 
     for name, quantizer in by_layer(model).items():
-        assert torch.equal(by_layer(twin)[name].scale, quantizer.scale)
+        assert torch.equal(by_layer(copied)[name].scale, quantizer.scale)
         assert torch.equal(by_layer(copied)[name].scale, quantizer.scale)
 
 
