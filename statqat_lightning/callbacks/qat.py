@@ -114,39 +114,41 @@ class StatQATCallback(Callback):
             about 20 batches.
         max_observed: Values of each input and batch that enter the statistics, default 4096; other
             ones in every batch.
-        recompute_inputs: Quantize inputs once more in the backward pass, and do not keep them
-            quantized until then: memory close to that of the float run for some time, see
-            docs/recipes.md. No number depends on it. `torch.compile` and gradient checkpointing
-            decide by themselves what they keep.
-        enabled: False inserts, observes and reports, but changes no number: the run is the float
-            run, bit for bit.
+        recompute_inputs: Quantize inputs again in the backward pass instead of keeping the
+            quantized copies. Memory drops to nearly that of a float run, and a step takes longer,
+            see docs/recipes.md. Results do not change. `torch.compile` and gradient checkpointing
+            decide for themselves what they keep.
+        enabled: False inserts quantizers, observes and reports, but rounds nothing: the results are
+            those of a float run, bit for bit.
         verbose: Print the insertion report.
-        target: A runtime whose integer kernels the model is trained for: `"onnxruntime"`,
-            `"openvino"`, `"tensorrt"` or `"executorch"` (XNNPACK); None for none. The default,
-            `"auto"`, is that of the first file which an `ExportCallback` of the Trainer is to
-            write: ONNX Runtime for `.onnx`, ExecuTorch for `.pte`; none for others, where the
-            runtime has integer kernels for fewer than half of the layers, for learned scales, and
-            where no batch can be looked at ahead. A resumed run keeps what it had. Tensors are
-            rounded where it needs them rounded, or it would compute in float: the outputs of
-            convolutions and the terms of residual sums, too, for ONNX Runtime, those of all layers
-            for ExecuTorch, what activations return for OpenVINO and TensorRT (see `targets`). Where
-            that is, one training batch shows, ahead of calibration; the checkpoint remembers. At
-            the end of the fit, scales move a little, and biases for ONNX Runtime and ExecuTorch, to
-            where the runtime computes the same codes as the model, see `targets.settle`. Formats
-            without integer kernels stay as they are.
-        compensate: True makes up for the rounding errors of weights before the first step, on the
-            batches that calibrate, see `compensate`: training starts at a better model. It costs
-            some more passes over these batches and, for each layer, a matrix of the size of its
-            inputs. A teacher of `DistillationCallback` is the float model all the same. A resumed
-            run, or a second fit, goes on with its weights as they are.
+        target: Runtime whose integer kernels the model is trained for: `"onnxruntime"`,
+            `"openvino"`, `"tensorrt"`, `"executorch"` (XNNPACK) or None.
+
+            A target adds quantizers wherever the runtime needs a rounded tensor to stay in
+            integers: at outputs of convolutions and terms of residual sums for ONNX Runtime, at
+            outputs of all layers for ExecuTorch, behind activations for OpenVINO and TensorRT (see
+            `targets`). One training batch, run before calibration, shows where; the checkpoint
+            keeps the places. At the end of the fit, scales move by a thousandth at most, and biases
+            for ONNX Runtime and ExecuTorch, to where the runtime computes the same codes as the
+            model (see `targets.settle`). Formats without integer kernels are left as they are.
+
+            The default, `"auto"`, takes the runtime of the first file that an `ExportCallback` of
+            the Trainer writes: ONNX Runtime for `.onnx`, ExecuTorch for `.pte`. It takes none for
+            other files, if fewer than half of the layers have integer kernels, if scales are
+            learned, or if no batch can be run ahead. A resumed run keeps the target that it had.
+        compensate: Before the first step, round each weight so that later errors make up for
+            earlier ones, on the calibration batches, see `compensate`: training starts from a
+            better model. This takes some more passes over these batches and, for each layer, a
+            matrix of the size of its inputs. A teacher of `DistillationCallback` stays the float
+            model. A resumed run, or a second fit, keeps its weights.
 
     Attributes:
         compensation: What was done to which weight for `compensate`; None before, and without.
         report: What was done to each layer, None before.
-        placed: The recipe for what really runs: with a rule for each place that the target needs,
-            and without quantizers that nothing reaches. None before, and where it is the recipe as
-            it was given.
-        missed: What the last fit was to do and never came to, such as the last phase of a schedule.
+        placed: The recipe in force, if it differs from the given one: with a rule for each
+            quantizer that the target adds, and without those that no tensor reaches. None
+            otherwise.
+        missed: What the last fit did not reach, such as the last phase of a schedule.
 
     Raises:
         ValueError: If an argument is out of range or names something unknown.

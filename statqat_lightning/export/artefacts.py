@@ -282,7 +282,7 @@ def _is_no_difference(error: Exception) -> bool:
 
 @dataclass
 class _Steps:
-    """Counts steps aloud."""
+    """Counts the steps of an export and reports each."""
 
     progress: Progress | None
     total: int

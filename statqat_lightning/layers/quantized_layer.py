@@ -33,6 +33,7 @@ from statqat_lightning.layers.layer_kinds import (
     kind_of_class,
 )
 from statqat_lightning.layers.recompute import Inputs
+from statqat_lightning.layers.turns import in_turn
 
 
 class LayerQuantizers:
@@ -305,24 +306,25 @@ def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         quantizers: LayerQuantizers = self._statqat
         quantizers.ran = True
-        attributes = self.__dict__
-        previous = {name: attributes.get(name, missing) for name in quantizers.weights}
-        values = {name: quantizers.weight_for(self, name) for name in quantizers.weights}
         inputs = Inputs(quantizers.inputs)
-        if quantizers.weighing or quantizers.watchers:
-            _weigh_each(quantizers, names, args, kwargs)
-        args, kwargs = with_each_input(names, inputs.of, args, kwargs)
-        try:
-            if values:  # Dynamo of torch 2.8 cannot trace this
-                attributes.update(values)
-            with inputs.not_kept():
-                result = _called(base, self, quantizers, args, kwargs)
-        finally:
-            for name, value in previous.items():
-                if value is missing:
-                    attributes.pop(name, None)
-                else:
-                    attributes[name] = value
+        with in_turn():
+            attributes = self.__dict__
+            previous = {name: attributes.get(name, missing) for name in quantizers.weights}
+            values = {name: quantizers.weight_for(self, name) for name in quantizers.weights}
+            if quantizers.weighing or quantizers.watchers:
+                _weigh_each(quantizers, names, args, kwargs)
+            args, kwargs = with_each_input(names, inputs.of, args, kwargs)
+            try:
+                if values:  # Dynamo of torch 2.8 cannot trace this
+                    attributes.update(values)
+                with inputs.not_kept():
+                    result = _called(base, self, quantizers, args, kwargs)
+            finally:
+                for name, value in previous.items():
+                    if value is missing:
+                        attributes.pop(name, None)
+                    else:
+                        attributes[name] = value
         return with_output(quantizers.output, result)
 
     return forward
@@ -368,21 +370,22 @@ def _recurrent_forward(base: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         quantizers: LayerQuantizers = self._statqat
         quantizers.ran = True
-        attributes = self.__dict__
-        previous = attributes["_flat_weights"]
         inputs = Inputs(quantizers.inputs)
-        if quantizers.weighing or quantizers.watchers:
-            _weigh_each(quantizers, names, args, kwargs)
-        args, kwargs = with_each_input(names, inputs.of, args, kwargs)
-        try:
-            attributes["_flat_weights"] = [
-                quantizers.weight_for(self, name) if name in quantizers.weights else own
-                for name, own in zip(self._flat_weights_names, previous, strict=True)
-            ]
-            with inputs.not_kept():
-                result = base.forward(self, *args, **kwargs)
-        finally:
-            attributes["_flat_weights"] = previous
+        with in_turn():
+            attributes = self.__dict__
+            previous = attributes["_flat_weights"]
+            if quantizers.weighing or quantizers.watchers:
+                _weigh_each(quantizers, names, args, kwargs)
+            args, kwargs = with_each_input(names, inputs.of, args, kwargs)
+            try:
+                attributes["_flat_weights"] = [
+                    quantizers.weight_for(self, name) if name in quantizers.weights else own
+                    for name, own in zip(self._flat_weights_names, previous, strict=True)
+                ]
+                with inputs.not_kept():
+                    result = base.forward(self, *args, **kwargs)
+            finally:
+                attributes["_flat_weights"] = previous
         return with_output(quantizers.output, result)
 
     return forward

@@ -16,6 +16,7 @@ from torch import nn
 from statqat_lightning.layers.module_hooks import remove_hooks
 from statqat_lightning.layers.module_names import modules_by_name
 from statqat_lightning.layers.quantized_layer import attached, is_quantized
+from statqat_lightning.layers.turns import end_turn, take_turn
 
 
 class WeightView:
@@ -29,7 +30,7 @@ class WeightView:
 
     def __init__(self, weights: list[tuple[nn.Module, str]]) -> None:
         self._weights = weights
-        self._shown: list[list[tuple[nn.Module, str, Any]]] = []
+        self._shown: list[tuple[bool, list[tuple[nn.Module, str, Any]]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_shown": []}
@@ -37,7 +38,7 @@ class WeightView:
     def enter(self, module: nn.Module, args: Any) -> None:
         """Before the forward: put the quantized weights in the place of the parameters."""
         shown: list[tuple[nn.Module, str, Any]] = []
-        self._shown.append(shown)
+        self._shown.append((take_turn(), shown))
         for layer, role in self._weights:
             quantizers = attached(layer) if is_quantized(layer) else None
             if quantizers is None or role not in quantizers.weights or role in quantizers.shown:
@@ -50,12 +51,15 @@ class WeightView:
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the forward, or past an exception in it: put everything back."""
-        for layer, role, previous in self._shown.pop():
+        has_turn, shown = self._shown.pop()
+        for layer, role, previous in shown:
             attached(layer).shown.pop(role, None)
             if previous is None:
                 layer.__dict__.pop(role, None)
             else:
                 layer.__dict__[role] = previous
+        if has_turn:
+            end_turn()
 
 
 def show_weights(model: nn.Module) -> None:

@@ -43,8 +43,8 @@ class Block(Quantizer):
     Args:
         rule: `"max"` is the specified rule above. `"mse"` also tries the neighbouring codes and
             keeps the one of least squared error in its block, so no block is worse than with
-            `"max"`. The specified MX scale clips all above 6 of up to 8 units (E2M1): often
-            a dear price.
+            `"max"`. The specified MX scale of E2M1 clips all values above 6 units, and blocks
+            reach up to 8, which often costs more than a coarser scale.
 
     Raises:
         ValueError: If `rule` is unknown.

@@ -39,6 +39,7 @@ from statqat_lightning.layers.quantized_layer import (
     with_each_input,
     with_output,
 )
+from statqat_lightning.layers.turns import in_turn
 from statqat_lightning.layers.weight_views import show_weights
 from statqat_lightning.model.quantized_model import quantized_layers
 from statqat_lightning.numerics.functional import QParams, dequantize, quantize
@@ -149,13 +150,20 @@ class FrozenLayer(nn.Module):
         else:
             args, kwargs = with_each_input(self.input_names, self._rounding, args, kwargs)
             if self.kind.cls in RECURRENT:
-                names: Any = self._flat_weights_names
-                self.__dict__["_flat_weights"] = [getattr(self, name) for name in names]
-            try:
+                with in_turn():
+                    result = self._recur(*args, **kwargs)
+            else:
                 result = self._called(*args, **kwargs)
-            finally:
-                self._forget_flat_weights()
         return with_output(self._rounding(OUTPUT), result)
+
+    def _recur(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a recurrent layer, which reads its weights from a list."""
+        names: Any = self._flat_weights_names
+        self.__dict__["_flat_weights"] = [getattr(self, name) for name in names]
+        try:
+            return self._called(*args, **kwargs)
+        finally:
+            self._forget_flat_weights()
 
     def _called(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, in which results of functions are rounded."""
