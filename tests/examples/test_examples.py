@@ -74,6 +74,15 @@ def test_digits_fast_dev_run(repository: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_classifier_to_copy_from(repository: Path) -> None:
+    output = run_example(repository, "image_classifier.py")
+    assert re.search(r"model\.onnx +[\d.]+ .* 100\.00%", output)
+    folder = Path("outputs/image_classifier")
+    assert {"model.onnx", "model.safetensors"} <= {file.name for file in folder.iterdir()}
+    assert [*Path("outputs/wandb").glob("offline-run-*")]
+
+
+@pytest.mark.slow
 def test_digits_in_full(repository: Path) -> None:
     output = run_example(repository, "digits.py", "--output", "out")
     # method, formats, accuracy, SNR, two sizes, accuracy in ONNX Runtime
