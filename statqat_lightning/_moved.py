@@ -14,9 +14,9 @@ from types import ModuleType
 PACKAGE = __name__.rpartition(".")[0]
 MOVED = {
     "granularity": "numerics.granularity",
-    "functional": "numerics.functional",
+    "functional": "numerics",
     "tensor_spec": "fake_quant.tensor_spec",
-    "fake_quantizer": "fake_quant.fake_quantizer",
+    "fake_quantizer": "fake_quant",
     "observers": "fake_quant.observers",
     "input_moments": "fake_quant.input_moments",
     "scale_refresh": "fake_quant.scale_refresh",

@@ -22,7 +22,7 @@ from common import fail, positive
 from measuring import measure, medians, ratio, write_results
 
 from statqat_lightning import TensorSpec
-from statqat_lightning.fake_quant.fake_quantizer import ActivationFakeQuantizer
+from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.fake_quant.observers import ObserverConfig
 from statqat_lightning.fake_quant.scale_refresh import refresh_activations
 

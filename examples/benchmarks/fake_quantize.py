@@ -22,8 +22,9 @@ from common import positive
 from measuring import measure, medians, ratio, write_results
 
 from statqat_lightning.formats import format_names, get_format
-from statqat_lightning.numerics.functional import QParams, fake_quantize
 from statqat_lightning.numerics.granularity import PerChannel
+from statqat_lightning.numerics.qparams import QParams
+from statqat_lightning.numerics.straight_through import fake_quantize
 
 FORMATS = ["int4", "int8", "uint8", "fp4", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2"]
 PEER = "torch"

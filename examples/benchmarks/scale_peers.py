@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning import TensorSpec
-from statqat_lightning.fake_quant.fake_quantizer import ActivationFakeQuantizer
+from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.fake_quant.observers import ObserverConfig
 from statqat_lightning.fake_quant.scale_refresh import refresh_activations
 from statqat_lightning.formats import FloatFormat, Format, IntFormat
-from statqat_lightning.numerics.functional import QParams, fake_quantize
 from statqat_lightning.numerics.granularity import PerChannel
+from statqat_lightning.numerics.qparams import QParams
+from statqat_lightning.numerics.straight_through import fake_quantize
 from statqat_lightning.quantizers import get_quantizer
 
 Way = Callable[[Tensor, Format], "Tensor | None"]

@@ -22,8 +22,8 @@ from measuring import measure, medians, ratio, write_results
 
 from statqat_lightning import fake_quantize
 from statqat_lightning.formats import get_format
-from statqat_lightning.numerics.functional import QParams
 from statqat_lightning.numerics.granularity import PerChannel
+from statqat_lightning.numerics.qparams import QParams
 from statqat_lightning.quantizers import Analytic
 
 FORMATS = ("int4", "int8", "fp4_e2m1", "fp8_e4m3")

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from statqat_lightning.callbacks.lightning_names import is_a
-from statqat_lightning.fake_quant.fake_quantizer import WeightFakeQuantizer
+from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.model.quantized_model import follow_averaged_weights, quantized_layers
 
 

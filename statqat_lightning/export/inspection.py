@@ -26,7 +26,6 @@ from statqat_lightning.fake_quant.observers import NOISE, SIGNAL
 from statqat_lightning.formats import BlockFormat, get_format
 from statqat_lightning.layers.function_results import is_result
 from statqat_lightning.layers.layer_kinds import INPUT_ROLES
-from statqat_lightning.numerics.functional import QParams, fake_quantize, snr_db
 from statqat_lightning.numerics.granularity import (
     Granularity,
     PerBlock,
@@ -34,6 +33,9 @@ from statqat_lightning.numerics.granularity import (
     PerGroup,
     PerTensor,
 )
+from statqat_lightning.numerics.qparams import QParams
+from statqat_lightning.numerics.snr import snr_db
+from statqat_lightning.numerics.straight_through import fake_quantize
 from statqat_lightning.recipes.recipe import ROLES, QuantRecipe
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import statqat_lightning.numerics.functional as functional
 from statqat_lightning.error_analysis.spectrum import (
     NUM_BINS,
     EnergySpectrum,
@@ -23,6 +22,7 @@ from statqat_lightning.error_analysis.spectrum import (
     resolved_bins,
 )
 from statqat_lightning.formats import Format
+from statqat_lightning.numerics.qparams import is_plain_cpu
 from statqat_lightning.quantizers import Statistics
 
 Reduce = Callable[[Tensor, str], Tensor]
@@ -184,7 +184,7 @@ class InputObserver:
     def _starts(self, x: Tensor) -> Tensor | None:
         """Where the runs of a sample of `x` begin; None if all of it is taken."""
         kind = x.numel(), self.config.max_observed, x.device
-        if functional.is_plain_cpu(x):
+        if is_plain_cpu(x):
             return _starts_on_cpu(*kind, int(self.num_batches))
         runs = _cached(_runs)(*kind)
         return None if runs is None else runs.starts(self.num_batches)

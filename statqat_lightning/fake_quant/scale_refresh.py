@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statqat_lightning.fake_quant.fake_quantizer import ActivationFakeQuantizer, WeightFakeQuantizer
+from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.fake_quant.observers import HIGH, PEAKED, Reduce, fold, merged, statistics_of
+from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.formats import BlockFormat, Format
 from statqat_lightning.quantizers import ErrorWeights
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from statqat_lightning.formats import BlockFormat, Format, get_format, unsigned
-from statqat_lightning.numerics.functional import GRADIENTS
 from statqat_lightning.numerics.granularity import Granularity, get_granularity
+from statqat_lightning.numerics.straight_through import GRADIENTS
 from statqat_lightning.quantizers import (
     Block,
     Quantizer,

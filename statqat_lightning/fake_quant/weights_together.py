@@ -16,7 +16,7 @@ from torch import Tensor
 from statqat_lightning.numerics.granularity import Granularity, PerBlock, PerChannel, PerGroup
 
 if TYPE_CHECKING:
-    from statqat_lightning.fake_quant.fake_quantizer import WeightFakeQuantizer
+    from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 
 _LARGEST = 1 << 17  # elements; a larger weight keeps the processor busy by itself
 

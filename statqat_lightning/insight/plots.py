@@ -17,7 +17,8 @@ from statqat_lightning.error_analysis.spectrum import (
     LOWEST_OCTAVE,
 )
 from statqat_lightning.formats import FloatFormat, Format, get_format
-from statqat_lightning.numerics.functional import QParams, quantize, snr_db
+from statqat_lightning.numerics.qparams import QParams, quantize
+from statqat_lightning.numerics.snr import snr_db
 from statqat_lightning.quantizers import get_quantizer
 
 if TYPE_CHECKING:

@@ -14,14 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from statqat_lightning.fake_quant.fake_quantizer import (
-    INPUT,
-    WEIGHT,
-    ActivationFakeQuantizer,
-    FakeQuantizer,
-    WeightFakeQuantizer,
-    recomputing,
-)
+from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
+from statqat_lightning.fake_quant.fake_quantizer import INPUT, WEIGHT, FakeQuantizer, recomputing
+from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.layers.attention import attend, each_input
 from statqat_lightning.layers.function_results import FunctionResults, warn_of_other_counts
 from statqat_lightning.layers.layer_kinds import (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from statqat_lightning.fake_quant.fake_quantizer import ActivationFakeQuantizer
+    from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 
 
 @dataclass(frozen=True)

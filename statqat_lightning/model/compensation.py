@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statqat_lightning.fake_quant.fake_quantizer import WeightFakeQuantizer
 from statqat_lightning.fake_quant.input_moments import InputChannels
 from statqat_lightning.fake_quant.observers import Reduce
+from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.formats import Format
 from statqat_lightning.layers.quantized_layer import (
     LayerQuantizers,
@@ -34,7 +34,7 @@ from statqat_lightning.layers.quantized_layer import (
     kind_of,
 )
 from statqat_lightning.model.quantized_model import quantized_layers
-from statqat_lightning.numerics.functional import fake_quantize
+from statqat_lightning.numerics.straight_through import fake_quantize
 
 _BLOCK = 128  # columns that are rounded before all later ones are moved
 _PATCHES = 1 << 24  # elements of unfolded inputs at once

@@ -16,15 +16,12 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from statqat_lightning.fake_quant.fake_quantizer import (
-    OUTPUT,
-    ActivationFakeQuantizer,
-    FakeQuantizer,
-    WeightFakeQuantizer,
-)
+from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
+from statqat_lightning.fake_quant.fake_quantizer import OUTPUT, FakeQuantizer
 from statqat_lightning.fake_quant.observers import ObserverConfig
 from statqat_lightning.fake_quant.scale_refresh import refresh_weights
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
+from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.formats import get_format, unsigned
 from statqat_lightning.layers.fast_paths import set_fast_paths
 from statqat_lightning.layers.function_results import set_pauses

@@ -9,11 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.fake_quant.fake_quantizer import (
-    ActivationFakeQuantizer,
-    FakeQuantizer,
-    WeightFakeQuantizer,
-)
+from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
+from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
 from statqat_lightning.fake_quant.input_moments import InputMoments, fold_moments, sums_of
 from statqat_lightning.fake_quant.observers import Reduce
 from statqat_lightning.fake_quant.scale_refresh import (
@@ -21,6 +18,7 @@ from statqat_lightning.fake_quant.scale_refresh import (
     refresh_weights,
     share_scales,
 )
+from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.fake_quant.weights_together import WeightsTogether
 from statqat_lightning.layers.module_names import plain_name
 from statqat_lightning.layers.quantized_layer import (

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from statqat_lightning.error_analysis.spectrum import EnergySpectrum
 from statqat_lightning.formats import BlockFormat, Format, IntFormat
-from statqat_lightning.numerics.functional import QParams
 from statqat_lightning.numerics.granularity import Granularity, PerBlock, get_granularity
+from statqat_lightning.numerics.qparams import QParams
 
 TOLERANCE = 0.05
 """Share of the least squared error, 0.2 dB, for which no scale in force is given up."""

@@ -13,12 +13,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from statqat_lightning.fake_quant.fake_quantizer import (
-    INPUT,
-    OUTPUT,
-    ActivationFakeQuantizer,
-    FakeQuantizer,
-)
+from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
+from statqat_lightning.fake_quant.fake_quantizer import INPUT, OUTPUT, FakeQuantizer
 from statqat_lightning.formats import IntFormat
 from statqat_lightning.layers.layer_kinds import GATE
 from statqat_lightning.layers.quantized_layer import LayerQuantizers

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statqat_lightning.fake_quant.fake_quantizer import ActivationFakeQuantizer
+from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.layers.batch_norm import channel_factor, has_statistics
 from statqat_lightning.layers.quantized_layer import is_sharded
 from statqat_lightning.numerics.granularity import PerTensor

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export import save_onnx
-from statqat_lightning.numerics.functional import snr_db
+from statqat_lightning.numerics.snr import snr_db
 from statqat_lightning.recipes.recipe import QuantRecipe
 from statqat_lightning.targets.placement import place
 from tests.export.models import (

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from statqat_lightning.error_analysis import EnergySpectrum
-from statqat_lightning.fake_quant.fake_quantizer import ActivationFakeQuantizer, WeightFakeQuantizer
+from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.fake_quant.observers import HIGH, PEAKED, ObserverConfig, statistics_of
 from statqat_lightning.fake_quant.scale_refresh import refresh_activations, refresh_weights
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
+from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.model.insertion import prepare
 from statqat_lightning.model.quantized_model import set_observing
-from statqat_lightning.numerics.functional import QParams, fake_quantize
+from statqat_lightning.numerics.qparams import QParams
+from statqat_lightning.numerics.straight_through import fake_quantize
 from statqat_lightning.quantizers import get_quantizer
 from tests.reference import ErrorOf
 

@@ -29,7 +29,8 @@ from statqat_lightning.fake_quant.observers import (
     statistics_of,
 )
 from statqat_lightning.formats import get_format
-from statqat_lightning.numerics.functional import QParams, fake_quantize
+from statqat_lightning.numerics.qparams import QParams
+from statqat_lightning.numerics.straight_through import fake_quantize
 
 BAD = [math.nan, math.inf, -math.inf]
 

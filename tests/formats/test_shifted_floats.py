@@ -16,7 +16,7 @@ from statqat_lightning.export.files.onnx import save_onnx
 from statqat_lightning.export.proof.runtimes import onnx_session
 from statqat_lightning.formats import FloatFormat, ShiftedFloatFormat, get_format, unsigned
 from statqat_lightning.model.quantized_model import quantized_layers
-from statqat_lightning.numerics.functional import fake_quantize
+from statqat_lightning.numerics.straight_through import fake_quantize
 from statqat_lightning.quantizers import Iterative
 from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
 from tests.export.models import observed

@@ -21,7 +21,7 @@ from statqat_lightning.layers.quantized_layer import attached
 from statqat_lightning.model.dataflow import record
 from statqat_lightning.model.insertion import is_prepared_by, prepare, recipe_of, remove
 from statqat_lightning.model.quantized_model import load_quantizer_state, quantizer_state
-from statqat_lightning.numerics.functional import fake_quantize
+from statqat_lightning.numerics.straight_through import fake_quantize
 from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule
 from tests.export.models import observed
 

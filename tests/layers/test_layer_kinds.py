@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from statqat_lightning.export import freeze
-from statqat_lightning.fake_quant.fake_quantizer import ActivationFakeQuantizer, FakeQuantizer
+from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
+from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
 from statqat_lightning.insight.snr import snr_by_tensor
 from statqat_lightning.layers.attention import attend
 from statqat_lightning.layers.quantized_layer import attached
@@ -27,7 +28,7 @@ from statqat_lightning.model.quantized_model import (
     set_enabled,
     set_observing,
 )
-from statqat_lightning.numerics.functional import fake_quantize
+from statqat_lightning.numerics.straight_through import fake_quantize
 from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule
 from tests.export.models import Conv1D
 

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from statqat_lightning import freeze, load_quantized, prepare, remove
 from statqat_lightning.export.files.native import save_native
-from statqat_lightning.fake_quant.fake_quantizer import WeightFakeQuantizer
+from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.layers.quantized_layer import attached, is_quantized
 from statqat_lightning.model.quantized_model import load_quantizer_state, quantizer_state
 

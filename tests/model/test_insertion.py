@@ -27,7 +27,8 @@ from statqat_lightning.model.quantized_model import (
     set_enabled,
     set_observing,
 )
-from statqat_lightning.numerics.functional import QParams, fake_quantize
+from statqat_lightning.numerics.qparams import QParams
+from statqat_lightning.numerics.straight_through import fake_quantize
 from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
 
 

@@ -14,14 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from statqat_lightning.formats import Format, get_format
-from statqat_lightning.numerics.functional import (
-    QParams,
-    dequantize,
-    fake_quantize,
-    quantize,
-    snr_db,
-)
 from statqat_lightning.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from statqat_lightning.numerics.qparams import QParams, dequantize, quantize
+from statqat_lightning.numerics.snr import snr_db
+from statqat_lightning.numerics.straight_through import fake_quantize
 from tests.reference import EVERY_FORMAT, SIGNED_FORMATS, every_finite_bfloat16
 from tests.reference import snr_db as reference_snr_db
 

@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.formats import Format, get_format
-from statqat_lightning.numerics.functional import (
-    LEAST_LEARNED_SCALE,
-    QParams,
-    fake_quantize,
-    learned_fake_quantize,
-)
 from statqat_lightning.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from statqat_lightning.numerics.learned import LEAST_LEARNED_SCALE, learned_fake_quantize
+from statqat_lightning.numerics.qparams import QParams
+from statqat_lightning.numerics.straight_through import fake_quantize
 from tests.reference import ALL_FORMATS, Array, nearest
 
 RULES = ["clipped", "pass_through", "magnitude"]

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import statqat_lightning.numerics.functional as functional
 from statqat_lightning.formats import FloatFormat, Format, get_format
 from statqat_lightning.model.insertion import prepare
 from statqat_lightning.model.quantized_model import refresh, set_observing
-from statqat_lightning.numerics.functional import QParams, fake_quantize, learned_fake_quantize
+from statqat_lightning.numerics import straight_through
 from statqat_lightning.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from statqat_lightning.numerics.learned import learned_fake_quantize
+from statqat_lightning.numerics.qparams import QParams
+from statqat_lightning.numerics.straight_through import fake_quantize
 
 RULES = ["clipped", "pass_through", "magnitude", "learned"]
 FORMATS = [get_format(name) for name in ("int4", "uint8", "fp4", "fp8_e5m2")]
@@ -198,7 +200,7 @@ def test_no_number_is_read_by_the_host_off_the_cpu(
     results = []
     for off_the_cpu in (False, True):
         if off_the_cpu:
-            monkeypatch.setattr(functional, "is_plain_cpu", lambda x: False)
+            monkeypatch.setattr(straight_through, "is_plain_cpu", lambda x: False)
         leaf = x.clone().requires_grad_()
         if off_the_cpu:
             with NothingReachesTheHost():

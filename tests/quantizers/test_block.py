@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from statqat_lightning.fake_quant.fake_quantizer import ActivationFakeQuantizer, WeightFakeQuantizer
+from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.fake_quant.observers import ObserverConfig
 from statqat_lightning.fake_quant.scale_refresh import refresh_weights
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
+from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.fake_quant.weights_together import WeightsTogether
 from statqat_lightning.formats import BlockFormat, block_format_names, get_format
-from statqat_lightning.numerics.functional import fake_quantize, quantize, snr_db
 from statqat_lightning.numerics.granularity import PerBlock
+from statqat_lightning.numerics.qparams import quantize
+from statqat_lightning.numerics.snr import snr_db
+from statqat_lightning.numerics.straight_through import fake_quantize
 from statqat_lightning.quantizers import Block, Statistics, get_quantizer
 
 FORMATS = [fmt for name in block_format_names() if isinstance(fmt := get_format(name), BlockFormat)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from statqat_lightning.formats import get_format
-from statqat_lightning.numerics.functional import fake_quantize
+from statqat_lightning.numerics.straight_through import fake_quantize
 from statqat_lightning.quantizers import MinMax, Statistics
 
 X = torch.tensor([[-14.0, 3.0, 7.0], [0.5, 1.5, 1.0]])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from statqat_lightning.error_analysis import EnergySpectrum
 from statqat_lightning.formats import Format, get_format
-from statqat_lightning.numerics.functional import fake_quantize
 from statqat_lightning.numerics.granularity import PerChannel, PerGroup, PerTensor
+from statqat_lightning.numerics.straight_through import fake_quantize
 from statqat_lightning.quantizers import Quantizer, Statistics, get_quantizer, quantizer_names
 from statqat_lightning.quantizers.base import rounding_error
 from tests.reference import ASYMMETRIC_FORMATS, PLAIN_FORMATS, ErrorOf

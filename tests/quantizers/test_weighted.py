@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from statqat_lightning import fake_quantize, get_format
-from statqat_lightning.numerics.functional import QParams
+from statqat_lightning.numerics.qparams import QParams
 from statqat_lightning.quantizers import ErrorWeights, get_quantizer
 from statqat_lightning.quantizers.minmax import MinMax
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from statqat_lightning.export.files.onnx import save_onnx
 from statqat_lightning.export.proof.openvino_runtime import compiled, kernels, layers_in_float
-from statqat_lightning.fake_quant.fake_quantizer import ActivationFakeQuantizer
+from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.formats import get_format
 from statqat_lightning.model.dataflow import record
 from statqat_lightning.model.insertion import is_prepared_by, prepare, recipe_of

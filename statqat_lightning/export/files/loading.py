@@ -41,8 +41,8 @@ from statqat_lightning.model.quantized_model import (
     set_enabled,
     state_tensors,
 )
-from statqat_lightning.numerics.functional import QParams, dequantize
 from statqat_lightning.numerics.granularity import get_granularity
+from statqat_lightning.numerics.qparams import QParams, dequantize
 from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec, full_name
 
 

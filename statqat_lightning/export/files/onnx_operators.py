@@ -19,7 +19,6 @@ from statqat_lightning.export.freezing.frozen import (
     scale_name,
 )
 from statqat_lightning.formats import BlockFormat, Format, IntFormat, get_format
-from statqat_lightning.numerics.functional import QParams, dequantize, quantize
 from statqat_lightning.numerics.granularity import (
     Granularity,
     PerBlock,
@@ -27,6 +26,7 @@ from statqat_lightning.numerics.granularity import (
     PerGroup,
     PerTensor,
 )
+from statqat_lightning.numerics.qparams import QParams, dequantize, quantize
 
 FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 """Float formats that runtimes have as a type."""

@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from statqat_lightning.export.freezing.light_copy import CODES, light_copy, own_weights
-from statqat_lightning.fake_quant.fake_quantizer import (
-    INPUT,
-    OUTPUT,
-    WEIGHT,
-    FakeQuantizer,
-    WeightFakeQuantizer,
-)
+from statqat_lightning.fake_quant.fake_quantizer import INPUT, OUTPUT, WEIGHT, FakeQuantizer
+from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.formats import Format
 from statqat_lightning.layers.attention import attend, each_input
 from statqat_lightning.layers.function_results import FunctionResults, is_result, set_pauses
@@ -42,8 +37,8 @@ from statqat_lightning.layers.quantized_layer import (
 from statqat_lightning.layers.turns import in_turn
 from statqat_lightning.layers.weight_views import show_weights
 from statqat_lightning.model.quantized_model import quantized_layers
-from statqat_lightning.numerics.functional import QParams, dequantize, quantize
 from statqat_lightning.numerics.granularity import Granularity
+from statqat_lightning.numerics.qparams import QParams, dequantize, quantize
 from statqat_lightning.recipes.recipe import TensorSpec
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.fake_quant.fake_quantizer import WeightFakeQuantizer
 from statqat_lightning.fake_quant.scale_refresh import refresh_weights
+from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.layers.quantized_layer import weight_of
 from statqat_lightning.model.quantized_model import quantized_layers
 
