@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-from statqat_lightning._moved import serve_old_names
+from statqat_lightning._moved import MOVED, serve_old_names
 
 if TYPE_CHECKING:
     from statqat_lightning.callbacks import DistillationCallback as DistillationCallback
@@ -54,6 +54,7 @@ _HOMES = {
     "TensorSpec": "recipes",
     "QuantSchedule": "recipes",
 }
+__all__ = [*_HOMES]
 _ROOMS = (
     *("formats", "numerics", "error_analysis", "quantizers", "fake_quant", "layers", "recipes"),
     *("model", "targets", "insight", "export", "callbacks"),
@@ -65,11 +66,18 @@ def __getattr__(name: str) -> Any:
         home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
         globals()[name] = getattr(home, name)
         return globals()[name]
-    if name in _ROOMS:
+    if name in _ROOMS or name in MOVED:
         return importlib.import_module(f"{__name__}.{name}")
     if name == "__version__":
-        return importlib.metadata.version("statqat-lightning")
+        return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("statqat-lightning")
+    except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
+        return "unknown"
 
 
 def __dir__() -> list[str]:

@@ -81,6 +81,20 @@ def test_type_checkers_see_the_names_that_a_program_gets() -> None:
     assert seen.keys() == set(PUBLIC)
 
 
+def test_a_star_import_gives_the_public_names() -> None:
+    names: dict[str, object] = {}
+    exec("from statqat_lightning import *", names)
+    assert {*PUBLIC} == names.keys() - {"__builtins__"}
+
+
+def test_rooms_of_before_are_attributes_too() -> None:
+    sys.modules.pop("statqat_lightning.quantized_model", None)
+    vars(statqat_lightning).pop("quantized_model", None)
+    with pytest.warns(DeprecationWarning, match="has moved to statqat_lightning.model"):
+        found = statqat_lightning.quantized_model
+    assert found.refresh is statqat_lightning.model.refresh
+
+
 def test_a_wrong_name_is_an_error_that_names_it() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'StatQatCallback'"):
         statqat_lightning.StatQatCallback  # noqa: B018

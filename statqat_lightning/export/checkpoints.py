@@ -14,6 +14,7 @@ from torch import nn
 from statqat_lightning.export.artefacts import export_model
 from statqat_lightning.export.files.loading import load_checkpoint, read_checkpoint
 from statqat_lightning.export.files.native import KEY
+from statqat_lightning.export.files.registry import FILE_TYPES, wanted
 from statqat_lightning.export.proof.verify import ExportReport
 from statqat_lightning.recipes.recipe import QuantRecipe
 
@@ -53,6 +54,9 @@ def export_checkpoint(
     load_checkpoint(model, state, str(checkpoint))
     example = getattr(model, "example_input_array", None) if example is None else example
     recipe = QuantRecipe.from_dict(state[KEY]["recipe"])
+    if old := {t.field: options.pop(t.field) for t in FILE_TYPES if t.field in options}:
+        chosen = wanted("export_checkpoint", options.get("files"), old)
+        options["files"] = [each.name for each in chosen]
     options = {"target": state[KEY].get("placed_for", {}).get("target")} | options
     where = checkpoint.with_suffix("") if path is None else path
     return export_model(model, where, example, module=submodule, recipe=recipe, **options)

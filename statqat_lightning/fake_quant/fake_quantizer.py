@@ -99,6 +99,12 @@ class FakeQuantizer:
         early = number & (number - 1) == 0  # 0, 1, 2, 4, 8, 16
         return not self.ready or early or number % self.search_every == 0
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what pickle or a copy holds; `min_bits` was called `narrowest` before."""
+        if "narrowest" in state:
+            state = {"min_bits" if k == "narrowest" else k: v for k, v in state.items()}
+        self.__dict__.update(state)
+
     def skip_refresh(self) -> bool:
         """Count a refresh in which the scale rests; False if there is something to do."""
         keeps_scale = self.quantizer.keeps_scale and not self.is_due

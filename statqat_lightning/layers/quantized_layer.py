@@ -302,7 +302,7 @@ def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., 
         quantizers: LayerQuantizers = self._statqat
         quantizers.ran = True
         inputs = Inputs(quantizers.inputs)
-        with in_turn():
+        with in_turn(self):
             attributes = self.__dict__
             previous = {name: attributes.get(name, missing) for name in quantizers.weights}
             values = {name: quantizers.weight_for(self, name) for name in quantizers.weights}
@@ -366,7 +366,7 @@ def _recurrent_forward(base: type[nn.Module]) -> Callable[..., Any]:
         quantizers: LayerQuantizers = self._statqat
         quantizers.ran = True
         inputs = Inputs(quantizers.inputs)
-        with in_turn():
+        with in_turn(self):
             attributes = self.__dict__
             previous = attributes["_flat_weights"]
             if quantizers.weighing or quantizers.watchers:

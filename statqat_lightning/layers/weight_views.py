@@ -8,15 +8,37 @@ good in a frozen model.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 from statqat_lightning.layers.module_hooks import remove_hooks
 from statqat_lightning.layers.module_names import modules_by_name
 from statqat_lightning.layers.quantized_layer import attached, is_quantized
-from statqat_lightning.layers.turns import end_turn, take_turn
+from statqat_lightning.layers.turns import take_turns
+
+
+@dataclass
+class _Call:
+    """What one running forward shows.
+
+    Attributes:
+        thread: The thread that runs it.
+        frame: The frame that runs it; None in a compiled graph.
+        locks: Those of the layers whose weights are shown.
+        shown: Layers, roles of weights, and what was in their place.
+    """
+
+    thread: int
+    frame: FrameType | None
+    locks: list[threading.RLock]
+    shown: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
 
 class WeightView:
@@ -30,36 +52,69 @@ class WeightView:
 
     def __init__(self, weights: list[tuple[nn.Module, str]]) -> None:
         self._weights = weights
-        self._shown: list[tuple[bool, list[tuple[nn.Module, str, Any]]]] = []
+        self._calls: list[_Call] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shown": []}
+        return {"_weights": self._weights}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._weights, self._calls = state["_weights"], []
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Before the forward: put the quantized weights in the place of the parameters."""
-        shown: list[tuple[nn.Module, str, Any]] = []
-        self._shown.append((take_turn(), shown))
+        if torch.compiler.is_compiling():
+            call = _Call(0, None, [])
+        else:
+            thread = threading.get_ident()
+            self._end_interrupted(thread)
+            locks = take_turns(layer for layer, _ in self._weights)
+            call = _Call(thread, sys._getframe(1), locks)
+        self._calls.append(call)
         for layer, role in self._weights:
             quantizers = attached(layer) if is_quantized(layer) else None
             if quantizers is None or role not in quantizers.weights or role in quantizers.shown:
                 continue
             quantizers.ran = True
             value = quantizers.weight_for(layer, role)
-            shown.append((layer, role, layer.__dict__.get(role)))
+            call.shown.append((layer, role, layer.__dict__.get(role)))
             quantizers.shown[role] = value
             layer.__dict__[role] = value
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After the forward, or past an exception in it: put everything back."""
-        has_turn, shown = self._shown.pop()
-        for layer, role, previous in shown:
+        """After the forward, or past an exception in it: put everything back.
+
+        Past one of another hook that came before `enter`, there is nothing to put back.
+        """
+        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        for call in reversed(self._calls):
+            if call.thread == thread:
+                self._end(call)
+                return
+
+    def _end(self, call: _Call) -> None:
+        self._calls.remove(call)
+        for layer, role, previous in call.shown:
             attached(layer).shown.pop(role, None)
             if previous is None:
                 layer.__dict__.pop(role, None)
             else:
                 layer.__dict__[role] = previous
-        if has_turn:
-            end_turn()
+        for lock in call.locks:
+            lock.release()
+
+    def _end_interrupted(self, thread: int) -> None:
+        """End calls of this thread that run no more: torch calls no hook past a Ctrl-C."""
+        own = [call for call in self._calls if call.thread == thread]
+        if not own:
+            return
+        running = []
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            running.append(frame)
+            frame = frame.f_back
+        for call in reversed(own):
+            if call.frame not in running:
+                self._end(call)
 
 
 def show_weights(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +129,12 @@ class Quantizer(ABC):
     """Whether scales of weights rest between two searches; they are tracked if not."""
     range_momentum: float | None = None
     """Weight of a new batch in the running range; None keeps the extremes of all batches."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what pickle or a copy holds; `keeps_scale` was called `rests` before."""
+        if "rests" in state:
+            state = {"keeps_scale" if k == "rests" else k: v for k, v in state.items()}
+        self.__dict__.update(state)
 
     def check_format(self, fmt: Format) -> None:  # noqa: B027, few rules refuse any
         """Refuse a format that the rule has no form for.

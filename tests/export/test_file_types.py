@@ -49,6 +49,8 @@ def test_files_are_asked_for_by_name(given: Any, expected: tuple[str, ...]) -> N
         (("native", "safetensors"), "with 'safetensors'; .* Did you mean 'native'"),
         ((), r"got files=\(\); expected at least one file"),
         ("", r"with ''; expected of"),
+        ([True], r"got files=\[True\]; expected names"),
+        ([["onnx"]], "expected names, such as"),
     ],
 )
 def test_wrong_names_are_errors_with_a_way_out(files: Any, said: str) -> None:

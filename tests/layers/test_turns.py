@@ -104,3 +104,78 @@ def test_a_forward_that_fails_ends_its_turn() -> None:
         model.reading(torch.randn(2, 3))
     with ThreadPoolExecutor(1) as pool:  # which would wait forever
         assert pool.submit(model, batches[0]).result(timeout=60).shape == (4, 3)
+
+
+class Interrupted(nn.Module):
+    """Stands for a Ctrl-C, past which torch calls no hooks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+
+def test_after_ctrl_c_in_a_reading_module_all_is_as_before() -> None:
+    model, batches = quantized()
+    expected = model(batches[0])
+    forward = Reading.forward
+    try:
+        Reading.forward = Interrupted.forward  # type: ignore[method-assign, assignment]
+        with pytest.raises(KeyboardInterrupt):
+            model(batches[0])
+    finally:
+        Reading.forward = forward  # type: ignore[method-assign]
+    assert torch.equal(model(batches[0]), expected)
+    assert "weight" not in model.reading.inner.__dict__
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(model, batches[0]).result(timeout=60), expected)
+    model.reading.inner.weight.data.zero_()
+    refresh(model, search=True)
+    assert not torch.equal(model(batches[0]), expected)
+
+
+def test_a_hook_that_fails_ahead_takes_no_turn_away() -> None:
+    model, batches = quantized()
+    expected = model(batches[0])
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        raise ValueError("refused")
+
+    handle = model.reading.register_forward_pre_hook(refuse, prepend=True)
+    with pytest.raises(ValueError, match="refused"):
+        model(batches[0])
+    handle.remove()
+    assert torch.equal(model(batches[0]), expected)
+
+
+def test_a_module_that_runs_its_layers_in_threads_waits_for_none() -> None:
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = nn.ModuleList(Slow(8, 8) for _ in range(3))
+            self.read = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with ThreadPoolExecutor(3) as pool:
+                found = list(pool.map(lambda branch: branch(x), self.branches))
+            return F.linear(torch.stack(found).sum(0), self.read.weight)
+
+    model, x = Parallel().eval(), torch.randn(4, 8)
+    recipe = QuantRecipe([QuantRule("*", "int4", None)])
+    with torch.no_grad():
+        prepare(model, recipe=recipe, run=lambda: model(x))
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(lambda: model(x.clone()).isfinite().all()).result(timeout=60)
+    assert found
+
+
+def test_pickles_of_other_names_of_attributes_go_on() -> None:
+    model, batches = quantized()
+    state = dict(model.slow._statqat.weight.__dict__)  # type: ignore[union-attr]
+    state["narrowest"] = state.pop("min_bits")
+    quantizer: Any = object.__new__(type(model.slow._statqat.weight))  # type: ignore[union-attr]
+    quantizer.__setstate__(state)
+    assert quantizer.min_bits == 0
+    assert "narrowest" not in quantizer.__dict__
+    rule: Any = object.__new__(type(quantizer.quantizer))
+    rule.__setstate__({"rests": True, "refine": True})
+    assert rule.keeps_scale
+    assert model(batches[0]).shape == (4, 3)

@@ -144,9 +144,10 @@ def wanted(
     flags = ", ".join(f"{field}={flag}" for field, flag in given.items())
     if given and files is not None:
         raise ValueError(f"{where}: got files={files!r} and {flags}; expected files alone.")
-    names: set[str] = (
-        {files} if isinstance(files, str) else {*(DEFAULT if files is None else files)}
-    )
+    listed = [files] if isinstance(files, str) else [*(DEFAULT if files is None else files)]
+    if not all(isinstance(name, str) for name in listed):
+        raise ValueError(f"{where}: got files={files!r}; expected names, such as {DEFAULT!r}.")
+    names: set[str] = {*listed}
     if given:
         names = {t.name for t in FILE_TYPES if given.get(t.field, t.name in names)}
     if unknown := sorted(names.difference(get_args(FileName))):

@@ -145,7 +145,7 @@ class FrozenLayer(nn.Module):
         else:
             args, kwargs = with_each_input(self.input_names, self._rounding, args, kwargs)
             if self.kind.cls in RECURRENT:
-                with in_turn():
+                with in_turn(self):
                     result = self._recur(*args, **kwargs)
             else:
                 result = self._called(*args, **kwargs)
