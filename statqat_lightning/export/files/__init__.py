@@ -1,1 +1,1 @@
-"""File types: one writer and reader each, and the registry of them, `kinds`."""
+"""File types: one writer and reader each, and the table of them, `registry`."""
