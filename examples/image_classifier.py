@@ -2,8 +2,7 @@
 
     python examples/image_classifier.py
 
-needs `pip install "statqat-lightning[examples]"` (in a clone: `pip install -e ".[examples]"`).
-Remove the three callbacks of statqat_lightning, and it is the float training.
+needs `pip install -e ".[examples]"` in a clone. Remove the three callbacks of statqat_lightning, and it is the float training.
 """
 
 import lightning as L
