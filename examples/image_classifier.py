@@ -2,7 +2,8 @@
 
     python examples/image_classifier.py
 
-needs `pip install -e ".[examples]"` in a clone. Remove the three callbacks of statqat_lightning, and it is the float training.
+needs `pip install -e ".[examples]"` in a clone. Remove the three callbacks of statqat_lightning,
+and it is the float training.
 """
 
 import lightning as L

@@ -7,8 +7,8 @@
   codebooks as indices of a table of values (in 4 bits where it has 16), and block formats as rows
   of blocks times a scale each: ONNX Runtime turns these into weights once, when it loads.
 - Convolutions: as torch.onnx writes them, between their roundings; `_give_biases`,
-  `_leave_slow_layers_in_float` and `onnx_graph.keep_biases` change what a runtime would get wrong or
-  run slowly. What they need around them is in `targets`.
+  `_leave_slow_layers_in_float` and `onnx_graph.keep_biases` change what a runtime would get wrong
+  or run slowly. What they need around them is in `targets`.
 - Linear layers: see `onnx_graph.lay_out_linears`.
 
 QuantizeLinear divides by the scale and rounds half to even, as fake quantization does.
