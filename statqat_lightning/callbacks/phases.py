@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from statqat_lightning.callbacks.lightning_names import is_a
-from statqat_lightning.model.quantized_model import set_enabled, set_frozen, set_narrowest
+from statqat_lightning.model.quantized_model import set_enabled, set_frozen, set_min_bits
 from statqat_lightning.recipes.schedule import Progress, QuantSchedule, reached
 
 
@@ -172,7 +172,7 @@ class Phases:
         )
 
     def _apply(self, pl_module: LightningModule, enabled: bool) -> None:
-        set_narrowest(pl_module, self.now.bits)
+        set_min_bits(pl_module, self.now.bits)
         set_enabled(pl_module, enabled and self.now.weights, enabled and self.now.inputs)
         set_frozen(pl_module, self.now.frozen)
         if self.now.still:

@@ -162,7 +162,7 @@ def set_recompute(model: nn.Module, recompute: bool) -> None:
             activation.recompute = recompute
 
 
-def set_narrowest(model: nn.Module, bits: int) -> None:
+def set_min_bits(model: nn.Module, bits: int) -> None:
     """Let no format have fewer than `bits` bits, whatever the recipe says; 0 lifts that.
 
     Scales follow from the weights and from the statistics of the inputs at once.

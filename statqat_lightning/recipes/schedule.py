@@ -68,7 +68,7 @@ class QuantSchedule:
 
     Examples:
         >>> schedule = QuantSchedule(activations_at="1 epoch", widths=[(0.5, 8)])
-        >>> schedule.narrowest(Progress(step=9, epoch=1, share=0.2))
+        >>> schedule.min_bits(Progress(step=9, epoch=1, share=0.2))
         8
     """
 

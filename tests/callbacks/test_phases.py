@@ -14,7 +14,7 @@ from torch import nn
 
 from statqat_lightning import QuantSchedule
 from statqat_lightning.callbacks.qat import StatQATCallback, StatQATWarning
-from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state, set_narrowest
+from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state, set_min_bits
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     STEPS_PER_EPOCH,
@@ -90,7 +90,7 @@ def test_scales_follow_a_new_width_at_once() -> None:
     module.eval()
     outputs = []
     for bits in (0, 8, 0, 8):
-        set_narrowest(module, bits)
+        set_min_bits(module, bits)
         outputs.append(module(x))
     narrow, wide = outputs[:2]
     assert not torch.equal(wide, narrow)

@@ -15,6 +15,7 @@ from tests.export.models import calibrated, images, recipe_of, small_net
 FULL = """
 import resource, signal, sys
 from pathlib import Path
+import torch._dynamo  # which writes files when it is first imported
 from tests.export.models import calibrated, images, recipe_of, small_net
 from statqat_lightning.export import save_native, save_onnx, save_program
 

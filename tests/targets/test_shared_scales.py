@@ -23,7 +23,7 @@ from statqat_lightning.model.quantized_model import (
     quantized_layers,
     quantizer_state,
     refresh,
-    set_narrowest,
+    set_min_bits,
     set_observing,
 )
 from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
@@ -148,12 +148,12 @@ def test_more_bits_for_a_phase_have_one_scale_too() -> None:
     used = [q for q in activation_quantizers(model) if q.ready]
     before = float(used[0].scale)
 
-    set_narrowest(model, 8)
+    set_min_bits(model, 8)
     assert {q.fmt.name for q in used} == {"uint8"}
     assert len({float(q.scale) for q in used}) == 1
     assert float(used[0].scale) < before / 4
 
-    set_narrowest(model, 0)
+    set_min_bits(model, 0)
     assert {float(q.scale) for q in used} == {before}
 
 
