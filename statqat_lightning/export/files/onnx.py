@@ -20,7 +20,6 @@ import gc
 import importlib.util
 import json
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ from statqat_lightning.export.files.onnx_operators import (
     is_table,
     use_operators,
 )
-from statqat_lightning.export.files.tracing import where_it_stopped
+from statqat_lightning.export.files.tracing import quietly, where_it_stopped
 from statqat_lightning.export.freezing.folding import fold_batch_norm
 from statqat_lightning.export.freezing.frozen import frozen_copy, frozen_layers, use_float_weights
 from statqat_lightning.export.wording import in_short
@@ -253,9 +252,7 @@ def _translate(
     automatic = torch.export.Dim.AUTO
     shapes = tuple(dict.fromkeys(titles, automatic) if titles else None for titles in opened)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            # What tracing and translation warn of concerns their own insides.
-            warnings.simplefilter("ignore")
+        with quietly(), torch.no_grad():
             program = torch.export.export(model, tensors, dynamic_shapes=(shapes,), strict=False)
             translated = torch.onnx.export(
                 program,

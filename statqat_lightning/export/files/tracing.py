@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +39,7 @@ def trace(model: nn.Module, call: ForwardCall, dynamic: Dynamic | None = None) -
         ExportError: If the forward cannot be traced; the message names the line.
     """
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            # What tracing warns of concerns its own insides.
-            warnings.simplefilter("ignore")
+        with quietly(), torch.no_grad():
             # Few rows, because they are computed, but not one: that would be taken for a constant.
             # What is computed once and kept, such as the ends of a grid, cannot be traced: so the
             # model is run here.
@@ -61,6 +62,20 @@ def trace(model: nn.Module, call: ForwardCall, dynamic: Dynamic | None = None) -
             "This forward cannot be traced as it is. If only a part of the model is needed, name "
             "it (module=...); the native file does not need tracing."
         ) from error
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without what tracing and translation say of their own insides, such as "no torchvision"."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def where_it_stopped(error: BaseException) -> str:

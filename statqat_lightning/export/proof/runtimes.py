@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import platform
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from statqat_lightning.export.files.loading import frozen_tensors, load_quantize
 from statqat_lightning.export.files.on_disk import data_beside
 from statqat_lightning.export.files.onnx_files import graph_of
 from statqat_lightning.export.files.onnx_graph import PARTS
-from statqat_lightning.export.files.tracing import ExportError, trace
+from statqat_lightning.export.files.tracing import ExportError, quietly, trace
 from statqat_lightning.export.freezing.frozen import frozen_layers, weight_key
 from statqat_lightning.export.freezing.light_copy import light_copy
 from statqat_lightning.export.proof.divergence import LayerOutputs, Roundings, record_layers
@@ -483,8 +482,7 @@ def float_onnx_model(part: nn.Module, call: ForwardCall) -> bytes | None:
     traced = TensorsOnly(part, call).eval()
     try:
         program = trace(traced, ForwardCall(tuple(call.tensors()), {}))
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with quietly(), torch.no_grad():
             translated = torch.onnx.export(program, dynamo=True, verbose=False)
         assert translated is not None
         graph: bytes = translated.model_proto.SerializeToString()
