@@ -7,7 +7,6 @@ a file or asks the command line for help waits neither for Lightning nor for tor
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from statqat_lightning._moved import MOVED, serve_old_names
@@ -69,15 +68,10 @@ def __getattr__(name: str) -> Any:
     if name in _ROOMS or name in MOVED:
         return importlib.import_module(f"{__name__}.{name}")
     if name == "__version__":
-        return _version()
+        from statqat_lightning.export.files.native import library_version
+
+        return library_version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("statqat-lightning")
-    except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
-        return "unknown"
 
 
 def __dir__() -> list[str]:

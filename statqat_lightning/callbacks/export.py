@@ -153,15 +153,15 @@ class ExportCallback(Callback):
         data: Literal["validation", "test"] = "validation",
         dynamic: Any = None,
     ) -> None:
-        old = {
-            "native": native,
-            "onnx": onnx,
-            "program": program,
-            "executorch": executorch,
-            "torchao": torchao,
-            "compressed": compressed,
-        }
-        self.file_types = wanted("ExportCallback", files, old)
+        self.file_types = wanted(
+            *("ExportCallback", files),
+            native=native,
+            onnx=onnx,
+            program=program,
+            executorch=executorch,
+            torchao=torchao,
+            compressed=compressed,
+        )
         if data not in ("validation", "test"):
             raise ValueError(f"ExportCallback: got data={data!r}; expected 'validation' or 'test'.")
         self.path = _checked(path)

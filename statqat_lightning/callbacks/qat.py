@@ -132,10 +132,11 @@ class StatQATCallback(Callback):
             for ONNX Runtime and ExecuTorch, to where the runtime computes the same codes as the
             model (see `targets.settle`). Formats without integer kernels are left as they are.
 
-            The default, `"auto"`, takes the runtime of the first file that an `ExportCallback` of
-            the Trainer writes: ONNX Runtime for `.onnx`, ExecuTorch for `.pte`. It takes none for
-            other files, if fewer than half of the layers have integer kernels, if scales are
-            learned, or if no batch can be run ahead. A resumed run keeps the target that it had.
+            The default, `"auto"`, takes the runtime of a file that an `ExportCallback` of the
+            Trainer writes: ONNX Runtime if there is an `.onnx` file, or else ExecuTorch if there is
+            a `.pte` file. It takes none for other files, if fewer than half of the layers have
+            integer kernels, if scales are learned, or if no batch can be run ahead. A resumed run
+            keeps the target that it had.
         compensate: Before the first step, round each weight so that later errors make up for
             earlier ones, on the calibration batches, see `compensate`: training starts from a
             better model. This takes some more passes over these batches and, for each layer, a

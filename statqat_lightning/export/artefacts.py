@@ -170,15 +170,16 @@ def export_model(
         OSError: If a file cannot be written, and `strict`; if the report cannot.
         CannotCopy: If the model cannot be copied.
     """
-    old = {
-        "native": native,
-        "onnx": onnx,
-        "program": program,
-        "executorch": executorch,
-        "torchao": torchao,
-        "compressed": compressed,
-    }
-    chosen = wanted("export_model", files, old, stacklevel=4)
+    chosen = wanted(
+        *("export_model", files),
+        stacklevel=4,
+        native=native,
+        onnx=onnx,
+        program=program,
+        executorch=executorch,
+        torchao=torchao,
+        compressed=compressed,
+    )
     check_target(target)
     for file_type in chosen:
         file_type.require()

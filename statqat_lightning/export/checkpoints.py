@@ -55,7 +55,7 @@ def export_checkpoint(
     example = getattr(model, "example_input_array", None) if example is None else example
     recipe = QuantRecipe.from_dict(state[KEY]["recipe"])
     if old := {t.field: options.pop(t.field) for t in FILE_TYPES if t.field in options}:
-        chosen = wanted("export_checkpoint", options.get("files"), old)
+        chosen = wanted("export_checkpoint", options.get("files"), **old)
         options["files"] = [each.name for each in chosen]
     options = {"target": state[KEY].get("placed_for", {}).get("target")} | options
     where = checkpoint.with_suffix("") if path is None else path

@@ -306,9 +306,7 @@ def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., 
             attributes = self.__dict__
             previous = {name: attributes.get(name, missing) for name in quantizers.weights}
             values = {name: quantizers.weight_for(self, name) for name in quantizers.weights}
-            if quantizers.weighing or quantizers.watchers:
-                _weigh_each(quantizers, names, args, kwargs)
-            args, kwargs = with_each_input(names, inputs.of, args, kwargs)
+            args, kwargs = _given(quantizers, inputs, names, args, kwargs)
             try:
                 if values:  # Dynamo of torch 2.8 cannot trace this
                     attributes.update(values)
@@ -323,6 +321,15 @@ def _shadowing_forward(base: type[nn.Module], kind: LayerKind) -> Callable[..., 
         return with_output(quantizers.output, result)
 
     return forward
+
+
+def _given(
+    quantizers: LayerQuantizers, inputs: Inputs, names: InputNames, args: Any, kwargs: Any
+) -> tuple[Any, Any]:
+    """Arguments with each input quantized, which the moments have seen as it was."""
+    if quantizers.weighing or quantizers.watchers:
+        _weigh_each(quantizers, names, args, kwargs)
+    return with_each_input(names, inputs.of, args, kwargs)
 
 
 def _called(
@@ -369,9 +376,7 @@ def _recurrent_forward(base: type[nn.Module]) -> Callable[..., Any]:
         with in_turn(self):
             attributes = self.__dict__
             previous = attributes["_flat_weights"]
-            if quantizers.weighing or quantizers.watchers:
-                _weigh_each(quantizers, names, args, kwargs)
-            args, kwargs = with_each_input(names, inputs.of, args, kwargs)
+            args, kwargs = _given(quantizers, inputs, names, args, kwargs)
             try:
                 attributes["_flat_weights"] = [
                     quantizers.weight_for(self, name) if name in quantizers.weights else own

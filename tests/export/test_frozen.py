@@ -17,6 +17,7 @@ from statqat_lightning.export.freezing.frozen import (
     LeftInFloatWarning,
     freeze,
     frozen_layers,
+    use_float_weights,
 )
 from statqat_lightning.layers.quantized_layer import is_quantized
 from statqat_lightning.model.insertion import prepare
@@ -204,3 +205,24 @@ def test_a_frozen_model_runs_without_lightning(tmp_path: Path, repository: Path)
         "assert not any(name.startswith(('lightning', 'onnx')) for name in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
+class Masked(nn.Linear):
+    """Has a buffer whose name begins as those of its codes do."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 3)
+        self.register_buffer("weight_mask", torch.ones(3, 8))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.nn.functional.linear(input, self.weight * self.weight_mask, self.bias)
+
+
+def test_float_weights_take_nothing_but_codes_away() -> None:
+    x = torch.randn(4, 8)
+    model = calibrated(nn.Sequential(Masked()), recipe_of("int4"), x)
+    frozen = freeze(model)
+    expected = frozen(x)
+    use_float_weights(frozen[0])
+    assert {*dict(frozen[0].named_buffers())} == {"weight_mask"}
+    assert torch.equal(frozen(x), expected)

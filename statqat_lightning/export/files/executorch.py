@@ -6,13 +6,10 @@ what is never negative has the zero point -128. The file takes batches of one si
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 
 from statqat_lightning.export.calls.forward_call import ForwardCall, TensorsOnly
 from statqat_lightning.export.files.on_disk import replacing
-from statqat_lightning.export.files.tracing import ExportError, where_it_stopped
+from statqat_lightning.export.files.tracing import ExportError, quietly, where_it_stopped
 from statqat_lightning.export.freezing.folding import fold_batch_norm
 from statqat_lightning.export.freezing.frozen import (
     FrozenLayer,
@@ -105,7 +102,7 @@ def save_executorch(
             in_float += rest
             for name in rest:
                 use_float_weights(frozen.get_submodule(name))
-        with quiet():
+        with quietly():
             data = lowered.to_executorch().buffer
     except Exception as error:
         raise ExportError(
@@ -157,7 +154,7 @@ _CLASSES: dict[type[Any], type[Any]] = {}
 @torch.no_grad()
 def _decompose(frozen: nn.Module) -> None:
     """Make layers compute by the operators that the partitioner knows, in place."""
-    with quiet():
+    with quietly():
         importlib.import_module("executorch.exir")  # brings these operators along
 
     for _, layer in frozen_layers(frozen):
@@ -197,7 +194,7 @@ def _has_kernels(tensor: FrozenTensor) -> bool:
 
 def _lowered(frozen: nn.Module, call: ForwardCall, about: dict[str, Any]) -> tuple[Any, list[str]]:
     """A model with XNNPACK's delegates, and the quantized layers that are in none of them."""
-    with quiet():
+    with quietly():
         inputs = tuple(call.tensors())
         traced = TensorsOnly(frozen, call).eval()
         with torch.no_grad():
@@ -286,16 +283,3 @@ def _leads_to_integers(node: Any) -> bool:
         or (_kind(user) in (*_KEEPS_GRID, *_PARTING, "getitem") and _leads_to_integers(user))
         for user in node.users
     )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what ExecuTorch says of its own insides."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,15 +127,15 @@ _NEAR = {
 
 
 def wanted(
-    where: str, files: Collection[str] | None, old: Mapping[str, bool | None], stacklevel: int = 3
+    where: str, files: Collection[str] | None, stacklevel: int = 3, **old: bool | None
 ) -> tuple[FileType, ...]:
     """The types that are asked for, in the order in which they are written.
 
     Args:
         where: Who asks, for messages.
         files: Their names; None for `DEFAULT`.
-        old: By fields, what says so in the old way: True, False, or None for nothing. Warns.
-        stacklevel: Of the warning.
+        stacklevel: Of the warning that there is where flags are given.
+        **old: The flags of before, by fields: True, False, or None for one that is not given.
 
     Raises:
         ValueError: If a name is unknown, none is left, or both ways are used.

@@ -66,16 +66,15 @@ def trace(model: nn.Module, call: ForwardCall, dynamic: Dynamic | None = None) -
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without what tracing and translation say of their own insides, such as "no torchvision"."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without what tracing, translation and lowering say of their own insides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)
 
 
 def where_it_stopped(error: BaseException) -> str:

@@ -369,8 +369,8 @@ def use_float_weights(layer: Any) -> None:
     """Let a frozen layer hold its dequantized weights in place of codes, in place."""
     weights = {role: layer.read_weight(role).detach().clone() for role in layer.frozen_weights}
     for role, weight in weights.items():
-        for name in [name for name in layer._buffers if name.startswith(f"{role}_")]:
-            del layer._buffers[name]
+        for name in (codes_name(role), scale_name(role), f"{role}_zero_points"):
+            layer._buffers.pop(name, None)
         layer.register_parameter(role, nn.Parameter(weight, requires_grad=False))
     layer.frozen_weights = {}
 

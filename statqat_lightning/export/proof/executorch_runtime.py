@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export.calls.forward_call import ForwardCall, TensorsOnly, outputs_of
-from statqat_lightning.export.files.executorch import ABOUT, quiet, with_delegates
+from statqat_lightning.export.files.executorch import ABOUT, with_delegates
+from statqat_lightning.export.files.tracing import quietly
 from statqat_lightning.export.freezing.light_copy import light_copy
 from statqat_lightning.export.proof.runtimes import Run, Runtime
 
@@ -20,7 +21,7 @@ class _Program:
     """A program in ExecuTorch's Python runtime; what its methods read lives as long as this."""
 
     def __init__(self, data: bytes) -> None:
-        with quiet():
+        with quietly():
             from executorch.runtime import Runtime as Executor
 
             self._data = data
@@ -62,7 +63,7 @@ def float_run(plain: nn.Module, call: ForwardCall) -> Run | None:
     call = call.to_float32()
     traced = TensorsOnly(light_copy(plain).cpu().float().eval(), call).eval()
     try:
-        with quiet(), torch.no_grad():
+        with quietly(), torch.no_grad():
             program = torch.export.export(traced, tuple(call.tensors()), strict=False)
             return _Program(with_delegates(program).to_executorch().buffer).run
     except Exception:
