@@ -226,7 +226,6 @@ class StatQATCallback(Callback):
         self.verbose = verbose
         self.report: InsertionReport | None = None
         self._hooks = WrappedHooks()
-        self._fast_path: bool | None = None
         self._fit_scales: Callable[[nn.Module], None] | None = refit_weights  # before anything runs
         self._follows_a_run = False
         self._compensation_due = False
@@ -254,10 +253,6 @@ class StatQATCallback(Callback):
         self._fitting = stage == "fit"
         self._target_of_files = _target_of_files(trainer) if self._fitting else None
         self.averaging = Averaging(trainer.callbacks if self._fitting else ())  # type: ignore[attr-defined]
-        # In evaluation, TransformerEncoderLayer's fast path would bypass the layers' forward.
-        if self._fast_path is None:
-            self._fast_path = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
         last = "configure_model" if overrides(pl_module, "configure_model") else "setup"
         self._hooks.wrap(pl_module, last, after=self._insert)
         self._hooks.wrap(pl_module, "on_save_checkpoint", after=self._write_entry)
@@ -393,9 +388,6 @@ class StatQATCallback(Callback):
             WrappedHook(pl_module, "on_save_checkpoint", after=self._entry)
             if learned_by_key(pl_module):
                 WrappedHook(pl_module, "on_load_checkpoint", before=give_back_scales)
-        if self._fast_path is not None:
-            torch.backends.mha.set_fastpath_enabled(self._fast_path)
-            self._fast_path = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module)

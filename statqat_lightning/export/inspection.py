@@ -22,7 +22,7 @@ from statqat_lightning.export.files.on_disk import size_of
 from statqat_lightning.export.freezing.frozen import weight_key
 from statqat_lightning.export.proof.runtimes import constant_weights, require_onnx
 from statqat_lightning.fake_quant.fake_quantizer import OUTPUT
-from statqat_lightning.fake_quant.observers import NOISE, SIGNAL
+from statqat_lightning.fake_quant.input_sums import InputSums
 from statqat_lightning.formats import BlockFormat, get_format
 from statqat_lightning.layers.function_results import is_result
 from statqat_lightning.layers.layer_kinds import INPUT_ROLES
@@ -167,8 +167,8 @@ def _inspect_checkpoint(path: Path, trust: bool) -> Inspection:
             granularity = _granularity_of(state, weight)
             if weight is not None and state["ready"]:
                 decibels = float(snr_db(weight.float(), _quantized(weight, state).float()))
-        elif (sums := state.get("running_sums")) is not None and sums[NOISE] > 0:
-            decibels = 10 * math.log10(float(sums[SIGNAL] / sums[NOISE]))
+        elif (sums := state.get("running_sums")) is not None and InputSums(sums).noise > 0:
+            decibels = 10 * math.log10(float(InputSums(sums).signal / InputSums(sums).noise))
         finite = decibels is not None and math.isfinite(decibels)
         layers.setdefault(layer, {})[role] = TensorEntry(
             fmt.name, fmt.bits, str(granularity), decibels if finite else None

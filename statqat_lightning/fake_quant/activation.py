@@ -13,15 +13,8 @@ from statqat_lightning.fake_quant.fake_quantizer import (
     is_floating,
     recomputing,
 )
-from statqat_lightning.fake_quant.observers import (
-    NEGATIVE,
-    NOISE,
-    QUANTIZED,
-    SIGNAL,
-    InputObserver,
-    ObserverConfig,
-    statistics_of,
-)
+from statqat_lightning.fake_quant.input_sums import InputSums
+from statqat_lightning.fake_quant.observers import InputObserver, ObserverConfig, statistics_of
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
 from statqat_lightning.formats import (
     BlockFormat,
@@ -167,15 +160,14 @@ class ActivationFakeQuantizer(FakeQuantizer):
 
         Reads from the device.
         """
-        return float(self.observer.running_sums[NEGATIVE])
+        return float(InputSums(self.observer.running_sums).negative)
 
     def mean_energies(self) -> tuple[Tensor, Tensor]:
         """Running mean squares of the input and of its error; NaN before anything was quantized."""
-        sums = self.observer.running_sums
-        known = sums[QUANTIZED] > 0
-        return torch.where(known, sums[SIGNAL], torch.nan), torch.where(
-            known, sums[NOISE], torch.nan
-        )
+        sums = InputSums(self.observer.running_sums)
+        known = sums.quantized > 0
+        signal, noise = (torch.where(known, x, torch.nan) for x in (sums.signal, sums.noise))
+        return signal, noise
 
     def state_dict(self) -> dict[str, Any]:
         running = {

@@ -21,23 +21,16 @@ from statqat_lightning.error_analysis.spectrum import (
     raw_spectra,
     resolved_bins,
 )
+from statqat_lightning.fake_quant.input_sums import InputSums
+from statqat_lightning.fake_quant.samples import Sample, reach, sample_values, starts_of_runs
 from statqat_lightning.formats import Format
-from statqat_lightning.numerics.qparams import is_plain_cpu
 from statqat_lightning.quantizers import Statistics
 
 Reduce = Callable[[Tensor, str], Tensor]
 """Reduces a tensor over all ranks: called with the tensor and "sum" or "max"."""
 
-# Sums kept beside the spectrum, in this order.
-COUNT, NEGATIVE, NONFINITE, SIGNAL, NOISE, QUANTIZED, HIGH, LOW, SIZE, PEAKED = range(10)
-NUM_SUMS = 10
-# What only some samples hold, and where the number of their values is.
-_PARTS = ((slice(SIGNAL, QUANTIZED), QUANTIZED), (slice(HIGH, PEAKED), PEAKED))
-
 _MAX_PENDING = 8  # samples of one input: many micro-batches must not pile up
 _ROWS_IN_CACHE = 16  # raw histograms of so many inputs at once, on a CPU
-_RUN = 16  # neighbouring values in a sample: a cache line of float32
-_NEXT_PART, _NEXT_BATCH = 0.618, 0.414  # by how much of a part the place of a run moves on
 
 
 @dataclass
@@ -62,27 +55,6 @@ class ObserverConfig:
             raise ValueError(f"max_observed: got {self.max_observed!r}; expected at least 256.")
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Values of one input, taken in a forward pass.
-
-    Attributes:
-        values: float32 `(n,)`.
-        fmt: The format of the input's quantizer.
-        scale: The scale it was quantized with, float32 `()`; None if it was passed on as it is.
-        statistics: Whether the values add to the statistics that scales come from, or only to the
-            sums of the SNR.
-        peaks: How far the whole input reaches above and below zero, and its number of values,
-            float32 `(3,)`; None if nobody looked.
-    """
-
-    values: Tensor
-    fmt: Format
-    scale: Tensor | None
-    statistics: bool
-    peaks: Tensor | None
-
-
 class InputObserver:
     """Statistics of one tensor: samples and accumulators of this step, and their running mean.
 
@@ -95,8 +67,8 @@ class InputObserver:
         pending: Samples that are not in the accumulators yet.
         added_up: Whether some are, and `spectrum` may differ from zero.
         spectrum, sums, extremes: Accumulators: energies and what lies beyond them
-            `(NUM_BINS + 1,)`, sums `(NUM_SUMS,)` and `(-min, max)` `(2,)`.
-        running_spectrum, running_sums: Running means per value: `(NUM_BINS,)`, `(NUM_SUMS,)`.
+            `(NUM_BINS + 1,)`, a row of `InputSums` and `(-min, max)` `(2,)`.
+        running_spectrum, running_sums: Running means per value: `(NUM_BINS,)`, a row of sums.
         running_extremes: `(-min, max)` over the batches, `(2,)`; see `range_momentum`.
         num_batches: Batches folded in so far, `()`; zero says that nothing is known yet.
     """
@@ -117,10 +89,10 @@ class InputObserver:
         self.needs_range = needs_range
         shapes = {
             "spectrum": NUM_BINS + 1 if needs_spectrum else 0,
-            "sums": NUM_SUMS,
+            "sums": InputSums.WIDTH,
             "extremes": 2 if needs_range else 0,
             "running_spectrum": NUM_BINS if needs_spectrum else 0,
-            "running_sums": NUM_SUMS,
+            "running_sums": InputSums.WIDTH,
             "running_extremes": 2 if needs_range else 0,
         }
         for name, size in shapes.items():
@@ -165,13 +137,13 @@ class InputObserver:
                 of the SNR.
             peaks: Whether to look at all values for the largest, if a sample may not show it.
         """
-        starts = self._starts(x)
-        reach = _reach(x) if peaks and statistics and starts is not None else None
-        self.pending.append(Sample(_sample(x, starts), fmt, scale, statistics, reach))
+        starts = starts_of_runs(x, self.config.max_observed, self.num_batches)
+        reached = reach(x) if peaks and statistics and starts is not None else None
+        self.pending.append(Sample(sample_values(x, starts), fmt, scale, statistics, reached))
         if not x.requires_grad:
             # Data, and not the output of a layer: only here can a lone NaN escape the sample. From
             # the first layer on it spreads.
-            self.sums[NONFINITE].add_(x.sum(dtype=torch.float32) * 0)
+            InputSums(self.sums).nonfinite.add_(x.sum(dtype=torch.float32) * 0)
         if statistics and self.needs_range and x.numel():
             low, high = torch.aminmax(x.detach())
             extremes = torch.stack([-low, high]).to(torch.float32)
@@ -181,94 +153,9 @@ class InputObserver:
         if torch.compiler.is_compiling() or len(self.pending) == _MAX_PENDING:
             add_up([self])  # a compiled graph keeps tensors, but no list of them
 
-    def _starts(self, x: Tensor) -> Tensor | None:
-        """Where the runs of a sample of `x` begin; None if all of it is taken."""
-        kind = x.numel(), self.config.max_observed, x.device
-        if is_plain_cpu(x):
-            return _starts_on_cpu(*kind, int(self.num_batches))
-        runs = _cached(_runs)(*kind)
-        return None if runs is None else runs.starts(self.num_batches)
-
     def tensors(self) -> tuple[str, ...]:
         """Names of all tensor attributes."""
         return self.ACCUMULATORS + self.RUNNING
-
-
-def _cached(function: Any) -> Callable[..., Any]:
-    """A cached function, or the plain one under `torch.compile`, which has no use for the cache."""
-    plain: Callable[..., Any] = function.__wrapped__
-    return plain if torch.compiler.is_compiling() else function
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """Where the runs of a sample lie: one in each of equal parts of memory.
-
-    Attributes:
-        parts: Begin of each part, int64 `(runs,)`.
-        places: Place of each run in its part for the first batch, int64 `(runs,)`.
-        span: Number of places in a part.
-    """
-
-    parts: Tensor
-    places: Tensor
-    span: int
-
-    def starts(self, num_batches: Tensor) -> Tensor:
-        """Begins of the runs after so many batches, int64 `(runs,)`.
-
-        Places move on with every batch: what is rare and always at the same place, as a token that
-        draws all attention is, has its share in the running means.
-        """
-        step = int(_NEXT_BATCH * self.span)
-        moved = torch.add(self.places, num_batches.long(), alpha=step)
-        return moved.remainder_(self.span).add_(self.parts)
-
-
-@lru_cache(maxsize=1024)
-def _runs(numel: int, max_observed: int, device: torch.device) -> _Runs | None:
-    """The runs for inputs of a size; None if all values are taken.
-
-    Places move on from part to part by the golden ratio: evenly spread whatever the dimensions are.
-    """
-    num_runs = max_observed // _RUN
-    part = numel // num_runs
-    if part <= _RUN:
-        return None
-    span = part - _RUN + 1
-    number = torch.arange(num_runs, device=device)
-    return _Runs(number * part, number * int(_NEXT_PART * span) % span, span)
-
-
-@lru_cache(maxsize=32)  # of the running batch: the next one has other places
-def _starts_on_cpu(
-    numel: int, max_observed: int, device: torch.device, num_batches: int
-) -> Tensor | None:
-    """Begins of runs: inputs of one size share them, and on a CPU the number is there to read."""
-    runs = _runs(numel, max_observed, device)
-    return None if runs is None else runs.starts(torch.tensor(num_batches, device=device))
-
-
-def _sample(x: Tensor, starts: Tensor | None) -> Tensor:
-    """The runs of `x` in memory order that begin at `starts`, or all of it; float32, contiguous.
-
-    Runs and not single values, each of which would touch a cache line of its own.
-    """
-    x = x.detach()
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        x = x.permute(0, 2, 3, 1)
-    flat = x.reshape(-1)
-    if starts is None:
-        return flat.to(torch.float32, copy=True)
-    return flat.unfold(0, _RUN, 1).index_select(0, starts).view(-1).to(torch.float32)
-
-
-def _reach(x: Tensor) -> Tensor:
-    """How far a tensor reaches above and below zero, and its number of values, float32 `(3,)`."""
-    low, high = torch.aminmax(x.detach())
-    size = torch.full_like(high, x.numel(), dtype=torch.float32)
-    reach = torch.stack([high, -low]).to(torch.float32).clamp_min_(0.0)
-    return torch.cat([reach, size.unsqueeze(0)])
 
 
 @torch.no_grad()
@@ -287,11 +174,11 @@ def _totals(observers: Sequence[InputObserver]) -> tuple[Tensor, Tensor]:
     """What pending samples add up to; they are pending no more.
 
     Returns:
-        Sums `(len(observers), NUM_SUMS)`; of the observers that need a spectrum, energies and what
-        lies beyond them, `(observers, NUM_BINS + 1)`.
+        A table of `InputSums`, a row for each observer; of those that need a spectrum, energies
+        and what lies beyond them, `(observers, NUM_BINS + 1)`.
     """
     device = observers[0].sums.device
-    sums = torch.zeros(len(observers), NUM_SUMS, dtype=torch.float32, device=device)
+    sums = torch.zeros(len(observers), InputSums.WIDTH, dtype=torch.float32, device=device)
     spectral = [i for i, o in enumerate(observers) if o.needs_spectrum]
     row_of = {number: row for row, number in enumerate(spectral)}
     spectra = sums.new_zeros(len(spectral), NUM_BINS + 1)
@@ -322,22 +209,23 @@ def _totals(observers: Sequence[InputObserver]) -> tuple[Tensor, Tensor]:
 
 
 def _sums(samples: Sequence[Sample], fmt: Format, values: Tensor, squares: Tensor) -> Tensor:
-    """The sums of samples of one kind, `(len(samples), NUM_SUMS)`."""
-    sums = values.new_zeros(len(values), NUM_SUMS)
-    sums[:, COUNT] = values.shape[1]
+    """The sums of samples of one kind, `(len(samples), InputSums.WIDTH)`."""
+    sums = InputSums(values.new_zeros(len(values), InputSums.WIDTH))
+    sums.count.fill_(values.shape[1])
     scales = [sample.scale for sample in samples if sample.scale is not None]
     if scales:
         scale = torch.stack(scales).unsqueeze(1)
-        sums[:, QUANTIZED] = values.shape[1]
-        sums[:, SIGNAL] = squares.sum(1)
-        sums[:, NOISE] = fmt.round_(values / scale).mul_(scale).sub_(values).square_().sum(1)
+        errors = fmt.round_(values / scale).mul_(scale).sub_(values)
+        sums.quantized.fill_(values.shape[1])
+        sums.signal.copy_(squares.sum(1))
+        sums.noise.copy_(errors.square_().sum(1))
     if peaks := [sample.peaks for sample in samples if sample.peaks is not None]:
-        sums[:, PEAKED] = values.shape[1]
-        sums[:, HIGH:PEAKED] = torch.stack(peaks) * values.shape[1]
+        sums.peaked.fill_(values.shape[1])
+        sums.peaks.copy_(torch.stack(peaks) * values.shape[1])
     if not fmt.is_signed:
         # -1 for each negative value; comparisons that give bool are several times slower on CPU.
-        sums[:, NEGATIVE] = values.clamp(max=0.0).sign_().sum(1).neg_()
-    return sums
+        sums.negative.copy_(values.clamp(max=0.0).sign_().sum(1).neg_())
+    return sums.table
 
 
 def _add_rows(target: Tensor, rows: Sequence[int], values: Tensor) -> None:
@@ -392,7 +280,9 @@ def fold(
         overflow[spectral_rows] |= beyond != 0  # NaN differs from 0, too
     if ranged:
         extremes = torch.stack([observers[i].extremes for i in ranged])
-        overflow[ranged_rows] |= ~extremes.isfinite().all(1) & (sums[ranged_rows, COUNT] > 0)
+        overflow[ranged_rows] |= ~extremes.isfinite().all(1) & (
+            InputSums(sums).count[ranged_rows] > 0
+        )
     if reduce is not None:
         parts = [sums.flatten(), overflow.to(sums.dtype), energy.flatten()]
         total = reduce(torch.cat(parts), "sum")
@@ -403,7 +293,7 @@ def fold(
         overflow = flat_overflow > 0
         if ranged:
             extremes = reduce(extremes, "max")
-    count = sums[:, COUNT]
+    count = InputSums(sums).count
     # A batch of which nothing finite is known must not count as a batch of zeros.
     seen = count > 0
     if spectral:
@@ -465,22 +355,23 @@ def _fold_sums(observers: Sequence[InputObserver], sums: Tensor, weight: Tensor)
     running = torch.stack([o.running_sums for o in observers])
     # One NaN in an input is no news about its quantizer: such sums are left out.
     known = sums.isfinite()
-    for part, _ in _PARTS:
-        known[:, part] = known[:, part].all(1, keepdim=True)
+    for part, _ in InputSums(known).parts:
+        part.copy_(part.all(1, keepdim=True))
     sums = torch.where(known, sums, 0.0)
-    means = sums / sums[:, COUNT : COUNT + 1].clamp_min(1)
+    means = sums / InputSums(sums).count.unsqueeze(1).clamp_min(1)
     weights = torch.where(known, weight.unsqueeze(1), 0.0)
-    started = running.clone()
-    for part, number in _PARTS:
-        held, before = sums[:, number : number + 1], running[:, number : number + 1]
-        new = (held > 0) & known[:, part][:, :1]
+    tables = (InputSums(table).parts for table in (known, sums, running, means, weights))
+    started = []
+    for columns in zip(*tables, strict=True):
+        (is_known, _), (total, held), (_, before), (mean, _), (share, _) = columns
+        new = (held > 0) & is_known[:, :1]
         first = new & (before == 0)
-        means[:, part] = sums[:, part] / held.clamp_min(1)
-        weights[:, part] = torch.where(first, 1.0, torch.where(new, weights[:, part], 0.0))
-        started[:, number : number + 1] = torch.where(first | (before > 0), 1.0, 0.0)
+        mean.copy_(total / held.clamp_min(1))
+        share.copy_(torch.where(first, 1.0, torch.where(new, share, 0.0)))
+        started.append(first | (before > 0))
     running.lerp_(means, weights)
-    for _, number in _PARTS:
-        running[:, number] = started[:, number]
+    for (_, number), known_now in zip(InputSums(running).parts, started, strict=True):
+        number.copy_(known_now)
     torch._foreach_copy_([o.running_sums for o in observers], list(running.unbind()))
 
 
@@ -494,7 +385,7 @@ def statistics_of(observers: Sequence[InputObserver]) -> Statistics:
     if first.needs_range:
         extremes = torch.stack([o.running_extremes for o in observers])
         low, high = -extremes[:, 0], extremes[:, 1]
-    return Statistics(spectrum, low, high, sums[:, HIGH:PEAKED])
+    return Statistics(spectrum, low, high, InputSums(sums).peaks)
 
 
 def merged(statistics: Statistics) -> Statistics:

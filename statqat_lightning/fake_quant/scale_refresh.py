@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
-from statqat_lightning.fake_quant.observers import HIGH, PEAKED, Reduce, fold, merged, statistics_of
+from statqat_lightning.fake_quant.input_sums import InputSums
+from statqat_lightning.fake_quant.observers import Reduce, fold, merged, statistics_of
 from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.formats import BlockFormat, Format
 from statqat_lightning.quantizers import ErrorWeights
@@ -132,9 +133,9 @@ def refresh_activations(
         return torch.zeros(0, dtype=torch.bool)
     statistics = not quantizers[0].frozen
     # A compiled graph adds up the peaks of every batch; only those before a search count.
-    early = [q.observer for q in quantizers if q.observer.added_up and not q.is_due]
+    early = [q.observer.sums for q in quantizers if q.observer.added_up and not q.is_due]
     if early:
-        torch._foreach_zero_([observer.sums[HIGH : PEAKED + 1] for observer in early])
+        torch._foreach_zero_([part for sums in early for part in InputSums(sums).parts[1]])
     overflow = fold([q.observer for q in quantizers], statistics, reduce)
     if not statistics:
         return overflow

@@ -81,6 +81,12 @@ def weight_reads(
                 "remark": f"never called: its weight is read by {read_by}, so inputs are in float"
             }
     ran = {name for name in rules if flow.calls[name]} | {*outside} | {name for name, _ in readers}
+    # The float forward of attention reads the weight of its last projection; ours calls it.
+    ran |= {
+        f"{name}.out_proj".lstrip(".")
+        for name, module in modules_by_name(model).items()
+        if isinstance(module, nn.MultiheadAttention) and flow.calls[name]
+    }
     is_changed = any(changed[name] != rules[name] for name in rules)
     return WeightReads(
         QuantRecipe([_named(name, rule) for name, rule in changed.items()])

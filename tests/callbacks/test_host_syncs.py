@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import statqat_lightning
 from statqat_lightning import TensorSpec
 from statqat_lightning.callbacks import qat
-from statqat_lightning.fake_quant import observers
+from statqat_lightning.fake_quant import samples
 from statqat_lightning.model.insertion import prepare
 from statqat_lightning.model.quantized_model import refresh, set_observing
 from statqat_lightning.numerics import straight_through
@@ -198,7 +198,7 @@ RECIPES: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_settled_step_does_not_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The CPU has its own way through fake quantization, which may read what is there already.
-    for module in (observers, straight_through):
+    for module in (samples, straight_through):
         monkeypatch.setattr(module, "is_plain_cpu", lambda x: False)
     # Signs are decided in the first eight batches; weights are searched at every sixteenth.
     first = FirstInStep(settled_at=9)
@@ -247,7 +247,7 @@ class NaNInTheMiddle(DigitsModule):
 def test_inputs_are_checked_for_nan_only_every_so_many_batches(
     between: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (observers, straight_through):
+    for module in (samples, straight_through):
         monkeypatch.setattr(module, "is_plain_cpu", lambda x: False)
     monkeypatch.setattr(qat, "_BATCHES_BETWEEN_CHECKS", between)
     first = FirstInStep(settled_at=9)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from statqat_lightning import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.callbacks.qat import StatQATCallback, StatQATWarning
 from statqat_lightning.error_analysis.spectrum import BINS_PER_OCTAVE
-from statqat_lightning.fake_quant.observers import QUANTIZED, SIGNAL
+from statqat_lightning.fake_quant.input_sums import InputSums
 from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
@@ -112,8 +112,8 @@ def test_statistics_are_those_of_what_the_layer_was_given(
         energy = given.double().square().mean().item()
         sums = state["running_sums"]
         # float32 adds up 2048 to 12800 squares in blocks.
-        assert sums[SIGNAL].item() == pytest.approx(energy, rel=1e-5)
-        assert sums[QUANTIZED] > 0
+        assert InputSums(sums).signal.item() == pytest.approx(energy, rel=1e-5)
+        assert InputSums(sums).quantized > 0
     saved = tensors_of(quantizer_state(module))
     assert {tensor.dtype for tensor in saved} == {torch.float32}
     held = tensors_of([q for _, _, q in quantized_layers(module)])
@@ -171,7 +171,7 @@ def test_squares_and_sums_are_not_taken_in_half_precision(precision: str) -> Non
     assert second.square().max() > torch.finfo(torch.float16).max
     assert second.sum() > torch.finfo(torch.float16).max
     sums = run.states[-1]["net.0/input"]["running_sums"]
-    assert sums[SIGNAL].item() == pytest.approx(second.square().mean().item(), rel=1e-5)
+    assert InputSums(sums).signal.item() == pytest.approx(second.square().mean().item(), rel=1e-5)
 
 
 # What a value of 1 becomes in the third batch: beyond the dtype, or in float64 beyond float32.

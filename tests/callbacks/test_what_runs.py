@@ -525,3 +525,34 @@ def test_the_report_of_a_residual_network_is_short_and_narrow(messages: Messages
     assert sum(row.parameters for row in callback.report.rows) == sum(
         p.numel() for p in resnet18(num_classes=10).parameters()
     )
+
+
+class TwoEncoders(DigitsModule):
+    """A transformer encoder whose layers are quantized, and one that stays in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        layers = [nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(2)]
+        encoders = (nn.TransformerEncoder(layer, 1, enable_nested_tensor=False) for layer in layers)
+        self.net = nn.Sequential(
+            nn.Flatten(), nn.Unflatten(1, (8, 8)), *encoders, nn.Flatten(), nn.Linear(64, 10)
+        )
+        self.kernels: list[bool] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as run:
+            super().validation_step(batch, batch_idx)
+        calls = {event.key: event.count for event in run.key_averages()}
+        self.kernels.append(calls.get("aten::_transformer_encoder_layer_fwd", 0) == 1)
+
+
+def test_an_encoder_in_float_keeps_the_kernel_that_reads_its_weights(messages: Messages) -> None:
+    module, fast = TwoEncoders(), torch.backends.mha.get_fastpath_enabled()
+    callback = statqat("int8", "int8", exclude=["net.3.*"], verbose=True)
+    train(callback, module=module)
+    assert module.kernels
+    assert all(module.kernels)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert messages.about("layers quantized")
+    assert not messages.about("Not run")

@@ -12,7 +12,8 @@ import torch
 
 from statqat_lightning.error_analysis import EnergySpectrum
 from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
-from statqat_lightning.fake_quant.observers import HIGH, PEAKED, ObserverConfig, statistics_of
+from statqat_lightning.fake_quant.input_sums import InputSums
+from statqat_lightning.fake_quant.observers import ObserverConfig, statistics_of
 from statqat_lightning.fake_quant.scale_refresh import refresh_activations, refresh_weights
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
 from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
@@ -315,13 +316,13 @@ def test_peaks_are_looked_at_where_a_search_comes_next() -> None:
         due, before = quantizer.is_due, sums.clone()
         quantizer(x)
         refresh_activations([quantizer])
-        assert torch.equal(sums[HIGH:PEAKED], before[HIGH:PEAKED]) == (not due)
+        assert torch.equal(InputSums(sums).peaks, InputSums(before).peaks) == (not due)
         if due:
             looked.append(number)
             reach = np.array([x.max(), -x.min(), len(x)])
             weight = 1.0 if len(looked) == 1 else max(0.1, 1 / (number + 1))
             expected += weight * (reach - expected)
-            np.testing.assert_allclose(sums[HIGH:PEAKED].numpy(), expected, rtol=1e-5)
+            np.testing.assert_allclose(InputSums(sums).peaks.numpy(), expected, rtol=1e-5)
     assert looked == [0, 1, 2, 3, 5, 9, 13, 17]
 
 
@@ -332,7 +333,7 @@ def test_nobody_looks_at_peaks_that_no_rule_reads(spec: TensorSpec) -> None:
     quantizer = for_input(spec)
     quantizer(torch.randn(9_000))
     refresh_activations([quantizer])
-    assert quantizer.observer.running_sums[PEAKED] == 0
+    assert InputSums(quantizer.observer.running_sums).peaked == 0
 
 
 def test_an_int8_input_that_is_seen_whole_keeps_its_own_tail() -> None:

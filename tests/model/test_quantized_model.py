@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from statqat_lightning.fake_quant.observers import COUNT, add_up
+from statqat_lightning.fake_quant.input_sums import InputSums
+from statqat_lightning.fake_quant.observers import add_up
 from statqat_lightning.layers.quantized_layer import weight_of
 from statqat_lightning.model.insertion import prepare, remove
 from statqat_lightning.model.quantized_model import (
@@ -137,7 +138,7 @@ def test_a_module_under_two_names_is_one_layer() -> None:
     model(torch.randn(6, 4))
     (quantizer,) = activation_quantizers(model)
     add_up([quantizer.observer])
-    assert quantizer.observer.sums[COUNT] == 48  # both uses
+    assert InputSums(quantizer.observer.sums).count == 48  # both uses
     refresh(model)
     assert quantizer.observer.num_batches == 1
 
@@ -162,7 +163,7 @@ def test_gradient_checkpointing_observes_once_and_changes_nothing(use_reentrant:
         assert torch.equal(ours.grad, theirs.grad)
     for one, other in zip(activation_quantizers(model), activation_quantizers(plain), strict=True):
         add_up([one.observer, other.observer])
-        assert one.observer.sums[COUNT] == 24
+        assert InputSums(one.observer.sums).count == 24
         assert torch.equal(one.observer.sums, other.observer.sums)
         assert torch.equal(one.observer.spectrum, other.observer.spectrum)
 
