@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from vision import BatchedTensors, ImageClassifier, Normalize
 
-from statqat_lightning.export.proof.verify import ArtefactReport
+from statqat_lightning.export.proof.report import ArtefactReport
 
 NARROW, WIDE = 16, 64
 

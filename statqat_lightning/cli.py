@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from statqat_lightning.export.checkpoints import export_checkpoint
+from statqat_lightning.export.file_comparison import compare_files
 from statqat_lightning.export.files.native import library_version
 from statqat_lightning.export.files.registry import DEFAULT, FILE_TYPES
-from statqat_lightning.export.inspection import compare_files, inspect_file
+from statqat_lightning.export.inspection import inspect_file
 from statqat_lightning.targets.registry import TARGETS
 
 NAMES = [each.name for each in FILE_TYPES]

@@ -21,7 +21,7 @@ from statqat_lightning.export import (
     save_onnx,
 )
 from statqat_lightning.export.freezing.frozen import freeze, frozen_layers
-from statqat_lightning.export.proof.runtimes import onnx_session
+from statqat_lightning.export.proof.onnx_runtime import onnx_session
 from statqat_lightning.insight.snr import snr_by_tensor
 from statqat_lightning.layers.quantized_layer import weight_of
 from tests.callbacks.digits import DigitsModule, digits, held_out, loader, make_trainer, statqat

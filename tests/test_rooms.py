@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import statqat_lightning
 
 PACKAGE = "statqat_lightning"
 ROOT = Path(statqat_lightning.__file__).parent
+MOST_LINES = 400
 
 # Rooms of the architecture; a module may import from its own row and from those above it.
 ROWS: list[set[str]] = [
@@ -158,6 +160,32 @@ def test_module_imports_only_what_its_row_may_know(module: str) -> None:
     path = modules()[module]
     source = path.read_text(encoding="utf-8")
     assert violations(source, module, path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_long_module_gives_its_reason(module: str) -> None:
+    source = modules()[module].read_text(encoding="utf-8")
+    if len(source.splitlines()) > MOST_LINES:
+        docstring = ast.get_docstring(ast.parse(source)) or ""
+        assert "makes the file long" in docstring
+
+
+def imported_modules(source: str, module: str, is_package: bool) -> set[str]:
+    """The modules of the package that are imported when this one is, itself left out."""
+    known = modules()
+    names = {e.name for e in imports_of(source, module, is_package) if e.at_import}
+    # `from module import name` is listed as both; a package is imported before what is in it.
+    return {name for name in names if name in known and not within(module, name)}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {
+        name: imported_modules(path.read_text(encoding="utf-8"), name, path.name == "__init__.py")
+        for name, path in modules().items()
+    }
+    assert sum(map(len, graph.values())) > 500
+    order = [*graphlib.TopologicalSorter(graph).static_order()]
+    assert order.index(f"{PACKAGE}.formats.base") < order.index(f"{PACKAGE}.callbacks.qat")
 
 
 def test_all_rooms_of_the_core_are_there() -> None:

@@ -37,7 +37,7 @@ from statqat_lightning import QuantRecipe, place, prepare, snr_db
 from statqat_lightning.export import export_model
 from statqat_lightning.export.calls.forward_call import outputs_of
 from statqat_lightning.export.proof import openvino_runtime
-from statqat_lightning.export.proof.runtimes import onnx_session
+from statqat_lightning.export.proof.onnx_runtime import onnx_session
 from statqat_lightning.model.quantized_model import refresh, set_observing
 
 CALIBRATION, PER_BATCH, TEST = 8, 4, 16

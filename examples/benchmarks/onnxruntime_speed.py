@@ -30,11 +30,12 @@ from vision import ResNet20
 from statqat_lightning import QuantRecipe, TensorSpec, prepare
 from statqat_lightning.export.calls.forward_call import ForwardCall
 from statqat_lightning.export.files.onnx import save_onnx
-from statqat_lightning.export.proof.runtimes import float_onnx, layers_in_float
-from statqat_lightning.model.dataflow import record
+from statqat_lightning.export.proof.onnx_runtime import float_onnx, layers_in_float
 from statqat_lightning.model.quantized_model import quantized_layers, refresh, set_observing
+from statqat_lightning.model.recording import record
 from statqat_lightning.targets.integer_kernels import integer_kernels
-from statqat_lightning.targets.placement import place_in, settle
+from statqat_lightning.targets.placement import place_in
+from statqat_lightning.targets.settling import settle
 
 W8A8 = QuantRecipe.default("int8", "int8")
 INT4 = QuantRecipe.default(TensorSpec("int4", "per_group:32"), None, first_last_bits=None)

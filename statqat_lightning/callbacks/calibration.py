@@ -21,7 +21,7 @@ from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.callbacks.trial_copy import running, trial_copy
 from statqat_lightning.fake_quant.observers import Reduce
 from statqat_lightning.model.compensation import CompensationReport, compensate
-from statqat_lightning.model.dataflow import Dataflow, record
+from statqat_lightning.model.dataflow import Dataflow
 from statqat_lightning.model.insertion import remove
 from statqat_lightning.model.isolated_copy import CannotCopy, ReachesOriginal
 from statqat_lightning.model.quantized_model import (
@@ -32,6 +32,7 @@ from statqat_lightning.model.quantized_model import (
     set_enabled,
     set_observing,
 )
+from statqat_lightning.model.recording import record
 
 
 class CannotCalibrate(Exception):

@@ -1,11 +1,14 @@
-"""`ExportCallback`: decides when a trained model is written to files, and from what input."""
+"""`ExportCallback`: decides when a trained model is written to files, and from what input.
+
+One class makes the file long: a third of it is what its arguments mean, and its hooks share the
+state of a run.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Collection, Iterator
-from functools import partial
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +16,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from statqat_lightning.callbacks.captured_calls import CapturedCalls, call_in_inference
 from statqat_lightning.callbacks.evaluation_data import evaluation_batches
 from statqat_lightning.callbacks.export_progress import export_progress
+from statqat_lightning.callbacks.input_warnings import ExportWarning
 from statqat_lightning.callbacks.lightning_names import is_a, overrides
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.export.artefacts import export_model
-from statqat_lightning.export.calls.dimensions import labels_in, without_labels
 from statqat_lightning.export.calls.forward_call import ForwardCall
 from statqat_lightning.export.files.loading import load_checkpoint
 from statqat_lightning.export.files.on_disk import check_writable
@@ -38,7 +41,7 @@ from statqat_lightning.export.foresight import (
 )
 from statqat_lightning.export.freezing.frozen import refuse_weights_from_hooks
 from statqat_lightning.export.freezing.stale_scales import remember_weights
-from statqat_lightning.export.proof.verify import ExportReport
+from statqat_lightning.export.proof.report import ExportReport
 from statqat_lightning.export.wording import first_lines, in_short, some
 from statqat_lightning.model.isolated_copy import isolated_copy
 from statqat_lightning.model.quantized_model import activation_quantizers, quantized_layers
@@ -46,10 +49,6 @@ from statqat_lightning.recipes.recipe import QuantRecipe
 
 # ONNX Runtime's integer kernels flip a last bit now and then; less agreement is worth a warning.
 _EXPECTED_AGREEMENT = 0.98
-
-
-class ExportWarning(UserWarning):
-    """A file is missing at the end of a training, or differs from the trained model."""
 
 
 class ExportCallback(Callback):
@@ -175,8 +174,8 @@ class ExportCallback(Callback):
         self.dynamic = dynamic
         self.report: ExportReport | None = None
         self._fitting = False
-        self._in_training: _Capture | None = None
-        self._in_evaluation: _Capture | None = None
+        self._in_training: CapturedCalls | None = None
+        self._in_evaluation: CapturedCalls | None = None
 
     @property
     def files(self) -> tuple[FileName, ...]:
@@ -245,7 +244,7 @@ class ExportCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._in_training is None and self._fitting and self.example_input is None:
-            self._in_training = _Capture(pl_module, self.module)
+            self._in_training = CapturedCalls(pl_module, self.module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -261,7 +260,7 @@ class ExportCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._in_evaluation is None and self._fitting and self.example_input is None:
-            self._in_evaluation = _Capture(pl_module, self.module)
+            self._in_evaluation = CapturedCalls(pl_module, self.module)
 
     def on_validation_batch_end(
         self,
@@ -387,7 +386,7 @@ class ExportCallback(Callback):
         if captured is None:
             return self.module or "", None
         name, call = captured
-        return name, _of_inference(pl_module.get_submodule(name), call)
+        return name, call_in_inference(pl_module.get_submodule(name), call)
 
     def _captured(self) -> tuple[str, ForwardCall] | None:
         """What ran in evaluation, or else in training; in training if that is more of the model."""
@@ -396,7 +395,7 @@ class ExportCallback(Callback):
             for capture in (self._in_evaluation, self._in_training)
             if capture is not None and capture.best() is not None
         ]
-        return max(found, key=_Capture.size).best() if found else None
+        return max(found, key=CapturedCalls.size).best() if found else None
 
     def _trained(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
         """The module as it is now, or a copy with the state of the best checkpoint."""
@@ -483,91 +482,6 @@ def _log(logger: Any, report: ExportReport, step: int) -> None:
         logger.log_table("export/files", columns=columns, data=table)
     elif rows and is_a(logger, "TensorBoardLogger"):
         logger.experiment.add_text("export/files", _markdown(rows), step)
-
-
-def _of_inference(part: nn.Module, call: ForwardCall) -> ForwardCall:
-    """A call of a step as inference makes it: without labels, where the forward can do without."""
-    names = labels_in(call, part)
-    if not names:
-        return call
-    shorter = without_labels(call, isolated_copy(part).cpu().eval())
-    if shorter is not None:
-        rank_zero_info(
-            f"ExportCallback: files take no {', '.join(names)}, which the forward can do without; "
-            "example_input= gives another input."
-        )
-        return shorter
-    rank_zero_warn(
-        f"ExportCallback: files take {', '.join(names)}: labels, it seems, which nobody knows when "
-        "the files are used. example_input= gives the input of inference.",
-        category=ExportWarning,
-    )
-    return call
-
-
-class _Capture:
-    """Inputs of the outermost modules that run, from now until `stop`.
-
-    A module is outermost if no other module is running when it is called. Those without quantized
-    layers (losses, metrics) do not count.
-    """
-
-    def __init__(self, pl_module: LightningModule, module: str | None) -> None:
-        self._handles: list[RemovableHandle] = []
-        self._running: list[bool] = []
-        self._calls: dict[str, ForwardCall] = {}
-        self._modules = {
-            name: sub for name, sub in pl_module.named_modules() if module is None or name == module
-        }
-        for name, sub in self._modules.items():
-            self._handles += [
-                sub.register_forward_pre_hook(
-                    partial(self._enter, name, pl_module), with_kwargs=True, prepend=True
-                ),
-                sub.register_forward_hook(self._leave, always_call=True),
-            ]
-
-    def stop(self) -> None:
-        """Take all hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def best(self) -> tuple[str, ForwardCall] | None:
-        """Name and input of the one with the most quantized layers, None if none ran."""
-        if not self._calls:
-            return None
-        name = max(self._calls, key=self._size)
-        return name, self._calls[name]
-
-    def size(self) -> int:
-        """Quantized layers in that one."""
-        best = self.best()
-        return self._size(best[0]) if best is not None else 0
-
-    def _size(self, name: str) -> int:
-        # Counted when it is asked for: after a sanity check, a target may add quantized layers.
-        return len(quantized_layers(self._modules[name]))
-
-    def _enter(
-        self, name: str, pl_module: LightningModule, module: nn.Module, args: Any, kwargs: Any
-    ) -> None:
-        is_forward = module is not pl_module or _runs_own_forward(pl_module)
-        is_new = is_forward and not any(self._running) and name not in self._calls
-        if is_new and self._size(name):
-            # Validation runs in inference mode, whose tensors cannot be traced with.
-            with torch.inference_mode(False):
-                self._calls[name] = ForwardCall(args, kwargs).copy()
-        self._running.append(is_forward)
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._running.pop()
-
-
-def _runs_own_forward(pl_module: LightningModule) -> bool:
-    """Whether a call runs `forward`: a wrapper such as DDP calls the module for `training_step`."""
-    forward: Callable[..., Any] | None = pl_module.__dict__.get("forward")
-    return forward is None or getattr(forward, "__func__", None) is type(pl_module).forward
 
 
 def _why_never(trainer: Trainer, pl_module: LightningModule) -> str | None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from statqat_lightning.export.artefacts import Progress
+from statqat_lightning.export.export_run import Progress
 
 SHOWN_AFTER = 5.0
 """Seconds; most exports are done by then."""

@@ -13,10 +13,11 @@ from lightning.pytorch import LightningModule, Trainer
 from statqat_lightning.callbacks.calibration import record_batch
 from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.fake_quant.observers import Reduce
-from statqat_lightning.model.dataflow import Dataflow, Recording
+from statqat_lightning.model.dataflow import Dataflow
 from statqat_lightning.model.insertion import assigned_rules
 from statqat_lightning.model.insertion_report import ROUNDED_BEFORE
 from statqat_lightning.model.quantized_model import quantized_layers
+from statqat_lightning.model.recording import Recording
 from statqat_lightning.model.weight_reads import Weight, weight_reads
 from statqat_lightning.recipes.recipe import QuantRecipe
 from statqat_lightning.targets.integer_kernels import IntegerKernel, integer_kernels

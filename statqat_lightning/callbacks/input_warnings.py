@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
 from statqat_lightning.formats import get_format
 from statqat_lightning.model.insertion_report import InsertionReport
-from statqat_lightning.model.quantized_model import activation_quantizers, idle_activations
+from statqat_lightning.model.quantized_model import (
+    activation_quantizers,
+    idle_activations,
+)
 from statqat_lightning.recipes.recipe import QuantRecipe
 
 _LITTLE = 0.5
@@ -139,3 +142,7 @@ class InputWarnings:
         if (name, kind) not in self._given:
             self._given.add((name, kind))
             rank_zero_warn(f"StatQAT {name}: {message}", category=StatQATWarning)
+
+
+class ExportWarning(UserWarning):
+    """A file is missing at the end of a training, or differs from the trained model."""

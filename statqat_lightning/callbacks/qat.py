@@ -1,4 +1,8 @@
-"""`StatQATCallback`: decides when quantizers are inserted, observe, are refreshed and freeze."""
+"""`StatQATCallback`: decides when quantizers are inserted, observe, are refreshed and freeze.
+
+One class makes the file long: its hooks share the state of a run, and a reader wants them in the
+order in which the Trainer calls them. What they do is in the modules beside this one.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -37,13 +40,14 @@ from statqat_lightning.callbacks.input_warnings import InputWarnings
 from statqat_lightning.callbacks.input_warnings import StatQATWarning as StatQATWarning
 from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
+from statqat_lightning.callbacks.ranks import reduction_over_ranks, share_batch_norm
 from statqat_lightning.callbacks.refusals import refuse_trainer
 from statqat_lightning.export.freezing.stale_scales import remember_weights
-from statqat_lightning.fake_quant.observers import ObserverConfig, Reduce
+from statqat_lightning.fake_quant.observers import ObserverConfig
 from statqat_lightning.layers.module_names import modules_by_name, plain_name
 from statqat_lightning.model.compensation import CompensationReport
 from statqat_lightning.model.dataflow import takes_means_away
-from statqat_lightning.model.insertion import prepare, remove, rows_in_use
+from statqat_lightning.model.insertion import prepare, remove
 from statqat_lightning.model.insertion_report import InsertionReport
 from statqat_lightning.model.quantized_model import (
     activation_quantizers,
@@ -61,12 +65,13 @@ from statqat_lightning.model.quantized_model import (
     set_recompute,
     switch_off_idle_layers,
 )
+from statqat_lightning.model.report_rows import rows_in_use
 from statqat_lightning.model.weight_reads import set_readers
 from statqat_lightning.recipes.recipe import DEFAULT, ROLES, QuantRecipe, TensorSpec
 from statqat_lightning.recipes.schedule import QuantSchedule, When
 from statqat_lightning.targets.integer_kernels import IntegerKernel
-from statqat_lightning.targets.placement import settle
 from statqat_lightning.targets.registry import AUTO, check_target
+from statqat_lightning.targets.settling import settle
 
 _BATCHES_BETWEEN_CHECKS = 50  # for NaN in inputs: each check waits for the device
 
@@ -459,7 +464,7 @@ class StatQATCallback(Callback):
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._centre(trainer, pl_module)
         try:
-            calibrate(trainer, pl_module, self.calibration_batches, _reduction(trainer))
+            calibrate(trainer, pl_module, self.calibration_batches, reduction_over_ranks(trainer))
         except CannotCalibrate as reason:
             until = (
                 "Inputs stay in float for the first batch; from then on they are quantized by what "
@@ -479,7 +484,7 @@ class StatQATCallback(Callback):
         self._compensation_due = False
         try:
             self.compensation = compensate_weights(
-                trainer, pl_module, self.calibration_batches, _reduction(trainer)
+                trainer, pl_module, self.calibration_batches, reduction_over_ranks(trainer)
             )
         except CannotCalibrate as reason:
             raise ValueError(
@@ -505,7 +510,7 @@ class StatQATCallback(Callback):
         try:
             seen = look_at_first_batch(
                 *(trainer, pl_module, self.recipe, self.effective_target, self.placed),
-                _reduction(trainer),
+                reduction_over_ranks(trainer),
                 if_it_gains=self.target == AUTO and not self._is_decided,
             )
         except CannotCalibrate as reason:
@@ -601,7 +606,7 @@ class StatQATCallback(Callback):
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
         moved = stepped and not self.phases.now.frozen
-        overflow = refresh(pl_module, weights=moved, reduce=_reduction(trainer))
+        overflow = refresh(pl_module, weights=moved, reduce=reduction_over_ranks(trainer))
         self._warnings.remember(overflow)
         if (batch_idx + 1) % _BATCHES_BETWEEN_CHECKS == 0:
             self._warnings.of_overflow(pl_module)
@@ -619,7 +624,7 @@ class StatQATCallback(Callback):
         self._estimated_at = trainer.global_step
         num_batches = self.schedule.batch_norm_batches
         try:
-            reestimate_batch_norm(trainer, pl_module, num_batches, _reduction(trainer))
+            reestimate_batch_norm(trainer, pl_module, num_batches, reduction_over_ranks(trainer))
         except CannotCalibrate as reason:
             self._warnings.once(
                 "BatchNorm", "reestimate", f"statistics were not estimated again: {reason}."
@@ -641,7 +646,7 @@ class StatQATCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._kernels and trainer.world_size > 1:
-            _share_batch_norm(trainer, pl_module)
+            share_batch_norm(trainer, pl_module)
         self.finish(pl_module)
 
     def finish(self, pl_module: LightningModule) -> None:
@@ -668,35 +673,3 @@ def _target_of_files(trainer: Trainer) -> str | None:
     exports = [c for c in trainer.callbacks if isinstance(c, ExportCallback)]  # type: ignore[attr-defined]
     wanted = (each for export in exports for each in export.file_types)
     return next((kind.targets[0] for kind in wanted if kind.targets), None)
-
-
-def _share_batch_norm(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Give all ranks the BatchNorm statistics of the first, which it will export and save.
-
-    They have their own since the last step, and would settle on other scales.
-    """
-    norms = [m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    own = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
-    first = trainer.strategy.broadcast([buffer.detach().cpu() for buffer in own])
-    with torch.no_grad():
-        for buffer, value in zip(own, first, strict=True):
-            buffer.copy_(value)
-
-
-def _reduction(trainer: Trainer) -> Reduce | None:
-    """How tensors are reduced over all ranks, in place where that saves a copy."""
-    if trainer.world_size == 1:
-        return None
-
-    def reduce(tensor: Tensor, operation: str) -> Tensor:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Lightning's own reduction begins with a barrier: a second collective, and one for
-            # which the host waits.
-            op = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
-            torch.distributed.all_reduce(tensor, op=op[operation])
-            return tensor
-        reduced = trainer.strategy.reduce(tensor, reduce_op=operation)
-        assert isinstance(reduced, Tensor)
-        return reduced
-
-    return reduce

@@ -13,78 +13,45 @@ ranks.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statqat_lightning.error_analysis.empirical import Samples, add_in_rows
-from statqat_lightning.formats import FloatFormat, Format, IntFormat
-
-BINS_PER_OCTAVE = 32
-LOWEST_OCTAVE, NUM_OCTAVES = -48, 80
-"""Magnitudes from 2**-48 to 2**32 are resolved. What is smaller is lost, and data that lies below
-altogether looks like zeros: who holds the values scales them by a power of two first."""
-BINS_PER_SIDE = BINS_PER_OCTAVE * NUM_OCTAVES
-NUM_BINS = 2 * BINS_PER_SIDE
-"""Bins of both signs: positive values first."""
-NUM_RAW_BINS = 2**14
-"""Bins of an accumulator: one for each sign, exponent and top five fraction bits of a float32."""
-
-_SHIFT = 23 - 5  # of 23 fraction bits the top five are kept: 32 bins an octave
-_FIRST_BIN = (127 + LOWEST_OCTAVE) << 5  # index of the float pattern of 2**LOWEST_OCTAVE
-_END_BIN = _FIRST_BIN + BINS_PER_SIDE
-
-_WINDOW_OCTAVES = (
-    24  # of the data below its top octave; what lies lower holds no energy that matters
+from statqat_lightning.error_analysis.empirical import Samples
+from statqat_lightning.error_analysis.raw_spectra import raw_spectra, resolved_bins
+from statqat_lightning.error_analysis.spectrum_tables import (
+    BINS_PER_OCTAVE,
+    BINS_PER_SIDE,
+    CANDIDATES_PER_OCTAVE,
+    FINE_POINTS,
+    LOWEST_OCTAVE,
+    NUM_BINS,
+    NUM_OCTAVES,
+    PRICE_OF_ROOM,
+    WINDOW_OCTAVES,
+    Window,
+    affine_scales,
+    bin_edges,
+    cached_range,
+    candidate_clips,
+    edges_and_squares,
+    endless_grid,
+    format_responses,
+    inverse_power,
+    octaves_of_room,
+    search_tables,
+    sums_from_above,
+    window_points,
 )
-CANDIDATES_PER_OCTAVE = 64
-_FINE_POINTS = 18
-_OCTAVES_ABOVE, _OCTAVES_BELOW = 1, 12  # candidates' clip points around the top of the data
-_MOST_ROOM, _PRICE_OF_ROOM = 7, 0.005  # octaves above that, and their share of the error
+from statqat_lightning.formats import Format, IntFormat
+
 _RARE = 2.0**-14  # share of the values of which a sample shows too few
 _MORE = 4  # so much rarer must be what peaks tell of
 _OCTAVES_OF_TAIL = 8
 _ROWS_AT_ONCE = 256  # a raw histogram takes 64 KiB
 _NEGLIGIBLE = 1e-10  # share of the energy that may lie above the window
-
-
-def raw_spectra(rows: Tensor, squares: Tensor | None = None) -> Tensor:
-    """Raw histogram of each of a few rows, without a host synchronisation.
-
-    Every bit pattern has its bin, so NaN, infinities and squares that overflow stay in bins of
-    their own.
-
-    Args:
-        rows: float32 `(n, m)`, contiguous.
-        squares: Their squares, float32 `(n, m)`, where they are at hand.
-
-    Returns:
-        float32 `(n, NUM_RAW_BINS)`.
-    """
-    index = (rows.view(torch.int32) >> _SHIFT).bitwise_and_(NUM_RAW_BINS - 1)
-    squares = rows.square() if squares is None else squares
-    raw = torch.zeros(len(rows), NUM_RAW_BINS, device=rows.device, dtype=torch.float32)
-    add_in_rows(raw, index, squares)
-    return raw
-
-
-def resolved_bins(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """The bins that an `EnergySpectrum` keeps, and the energy beyond them.
-
-    Args:
-        raw: Raw histograms, float32 `(n, NUM_RAW_BINS)`.
-
-    Returns:
-        Energies, float32 `(n, NUM_BINS)`, always finite; what lies above them `(n,)`: other than
-        zero, if only NaN, where a value was NaN, infinite or beyond `2**32`.
-    """
-    sides = raw.view(-1, 2, NUM_RAW_BINS // 2)
-    energy = sides[:, :, _FIRST_BIN:_END_BIN].reshape(-1, NUM_BINS)
-    return energy, sides[:, :, _END_BIN:].sum((1, 2))
 
 
 @dataclass(frozen=True)
@@ -199,23 +166,25 @@ class EnergySpectrum:
             peaks: `p` above zero, `p` below zero, and `N`, float32 `(n, 3)`. A side stays as it is
                 where the sample reaches as far, or `N` is too small to tell of anything rarer.
         """
-        edges, squares = _bins(self.energy.device)
+        edges, squares = edges_and_squares(self.energy.device)
         octaves = self.energy.reshape(-1, NUM_OCTAVES, BINS_PER_OCTAVE)
         counts = octaves / squares.view(NUM_OCTAVES, -1)
         # The octave of `u`, and with it those that the tail may reach.
-        enough = _from_above(counts.sum(2)) >= _RARE
+        enough = sums_from_above(counts.sum(2)) >= _RARE
         first = (enough.sum(1, keepdim=True) - 1).clamp_(0, NUM_OCTAVES - _OCTAVES_OF_TAIL)
-        place = first + _range(0, _OCTAVES_OF_TAIL, edges.device)
-        place = place.add_(_range(0, len(octaves), edges.device).unsqueeze(1), alpha=NUM_OCTAVES)
+        place = first + cached_range(0, _OCTAVES_OF_TAIL, edges.device)
+        place = place.add_(
+            cached_range(0, len(octaves), edges.device).unsqueeze(1), alpha=NUM_OCTAVES
+        )
         place = place.flatten()
         share, old = (
             x.reshape(-1, BINS_PER_OCTAVE).index_select(0, place).view(len(octaves), -1)
             for x in (counts, octaves)
         )
-        share = _from_above(share)
+        share = sums_from_above(share)
         start = ((share >= _RARE).sum(1, keepdim=True) - 1).clamp_min_(0)
         rarity = share.gather(1, start)
-        number = first * BINS_PER_OCTAVE + _range(0, share.shape[1] + 1, edges.device)
+        number = first * BINS_PER_OCTAVE + cached_range(0, share.shape[1] + 1, edges.device)
         ends = edges[number]
         low = ends.gather(1, start)
         peak = peaks[:, :2].reshape(-1, 1)
@@ -224,7 +193,7 @@ class EnergySpectrum:
         tail = torch.where(ends <= peak, rarity * torch.exp((low - ends) * fall), 0.0)
         tail = (tail[:, :-1] - tail[:, 1:]) * squares[number[:, :-1]]
         longer = (peak > ends.gather(1, start + 1)) & (rarity * size >= _MORE) & (rarity >= _RARE)
-        longer = longer & (_range(0, share.shape[1], edges.device) >= start)
+        longer = longer & (cached_range(0, share.shape[1], edges.device) >= start)
         energy = octaves.reshape(-1, BINS_PER_OCTAVE).clone()
         energy.index_copy_(0, place, torch.where(longer, tail, old).view(-1, BINS_PER_OCTAVE))
         return EnergySpectrum(energy.view(-1, NUM_BINS))
@@ -237,8 +206,10 @@ class EnergySpectrum:
         """
         window = self._window(fmt)
         device = window.energy.device
-        scales = _candidate_clips(device) / fmt.max * torch.exp2(window.top).unsqueeze(1)
-        errors = torch.addmm(window.outside.unsqueeze(1), window.energy, _responses(fmt, device).T)
+        scales = candidate_clips(device) / fmt.max * torch.exp2(window.top).unsqueeze(1)
+        errors = torch.addmm(
+            window.outside.unsqueeze(1), window.energy, format_responses(fmt, device).T
+        )
         return ErrorCurve(scales, errors)
 
     def optimal_scale(
@@ -268,16 +239,16 @@ class EnergySpectrum:
             float32 `(n,)`; 1 where there is no energy that the format can represent.
         """
         window = self._window(fmt)
-        most_room = _octaves_of_room(fmt) if headroom else 0
-        responses, scales, highest = _search_tables(fmt, window.energy.device, most_room)
+        most_room = octaves_of_room(fmt) if headroom else 0
+        responses, scales, highest = search_tables(fmt, window.energy.device, most_room)
         curve = window.energy @ responses
         height = torch.exp2(window.top)
         least, best = curve.min(1)
         if most_room:
-            octaves = _range(0, most_room + 1, best.device)
+            octaves = cached_range(0, most_room + 1, best.device)
             higher = best.unsqueeze(1) - octaves * (CANDIDATES_PER_OCTAVE // 2)
             errors = curve.gather(1, higher.clamp(min=0)) + window.outside.unsqueeze(1)
-            free = errors <= ((least + window.outside) * (1 + _PRICE_OF_ROOM)).unsqueeze(1)
+            free = errors <= ((least + window.outside) * (1 + PRICE_OF_ROOM)).unsqueeze(1)
             most = (octaves * (free & (higher >= 0))).argmax(1, keepdim=True)
             best = higher.gather(1, most).squeeze(1)
         scale = scales[best] * height
@@ -297,7 +268,7 @@ class EnergySpectrum:
             )
         x = window.points
         q = fmt.round_(x * (height / scale).view(-1, 1, 1))
-        weighted = (window.energy * _inverse_power(x.device, x.shape[1])).unsqueeze(1) * q
+        weighted = (window.energy * inverse_power(x.device, x.shape[1])).unsqueeze(1) * q
         cross = (weighted.flatten(1) @ x.flatten()) * height
         step = cross / torch.linalg.vecdot(weighted.flatten(1), q.flatten(1))
         scale = torch.where(step.isfinite() & (step > 0), step, scale)
@@ -350,9 +321,9 @@ class EnergySpectrum:
         """
         device = self.energy.device
         window = self._window(IntFormat(8), separate_signs=True, every=True)
-        relative, ends, clips = _endless_grid(levels, device)
+        relative, ends, clips = endless_grid(levels, device)
         energy = window.energy.view(len(self.energy), 2, -1)
-        points = _window_points(device, 1, _FINE_POINTS)
+        points = window_points(device, 1, FINE_POINTS)
         power, mean = points.square().mean(0), points.mean(0)
         beyond = torch.stack([energy, energy * (mean / power), energy / power])
         beyond = F.pad(beyond.flip(-1).cumsum(-1).flip(-1), (0, 1))  # `(3, n, 2, bins + 1)`
@@ -361,21 +332,21 @@ class EnergySpectrum:
         second, first, count = beyond[..., ends].unbind(0)
         side = inside + second + clips * (clips * count - 2 * first)
         errors = side[:, 0].flip(-1) + side[:, 1]
-        scales = _affine_scales(levels, device) * torch.exp2(window.top).unsqueeze(1)
+        scales = affine_scales(levels, device) * torch.exp2(window.top).unsqueeze(1)
         return scales, errors + window.outside.view(-1, 1, 1)
 
     def affine_step(self, fmt: Format, scale: Tensor, zero_point: Tensor) -> Tensor:
         """One fixed-point step of the scale, its zero point kept; all float32 `(n,)`."""
         window = self._window(fmt, separate_signs=True, every=True)
         height = torch.exp2(window.top)
-        x, zero = _window_points(scale.device, 2), zero_point.view(-1, 1, 1)
+        x, zero = window_points(scale.device, 2), zero_point.view(-1, 1, 1)
         power = x.square().mean(0)
         q = fmt.round_(x * (height / scale).view(-1, 1, 1) + zero).sub_(zero)
         cross = (window.energy * ((x * q).mean(1) / power)).sum(1) * height
         step = cross / (window.energy * (q.square_().mean(1) / power)).sum(1)
         return torch.where(step.isfinite() & (step > 0), step, scale)
 
-    def _window(self, fmt: Format, separate_signs: bool = False, every: bool = False) -> _Window:
+    def _window(self, fmt: Format, separate_signs: bool = False, every: bool = False) -> Window:
         """The octaves that matter, aligned at the data's top.
 
         Args:
@@ -400,158 +371,15 @@ class EnergySpectrum:
         total = power.sum(1)
         matters = power > _NEGLIGIBLE * total.unsqueeze(1)
         # Octaves up to and with the highest that matters.
-        top = torch.where(matters, _range(1, NUM_OCTAVES + 1, device), 0).amax(1)
-        index = top.view(n, 1, 1) + _range(-_WINDOW_OCTAVES, 0, device)
-        sides = _range(0, n * num_sides, device).view(n, num_sides, 1)
+        top = torch.where(matters, cached_range(1, NUM_OCTAVES + 1, device), 0).amax(1)
+        index = top.view(n, 1, 1) + cached_range(-WINDOW_OCTAVES, 0, device)
+        sides = cached_range(0, n * num_sides, device).view(n, num_sides, 1)
         place = torch.add(index.clamp(min=0), sides, alpha=NUM_OCTAVES).flatten()
         # Rows copied whole: several times faster than `gather`.
-        window = octaves.index_select(0, place).view(n, num_sides, _WINDOW_OCTAVES, -1)
+        window = octaves.index_select(0, place).view(n, num_sides, WINDOW_OCTAVES, -1)
         exists = index.clamp_(-1, 0).add_(1).unsqueeze(3)
         window = window.mul_(exists).flatten(1)
         inside = window.sum(1)
         outside = lost + (total - inside).clamp_min_(0.0)
-        points = _window_points(device, num_sides, _FINE_POINTS if separate_signs else 5)
-        return _Window(window, inside, (top + LOWEST_OCTAVE).to(torch.float32), outside, points)
-
-
-@dataclass(frozen=True)
-class _Window:
-    """The octaves of a spectrum that matter.
-
-    Attributes:
-        energy: float32 `(n, bins)`, ascending in magnitude, if need be positive values first.
-        power: Its sum, `(n,)`.
-        top: Binary logarithm of the upper end, `(n,)`.
-        outside: Energy that every scale loses, `(n,)`.
-        points: Values that stand for each bin if the upper end were 1, `(points, bins)`.
-    """
-
-    energy: Tensor
-    power: Tensor
-    top: Tensor
-    outside: Tensor
-    points: Tensor
-
-
-@lru_cache(maxsize=8)
-def bin_edges(device: torch.device) -> Tensor:
-    """Magnitudes at the bin edges, evenly spaced in an octave; float32 `(BINS_PER_SIDE + 1,)`."""
-    patterns = torch.arange(_FIRST_BIN, _END_BIN + 1, dtype=torch.int32, device=device)
-    return (patterns << _SHIFT).view(torch.float32)
-
-
-def _from_above(x: Tensor) -> Tensor:
-    """Sums of each row from each place to its end."""
-    return x.flip(1).cumsum(1).flip(1)
-
-
-@lru_cache(maxsize=8)
-def _bins(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Edges of the bins, and the mean square of values spread evenly in each `(BINS_PER_SIDE,)`."""
-    edges = bin_edges(device)
-    low, high = edges[:-1], edges[1:]
-    return edges, (low.square() + low * high + high.square()) / 3
-
-
-@lru_cache(maxsize=8)
-def _candidate_clips(device: torch.device, headroom: int = 0) -> Tensor:
-    """Candidate clip points relative to the top of the data, descending `(candidates,)`.
-
-    Args:
-        device: Where they are wanted.
-        headroom: Octaves more above the top.
-    """
-    steps = (_OCTAVES_ABOVE + headroom + _OCTAVES_BELOW) * CANDIDATES_PER_OCTAVE
-    down = torch.arange(steps, device=device, dtype=torch.float32) / CANDIDATES_PER_OCTAVE
-    return torch.exp2(_OCTAVES_ABOVE + headroom - down)
-
-
-def _octaves_of_room(fmt: Format) -> int:
-    """How far above the data a search looks for scales that are as good."""
-    return _MOST_ROOM if isinstance(fmt, FloatFormat) and fmt.exponent_bits >= 4 else 0
-
-
-@lru_cache(maxsize=32)
-def _window_points(device: torch.device, num_sides: int, points: int = 5) -> Tensor:
-    """Points spread evenly in each bin of the window whose upper end is 1.
-
-    Never a power of two of them: levels of integers lie a power of two of a bin apart, and all
-    points would lie at the same place in their cells.
-
-    Returns:
-        float32 `(points, bins)`, for two sides positive ones and then negative ones.
-    """
-    steps = BINS_PER_OCTAVE * points
-    fraction = 1 + (torch.arange(steps, dtype=torch.float32, device=device) + 0.5) / steps
-    powers = torch.exp2(torch.arange(-_WINDOW_OCTAVES, 0, dtype=torch.float32, device=device))
-    x = (powers.unsqueeze(1) * fraction).view(-1, points).T
-    return (x if num_sides == 1 else torch.cat([x, -x], 1)).contiguous()
-
-
-@lru_cache(maxsize=32)
-def _inverse_power(device: torch.device, bins: int) -> Tensor:
-    """One over the sum of squares of the five points in each bin, float32 `(bins,)`."""
-    x = _window_points(device, bins // (_WINDOW_OCTAVES * BINS_PER_OCTAVE))
-    return 1 / x.square().sum(0)
-
-
-@lru_cache(maxsize=64)
-def _range(first: int, end: int, device: torch.device) -> Tensor:
-    return torch.arange(first, end, device=device)
-
-
-@lru_cache(maxsize=64)
-def _search_tables(
-    fmt: Format, device: torch.device, headroom: int
-) -> tuple[Tensor, Tensor, float]:
-    """What a search needs: it tries every second candidate, as its step closes half the distance.
-
-    Returns:
-        Responses `(bins, candidates)`; scales `(candidates,)` if the upper end of the window were
-        1; the binary logarithm of the largest of these.
-    """
-    responses = _responses(fmt, device, headroom)[::2].T.contiguous()
-    scales = _candidate_clips(device, headroom)[::2] / fmt.max
-    return responses, scales, _OCTAVES_ABOVE + headroom - math.log2(fmt.max)
-
-
-@lru_cache(maxsize=64)
-def _responses(fmt: Format, device: torch.device, headroom: int = 0) -> Tensor:
-    """Mean relative squared error in each bin of the window, float32 `(candidates, bins)`."""
-    num_sides = 2 if fmt.is_signed and not fmt.is_symmetric else 1
-    x = _window_points(torch.device("cpu"), num_sides, _FINE_POINTS)
-    power = x.square().mean(0)
-    rows = []
-    for scale in torch.split(_candidate_clips(torch.device("cpu"), headroom) / fmt.max, 64):
-        s = scale.view(-1, 1, 1)
-        rows.append(fmt.round_(x / s).mul_(s).sub_(x).square_().mean(1) / power)
-    return torch.cat(rows).to(device)
-
-
-_AFFINE_STEP = 2  # of the candidate clip points
-_AFFINE_OCTAVES = 10
-
-
-@lru_cache(maxsize=16)
-def _affine_scales(levels: int, device: torch.device) -> Tensor:
-    """Candidate scales for grids of `levels` levels; the window's upper end is 1."""
-    count = _AFFINE_OCTAVES * CANDIDATES_PER_OCTAVE
-    return 2 * _candidate_clips(device)[:count:_AFFINE_STEP] / (levels - 1)
-
-
-@lru_cache(maxsize=16)
-def _endless_grid(levels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """What an endless uniform grid and its cut at each level need, at all candidate scales.
-
-    Returns:
-        Relative squared error in each bin `(candidates, bins)`; the first bin whose values lie
-        nearer to the next level than to each level, int64 `(candidates, levels)`; the levels
-        themselves `(candidates, levels)`.
-    """
-    cpu = torch.device("cpu")
-    scales = _affine_scales(levels, cpu).view(-1, 1, 1)
-    x = _window_points(cpu, 1, _FINE_POINTS)
-    error = (x / scales).round_().mul_(scales).sub_(x).square_().mean(1) / x.square().mean(0)
-    number = torch.arange(levels, dtype=torch.float32)
-    ends = torch.searchsorted(x.mean(0), (number + 0.5) * scales.squeeze(2))
-    return error.to(device), ends.to(device), (number * scales.squeeze(2)).to(device)
+        points = window_points(device, num_sides, FINE_POINTS if separate_signs else 5)
+        return Window(window, inside, (top + LOWEST_OCTAVE).to(torch.float32), outside, points)

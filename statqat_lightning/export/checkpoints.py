@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from statqat_lightning.export.artefacts import export_model
-from statqat_lightning.export.files.loading import load_checkpoint, read_checkpoint
+from statqat_lightning.export.files.loading import load_checkpoint
 from statqat_lightning.export.files.native import KEY
+from statqat_lightning.export.files.reading import read_checkpoint
 from statqat_lightning.export.files.registry import FILE_TYPES, wanted
-from statqat_lightning.export.proof.verify import ExportReport
+from statqat_lightning.export.proof.report import ExportReport
 from statqat_lightning.recipes.recipe import QuantRecipe
 
 

@@ -9,18 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from statqat_lightning.export.files.loading import (
-    file_kind,
-    native_weights,
-    read_checkpoint,
-)
 from statqat_lightning.export.files.native import KEY, read_header
 from statqat_lightning.export.files.on_disk import size_of
-from statqat_lightning.export.freezing.frozen import weight_key
-from statqat_lightning.export.proof.runtimes import constant_weights, require_onnx
+from statqat_lightning.export.files.reading import file_kind, read_checkpoint
+from statqat_lightning.export.proof.onnx_runtime import require_onnx
 from statqat_lightning.fake_quant.fake_quantizer import OUTPUT
 from statqat_lightning.fake_quant.input_sums import InputSums
 from statqat_lightning.formats import BlockFormat, get_format
@@ -96,21 +90,22 @@ class Inspection:
                 lines.append(f"  {rule.pattern}: {', '.join(parts)}")
         columns = ["weight", "input"]
         roles = {role for tensors in self.layers.values() for role in tensors}
-        columns += ["output"] * any(_column(role) == "output" for role in roles)
+        columns += ["output"] * any(column_of(role) == "output" for role in roles)
         cells = [("layer", *columns)]
         for name, tensors in self.layers.items():
             found = [_in_words(tensors, column) for column in columns]
             cells.append((name or "(model)", *found))
-        return "\n".join([*lines, *_table(cells)])
+        return "\n".join([*lines, *aligned(cells)])
 
 
 def _in_words(tensors: Mapping[str, TensorEntry], column: str) -> str:
     """What the weights, the inputs or the output of a layer have; most often all the same."""
-    found = [str(tensor) for role, tensor in tensors.items() if _column(role) == column]
+    found = [str(tensor) for role, tensor in tensors.items() if column_of(role) == column]
     return ", ".join(dict.fromkeys(found)) or "float"
 
 
-def _column(role: str) -> str:
+def column_of(role: str) -> str:
+    """The column of a table that a tensor of this role belongs to."""
     if role == OUTPUT or is_result(role):
         return "output"
     return "input" if role in INPUT_ROLES else "weight"
@@ -162,11 +157,11 @@ def _inspect_checkpoint(path: Path, trust: bool) -> Inspection:
         layer, _, role = name.rpartition("/")
         fmt, decibels = get_format(state["format"]), None
         granularity: Granularity = PerTensor()
-        if _column(role) == "weight":
-            weight = _weight_in(checkpoint["state_dict"], layer, role)
+        if column_of(role) == "weight":
+            weight = weight_in(checkpoint["state_dict"], layer, role)
             granularity = _granularity_of(state, weight)
             if weight is not None and state["ready"]:
-                decibels = float(snr_db(weight.float(), _quantized(weight, state).float()))
+                decibels = float(snr_db(weight.float(), quantized_weight(weight, state).float()))
         elif (sums := state.get("running_sums")) is not None and InputSums(sums).noise > 0:
             decibels = 10 * math.log10(float(InputSums(sums).signal / InputSums(sums).noise))
         finite = decibels is not None and math.isfinite(decibels)
@@ -177,7 +172,8 @@ def _inspect_checkpoint(path: Path, trust: bool) -> Inspection:
     return Inspection(str(path), "checkpoint", size_of(path), "", entry["recipe"], layers)
 
 
-def _weight_in(state: Mapping[str, Tensor], layer: str, role: str) -> Tensor | None:
+def weight_in(state: Mapping[str, Tensor], layer: str, role: str) -> Tensor | None:
+    """A weight of a layer in a `state_dict`; None if it is not there."""
     return state.get(f"{layer}.{role}" if layer else role)
 
 
@@ -216,13 +212,14 @@ def _blocks_of(fmt: BlockFormat, weight: Tensor | None, scale: Tensor) -> Granul
     return min(fitting, key=noise) if len(fitting) > 1 else (fitting or [usual])[0]
 
 
-def _quantized(weight: Tensor, state: Mapping[str, Any]) -> Tensor:
+def quantized_weight(weight: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """A weight on the grid of a quantizer whose state a checkpoint holds."""
     qparams = QParams(state["scale"], None, _granularity_of(state, weight))
     return fake_quantize(weight, qparams, get_format(state["format"]))
 
 
 def _inspect_onnx(path: Path) -> Inspection:
-    model = _onnx_model(path)
+    model = load_onnx_model(path)
     import onnx
 
     tensors = {i.name: i for i in model.graph.initializer}
@@ -240,7 +237,7 @@ def _inspect_onnx(path: Path) -> Inspection:
             kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
             bits = _bits(tensor)
             layers.setdefault(layer, {})[role] = TensorEntry(kind, bits, granularity)
-        elif what == "scale" and _column(role) != "weight":
+        elif what == "scale" and column_of(role) != "weight":
             zero = _zero_point_type(model, name)
             layers.setdefault(layer, {})[role] = TensorEntry(zero, 8, "per_tensor")
     if not layers:
@@ -248,18 +245,19 @@ def _inspect_onnx(path: Path) -> Inspection:
             f"{path}: an .onnx file without quantized layers of ours. Expected a file by "
             "ExportCallback or save_onnx."
         )
-    text = str(_metadata(model).get("library_version", ""))
+    text = str(metadata_of(model).get("library_version", ""))
     return Inspection(str(path), "onnx", size_of(path), text, None, layers)
 
 
-def _metadata(model: Any) -> dict[str, Any]:
+def metadata_of(model: Any) -> dict[str, Any]:
     """What we wrote into an `.onnx` file about it."""
     text = next((entry.value for entry in model.metadata_props if entry.key == KEY), "{}")
     metadata: dict[str, Any] = json.loads(text)
     return metadata
 
 
-def _onnx_model(path: Path) -> Any:
+def load_onnx_model(path: Path) -> Any:
+    """The ONNX model in a file, without weights kept in a second one that is missing."""
     require_onnx()
     import onnx
 
@@ -299,145 +297,8 @@ def _zero_point_type(model: Any, scale: str) -> str:
     return "arithmetic"
 
 
-@dataclass(frozen=True)
-class FileComparison:
-    """How the weights of two files differ.
-
-    Attributes:
-        a: The first file, the reference.
-        b: The second.
-        snr_db: By layer that both have, SNR of the second's dequantized weight against the first's;
-            infinite where they are equal.
-        only_a: Layers that only the first has.
-        only_b: Layers that only the second has.
-    """
-
-    a: Inspection
-    b: Inspection
-    snr_db: Mapping[str, float]
-    only_a: Sequence[str]
-    only_b: Sequence[str]
-
-    @property
-    def equal(self) -> bool:
-        """Whether all weights are equal."""
-        equal = all(math.isinf(v) and v > 0 for v in self.snr_db.values())
-        return equal and not self.only_a and not self.only_b
-
-    def __str__(self) -> str:
-        lines = [f"{x.path}: {x.kind}, {x.bytes / 1e3:.1f} kB" for x in (self.a, self.b)]
-        lines[1] += f", {self.b.bytes / self.a.bytes:.2f} times the first"
-        cells = [("layer", "first", "second", "SNR of the second against the first")]
-        for name, decibels in self.snr_db.items():
-            equal = math.isinf(decibels) and decibels > 0
-            first, second = (_weight_entry(x, name) for x in (self.a, self.b))
-            found = "equal" if equal else f"{decibels:.1f} dB"
-            cells.append((name or "(model)", first, second, found))
-        for names, path in ((self.only_a, self.a.path), (self.only_b, self.b.path)):
-            lines += [f"only in {path}: {', '.join(names)}"] if names else []
-        return "\n".join([*lines, *_table(cells)])
-
-
-def _weight_entry(inspection: Inspection, name: str) -> str:
-    entries = {
-        weight_key(layer, role): tensor
-        for layer, tensors in inspection.layers.items()
-        for role, tensor in tensors.items()
-        if _column(role) == "weight"
-    }
-    known = _match(name, entries)
-    return str(entries[known]) if known is not None else "float"
-
-
-def compare_files(a: str | Path, b: str | Path, trust: bool = False) -> FileComparison:
-    """Compare the weights of two files layer by layer.
-
-    Files of a part of a model are compared with files of the whole: `net.fc` of one is `fc` of the
-    other. Where one file has a BatchNorm folded into a layer and the other has not, channels are
-    compared up to the factor that it gave them.
-
-    Args:
-        a: The reference: a native file, an `.onnx` file or a checkpoint.
-        b: What is compared with it.
-        trust: See `read_checkpoint`.
-
-    Raises:
-        FileNotFoundError: If one is not there.
-        ValueError: If one is foreign or truncated, or no layer is in both.
-    """
-    first, second = _weights(Path(a), trust), _weights(Path(b), trust)
-    folded = _folded(Path(a)), _folded(Path(b))
-    pairs = {name: _match(name, second) for name in first}
-    common = {name: other for name, other in pairs.items() if other is not None}
-    if not common:
-        raise ValueError(
-            f"{a} and {b} have no layer in common. The first has {', '.join(first)}; the second "
-            f"{', '.join(second)}."
-        )
-    decibels = {}
-    for name, other in common.items():
-        x, y = first[name].double(), second[other].double()
-        if x.shape != y.shape and x.dim() == 2 and x.shape == y.t().shape:
-            y = y.t()
-        if x.shape != y.shape:
-            raise ValueError(
-                f"layer {name!r}: shape {tuple(x.shape)} in {a}, {tuple(y.shape)} in {b}. Compare "
-                "files of the same model."
-            )
-        if (name in folded[0]) != (other in folded[1]):
-            x, y = _without_factors(x, y, {**folded[1], **folded[0]}.get(name, 0))
-        decibels[name] = math.inf if torch.equal(x, y) else float(snr_db(x, y))
-    return FileComparison(
-        inspect_file(a, trust),
-        inspect_file(b, trust),
-        decibels,
-        [name for name in first if name not in common],
-        [name for name in second if name not in common.values()],
-    )
-
-
-def _folded(path: Path) -> dict[str, int]:
-    """Layers of an `.onnx` file that hold a BatchNorm, and the axis of their channels."""
-    if path.suffix != ".onnx":
-        return {}
-    folded: dict[str, int] = _metadata(_onnx_model(path)).get("folded", {})
-    return folded
-
-
-def _without_factors(x: Tensor, y: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Two weights, each channel divided by its entry that is largest in both; zeros have none."""
-    x, y = (t.movedim(axis, 0).flatten(1) for t in (x, y))
-    largest = (x * y).abs().argmax(1, keepdim=True)
-    factors = x.gather(1, largest), y.gather(1, largest)
-    there = (factors[0] * factors[1] != 0).flatten()
-    return (x / factors[0])[there], (y / factors[1])[there]
-
-
-def _match(name: str, others: Mapping[str, Any]) -> str | None:
-    if name in others:
-        return name
-    near = [o for o in others if f".{o}".endswith(f".{name}") or f".{name}".endswith(f".{o}")]
-    return near[0] if len(near) == 1 else None
-
-
-def _weights(path: Path, trust: bool) -> dict[str, Tensor]:
-    if path.suffix == ".onnx":
-        _onnx_model(path)
-        return constant_weights(path)
-    if file_kind(path) == "native":
-        return native_weights(path)
-    checkpoint = read_checkpoint(path, trust)
-    found = {}
-    for name, state in checkpoint[KEY]["quantizers"].items():
-        layer, _, role = name.rpartition("/")
-        if _column(role) == "weight" and state["ready"]:
-            weight = _weight_in(checkpoint["state_dict"], layer, role)
-            if weight is not None:
-                found[weight_key(layer, role)] = _quantized(weight, state)
-    return found
-
-
-def _table(cells: Sequence[Sequence[str]]) -> list[str]:
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table as lines of text, each column as wide as its widest cell."""
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return [
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells

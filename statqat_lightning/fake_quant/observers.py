@@ -15,12 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statqat_lightning.error_analysis.spectrum import (
-    NUM_BINS,
-    EnergySpectrum,
-    raw_spectra,
-    resolved_bins,
-)
+from statqat_lightning.error_analysis.raw_spectra import raw_spectra, resolved_bins
+from statqat_lightning.error_analysis.spectrum import EnergySpectrum
+from statqat_lightning.error_analysis.spectrum_tables import NUM_BINS
 from statqat_lightning.fake_quant.input_sums import InputSums
 from statqat_lightning.fake_quant.samples import Sample, reach, sample_values, starts_of_runs
 from statqat_lightning.formats import Format
@@ -386,19 +383,3 @@ def statistics_of(observers: Sequence[InputObserver]) -> Statistics:
         extremes = torch.stack([o.running_extremes for o in observers])
         low, high = -extremes[:, 0], extremes[:, 1]
     return Statistics(spectrum, low, high, InputSums(sums).peaks)
-
-
-def merged(statistics: Statistics) -> Statistics:
-    """Statistics of several tensors as those of one; each counts alike, whatever its size."""
-    spectrum, low, high, peaks = statistics.spectrum, statistics.low, statistics.high, None
-    if spectrum is not None:
-        spectrum = EnergySpectrum(spectrum.energy.mean(0, keepdim=True))
-    if statistics.peaks is not None:
-        reach, size = statistics.peaks[:, :2], statistics.peaks[:, 2:]
-        peaks = torch.cat([reach.amax(0), size.sum(0)]).unsqueeze(0)
-    return Statistics(
-        spectrum,
-        None if low is None else low.amin(0, keepdim=True),
-        None if high is None else high.amax(0, keepdim=True),
-        peaks,
-    )

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statqat_lightning.error_analysis.spectrum import EnergySpectrum
 from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.fake_quant.input_sums import InputSums
-from statqat_lightning.fake_quant.observers import Reduce, fold, merged, statistics_of
+from statqat_lightning.fake_quant.observers import Reduce, fold, statistics_of
 from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.formats import BlockFormat, Format
-from statqat_lightning.quantizers import ErrorWeights
+from statqat_lightning.quantizers import ErrorWeights, Statistics
 
 # A weight of more elements keeps a processor busy by itself, and what errors of its rows count is
 # known by column, without a copy for each row.
@@ -212,3 +213,19 @@ def _refresh_scales(quantizers: Sequence[ActivationFakeQuantizer]) -> None:
         torch._foreach_copy_([q.scale for q in group], list(scales.unbind()))
         for quantizer in group:
             quantizer.stay_within_limit()
+
+
+def merged(statistics: Statistics) -> Statistics:
+    """Statistics of several tensors as those of one; each counts alike, whatever its size."""
+    spectrum, low, high, peaks = statistics.spectrum, statistics.low, statistics.high, None
+    if spectrum is not None:
+        spectrum = EnergySpectrum(spectrum.energy.mean(0, keepdim=True))
+    if statistics.peaks is not None:
+        reach, size = statistics.peaks[:, :2], statistics.peaks[:, 2:]
+        peaks = torch.cat([reach.amax(0), size.sum(0)]).unsqueeze(0)
+    return Statistics(
+        spectrum,
+        None if low is None else low.amin(0, keepdim=True),
+        None if high is None else high.amax(0, keepdim=True),
+        peaks,
+    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.error_analysis import EnergySpectrum
-from statqat_lightning.error_analysis.spectrum import (
+from statqat_lightning.error_analysis.spectrum_tables import (
     BINS_PER_OCTAVE,
     BINS_PER_SIDE,
     LOWEST_OCTAVE,

@@ -7,28 +7,25 @@ keys, `isinstance`, optimizers and checkpoints stay those of the float model.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
-from statqat_lightning.fake_quant.fake_quantizer import OUTPUT, FakeQuantizer
+from statqat_lightning.fake_quant.fake_quantizer import OUTPUT
 from statqat_lightning.fake_quant.observers import ObserverConfig
 from statqat_lightning.fake_quant.scale_refresh import refresh_weights
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
 from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
-from statqat_lightning.formats import get_format, unsigned
 from statqat_lightning.layers.fast_paths import set_fast_paths
 from statqat_lightning.layers.function_results import set_pauses
-from statqat_lightning.layers.layer_kinds import GATE, KINDS, RECURRENT, gate_of_class, has_weights
-from statqat_lightning.layers.module_names import aliases_by_name, modules_by_name, plain_name
+from statqat_lightning.layers.layer_kinds import GATE, KINDS, gate_of_class, has_weights
+from statqat_lightning.layers.layer_quantizers import LayerQuantizers
+from statqat_lightning.layers.module_names import aliases_by_name, modules_by_name
 from statqat_lightning.layers.quantized_layer import (
-    LayerQuantizers,
     attach,
     attached,
     base_class,
@@ -37,26 +34,21 @@ from statqat_lightning.layers.quantized_layer import (
     kind_of,
     learned_scales,
     weight_of,
-    why_unsupported,
 )
 from statqat_lightning.layers.weight_views import show_weights
-from statqat_lightning.model.dataflow import record
-from statqat_lightning.model.insertion_report import InsertionReport, LayerReport, float_row
+from statqat_lightning.model.insertion_report import InsertionReport
+from statqat_lightning.model.quantizable import (
+    OWN_FORWARD,
+    has_own_forward,
+    refuse_converted,
+    refuse_uninitialised,
+    why_left_in_float,
+)
 from statqat_lightning.model.quantized_model import quantized_layers
+from statqat_lightning.model.recording import record
+from statqat_lightning.model.report_rows import row_in_float, rows_of_quantized, type_name
 from statqat_lightning.model.weight_reads import WeightReads, set_readers, weight_reads
 from statqat_lightning.recipes.recipe import DEFAULT, QuantRecipe, QuantRule, full_name
-
-_NORMALISATION = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-)
-
-
-# Where the classes of torch.ao's eager and graph modes and of torchao's tensors and layers live.
-_CONVERTERS = ("torch.ao.", "torchao.", "bitsandbytes.", "transformer_engine.")
 
 
 def prepare(
@@ -101,9 +93,9 @@ def prepare(
             another. The model is unchanged then.
     """
     recipe = QuantRecipe.choose(recipe, weights, activations, exclude, first_last_bits)
-    _refuse_converted(model)
+    refuse_converted(model)
     modules = modules_by_name(model)
-    unsupported = _unsupported(modules)
+    unsupported = why_left_in_float(modules)
     candidates = {name: module for name, module in modules.items() if not unsupported[name]}
     layers = {
         name: module
@@ -135,18 +127,18 @@ def prepare(
             assigned |= {name: followed.get(name) for name in rules}
     for name, rule in assigned.items():
         if rule and rule.weights is None and rule.quantizes and has_own_forward(modules[name]):
-            unsupported[name] = _OWN_FORWARD
+            unsupported[name] = OWN_FORWARD
     chosen = {
         name: rule
         for name, rule in assigned.items()
-        if rule and rule.quantizes and unsupported[name] != _OWN_FORWARD
+        if rule and rule.quantizes and unsupported[name] != OWN_FORWARD
     }
     if not chosen:
         raise ValueError(
             f"{type(model).__name__}: the recipe leaves all layers in float: "
             f"{', '.join(candidates)}. Give at least one of them a format."
         )
-    _refuse_uninitialised({name: modules[name] for name in chosen})
+    refuse_uninitialised({name: modules[name] for name in chosen})
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     made = {
         name: _quantizers(name, modules[name], rule, observer or ObserverConfig(), device)
@@ -167,9 +159,9 @@ def prepare(
             for name, module in modules.items()
             if name in chosen or name in layers
             for row in (
-                _quantized_rows(name, module, made.get(name) or kept[name])
+                rows_of_quantized(name, module, made.get(name) or kept[name])
                 if name in chosen
-                else [_float_row(name, module, assigned.get(name), unsupported[name])]
+                else [row_in_float(name, module, assigned.get(name), unsupported[name])]
             )
         )
     )
@@ -199,7 +191,7 @@ def assigned_rules(model: nn.Module, recipe: QuantRecipe) -> dict[str, QuantRule
         ValueError: If a pattern matches nothing.
     """
     modules = modules_by_name(model)
-    unsupported = _unsupported(modules)
+    unsupported = why_left_in_float(modules)
     assigned = recipe.assign(
         {name: module for name, module in modules.items() if not unsupported[name]},
         {name: module for name, module in modules.items() if unsupported[name]},
@@ -265,18 +257,6 @@ def _follows(module: nn.Module, rule: QuantRule) -> bool:
         and {role: q.spec for role, q in quantizers.results.items()} == results
         and (quantizers.output and quantizers.output.spec) == outputs
     )
-
-
-_OWN_FORWARD = "its forward was replaced on the instance"
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether a function was put on the instance in place of its class's forward.
-
-    Quantizers of inputs and outputs have no place there; the function reads the weights as
-    attributes of the layer, so it can be shown quantized ones, see `weight_views`.
-    """
-    return "forward" in vars(module)
 
 
 def _quantizers(
@@ -373,163 +353,6 @@ def _check_sharing(quantizers: list[ActivationFakeQuantizer]) -> None:
                 f"{other.name} and {quantizer.name} share the scale {name!r}: got {other.spec} and "
                 f"{quantizer.spec}; expected the same. Give them names of their own, or one rule."
             )
-
-
-def _unsupported(modules: Mapping[str, nn.Module]) -> dict[str, str | None]:
-    """Why each module is no layer whose weights can be quantized; None for those that are.
-
-    The last projections of some attention are called by nobody.
-    """
-    bypassed = {
-        f"{name}.out_proj".lstrip("."): "its parent reads the weight without calling it"
-        for name, module in modules.items()
-        if isinstance(module, nn.MultiheadAttention) and why_unsupported(module)
-    }
-    for name, module in modules.items():
-        if has_own_forward(module) and isinstance(module, (nn.MultiheadAttention, *RECURRENT)):
-            bypassed[name] = _OWN_FORWARD
-    return {name: bypassed.get(name) or why_unsupported(m) for name, m in modules.items()}
-
-
-def _refuse_uninitialised(layers: Mapping[str, nn.Module]) -> None:
-    lazy = [name for name, module in layers.items() if _is_lazy(module)]
-    if lazy:
-        raise ValueError(
-            f"Layers {', '.join(lazy)} are lazy and not initialised yet; quantizers need their "
-            "shapes. Run one batch through the model before, or give the layers their sizes."
-        )
-
-
-def _refuse_converted(model: nn.Module) -> None:
-    """Refuse what torch.ao or torchao has quantized or prepared: two tools on one layer."""
-    for name, module in model.named_modules():
-        parts = [type(module), *(type(p.data) for p in module.parameters(recurse=False))]
-        home = next((c for c in parts if c.__module__.startswith(_CONVERTERS)), None)
-        if home is not None:
-            raise ValueError(
-                f"Layer {plain_name(name)!r} is already converted: it holds a "
-                f"{home.__module__}.{home.__qualname__}. Give the float model; StatQAT puts its "
-                "own quantizers in."
-            )
-
-
-def _is_lazy(module: nn.Module) -> bool:
-    """Whether a layer has parameters without a shape so far."""
-    return any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False))
-
-
-def _why_float(module: nn.Module, rule: QuantRule | None, unsupported: str | None) -> str:
-    if isinstance(module, _NORMALISATION):
-        return "normalisation stays in float"
-    if unsupported:
-        return unsupported
-    if rule is not None:
-        return f"left in float by rule {rule.pattern!r}"
-    if kind_of(module).opt_in:
-        return "no rule for its type or with its full name"
-    return "no rule matches"
-
-
-def type_name(module: nn.Module) -> str:
-    """The class of a layer before insertion; with its home where torch has another of that name."""
-    base = base_class(module)
-    own = getattr(nn, base.__name__, base)
-    return base.__name__ if own is base else f"{base.__module__}.{base.__name__}"
-
-
-def _float_row(
-    name: str, module: nn.Module, rule: QuantRule | None, unsupported: str | None
-) -> LayerReport:
-    reason = _why_float(module, rule, unsupported)
-    if _is_lazy(module):
-        reason += "; not initialised yet"
-    return float_row(name, type_name(module), _count(module), reason)
-
-
-def _quantized_rows(name: str, module: nn.Module, quantizers: LayerQuantizers) -> list[LayerReport]:
-    """The row of a layer, and one for each result of a function in it."""
-    results = [
-        LayerReport(_name_of_result(name, role), "function", 0, output=describe(q))
-        for role, q in quantizers.results.items()
-    ]
-    if results and len(results) == len(quantizers.present()) and not _count(module):
-        return results
-    own = LayerReport(
-        name,
-        type_name(module),
-        _count(module),
-        _describe_all(quantizers.weights.values()),
-        _describe_all(quantizers.inputs.values()),
-        _describe_all([quantizers.output] if quantizers.output else []),
-        remark=f"{_OWN_FORWARD}: inputs stay in float" if has_own_forward(module) else "",
-    )
-    return [own, *results]
-
-
-def _name_of_result(layer: str, role: str) -> str:
-    return f"{layer}.{role}" if layer else role
-
-
-def rows_in_use(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What became of quantized layers after training, for `InsertionReport.updated`.
-
-    Formats as they are by now, float for tensors whose quantizers are switched off or have no
-    scale.
-    """
-    rows: dict[str, dict[str, Any]] = {}
-    for name, _, quantizers in quantized_layers(model):
-        used = [q for q in quantizers.present() if q.enabled and q.ready]
-        if not used and quantizers.present():
-            reason = "never ran" if not quantizers.ran else "switched off"
-            rows[name] = {"weight": None, "input": None, "output": None, "reason": reason}
-            continue
-        inputs = [q for q in quantizers.inputs.values() if not q.optional]
-        rows[name] = {
-            "weight": _describe_all(q for q in quantizers.weights.values() if q in used),
-            "output": _describe_all([quantizers.output] if quantizers.output in used else []),
-        }
-        for role, q in quantizers.results.items():
-            output = describe(q) if q in used else None
-            rows[_name_of_result(name, role)] = {"output": output}
-        if inputs:
-            rows[name]["input"] = _describe_all(q for q in inputs if q in used)
-            if not all(q in used for q in inputs):
-                rows[name]["remark"] = "its input has no statistics: it stays in float"
-    return rows
-
-
-def _describe_all(quantizers: Iterable[FakeQuantizer]) -> str | None:
-    """What tensors of one role have, most often all the same; None for float."""
-    return ", ".join(dict.fromkeys(describe(q) for q in quantizers)) or None
-
-
-def describe(quantizer: FakeQuantizer) -> str:
-    """Format, granularity and quantizer of one tensor in a few words."""
-    fmt = quantizer.fmt.name
-    if quantizer.min_bits:  # for a phase of a schedule; the specification says what it comes to
-        own = get_format(quantizer.spec.format)
-        fmt = own.name if quantizer.fmt.is_signed else (unsigned(own) or own).name
-    if (
-        isinstance(quantizer, ActivationFakeQuantizer)
-        and not quantizer.ready
-        and quantizer.spec.unsigned_if_nonnegative
-    ):
-        fmt = f"{fmt} or u{fmt.removesuffix('_full')}"
-    shared = "" if quantizer.spec.shared is None else f" shared:{quantizer.spec.shared}"
-    return f"{fmt} {quantizer.granularity} {quantizer.quantizer.name}{shared}"
-
-
-def _count(module: nn.Module) -> int:
-    """Number of parameters, without those that have no shape so far, and without scales.
-
-    What a parametrization makes a weight of belongs to the layer.
-    """
-    learned = learned_scales(module)
-    own = [p for name, p in module.named_parameters(recurse=False) if name not in learned]
-    parametrizations = module._modules.get("parametrizations")
-    if parametrizations is not None and is_parametrized(module):
-        own += parametrizations.parameters()
-    return sum(math.prod(p.shape) for p in own if not nn.parameter.is_lazy(p))
 
 
 def _makes_a_weight(name: str) -> bool:

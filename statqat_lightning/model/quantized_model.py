@@ -20,14 +20,9 @@ from statqat_lightning.fake_quant.scale_refresh import (
 )
 from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.fake_quant.weights_together import WeightsTogether
+from statqat_lightning.layers.layer_quantizers import LayerQuantizers
 from statqat_lightning.layers.module_names import plain_name
-from statqat_lightning.layers.quantized_layer import (
-    LayerQuantizers,
-    attached,
-    is_quantized,
-    is_sharded,
-    weight_of,
-)
+from statqat_lightning.layers.quantized_layer import attached, is_quantized, is_sharded, weight_of
 from statqat_lightning.layers.weight_views import show_weights
 
 

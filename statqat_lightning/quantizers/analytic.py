@@ -11,7 +11,8 @@ from torch import Tensor
 
 from statqat_lightning.error_analysis import get_density, optimal_scale
 from statqat_lightning.error_analysis.densities import GeneralizedNormal
-from statqat_lightning.error_analysis.spectrum import EnergySpectrum, bin_edges
+from statqat_lightning.error_analysis.spectrum import EnergySpectrum
+from statqat_lightning.error_analysis.spectrum_tables import bin_edges
 from statqat_lightning.formats import Format
 from statqat_lightning.quantizers.base import (
     TOLERANCE,
@@ -20,14 +21,13 @@ from statqat_lightning.quantizers.base import (
     RelativeWeights,
     Statistics,
     checked_tolerance,
-    least,
-    positive_or_one,
 )
 from statqat_lightning.quantizers.row_search import (
     by_parts,
     errors_at,
     least_squares_step,
 )
+from statqat_lightning.quantizers.scales import least, positive_or_one
 
 AUTO = "auto"
 

@@ -16,12 +16,9 @@ from statqat_lightning.quantizers.base import (
     Quantizer,
     RelativeWeights,
     Statistics,
-    least,
-    near_one,
-    power_of_two,
     relative,
-    rounding_error,
 )
+from statqat_lightning.quantizers.scales import least, near_one, power_of_two, rounding_error
 
 RULES = ("mse", "max")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.error_analysis import EnergySpectrum, Samples
-from statqat_lightning.error_analysis.spectrum import CANDIDATES_PER_OCTAVE
+from statqat_lightning.error_analysis.spectrum_tables import CANDIDATES_PER_OCTAVE
 from statqat_lightning.formats import Format, IntFormat
 from statqat_lightning.quantizers.base import (
     TOLERANCE,
@@ -17,16 +17,13 @@ from statqat_lightning.quantizers.base import (
     RelativeWeights,
     Statistics,
     checked_tolerance,
-    largest,
-    least,
-    near_one,
-    positive_or_one,
 )
 from statqat_lightning.quantizers.row_search import (
     by_parts,
     errors_at,
     least_squares_step,
 )
+from statqat_lightning.quantizers.scales import largest, least, near_one, positive_or_one
 
 _ROWS_AT_ONCE = 256
 # By length of the rows: how many candidates of the error curve are tried on the values and in how

@@ -7,7 +7,8 @@ import math
 from torch import Tensor
 
 from statqat_lightning.formats import Format
-from statqat_lightning.quantizers.base import Quantizer, Statistics, positive_or_one
+from statqat_lightning.quantizers.base import Quantizer, Statistics
+from statqat_lightning.quantizers.scales import positive_or_one
 from statqat_lightning.quantizers.tails import Tails
 
 

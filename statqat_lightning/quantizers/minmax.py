@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.formats import Format
-from statqat_lightning.quantizers.base import Quantizer, Statistics, covering_scale, positive_or_one
+from statqat_lightning.quantizers.base import Quantizer, Statistics
+from statqat_lightning.quantizers.scales import covering_scale, positive_or_one
 
 
 class MinMax(Quantizer):

@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.formats import Format
-from statqat_lightning.quantizers.base import (
-    Quantizer,
-    Statistics,
-    largest,
-    near_one,
-    positive_or_one,
-    rounding_error,
-)
+from statqat_lightning.quantizers.base import Quantizer, Statistics
+from statqat_lightning.quantizers.scales import largest, near_one, positive_or_one, rounding_error
 
 
 class MSEGrid(Quantizer):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.formats import FloatFormat, Format, IntFormat
-from statqat_lightning.quantizers.base import Quantizer, Statistics, positive_or_one
+from statqat_lightning.quantizers.base import Quantizer, Statistics
+from statqat_lightning.quantizers.scales import positive_or_one
 from statqat_lightning.quantizers.tails import Tails
 
 

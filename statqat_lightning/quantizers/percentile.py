@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.formats import Format
-from statqat_lightning.quantizers.base import Quantizer, Statistics, largest, positive_or_one
+from statqat_lightning.quantizers.base import Quantizer, Statistics
+from statqat_lightning.quantizers.scales import largest, positive_or_one
 from statqat_lightning.quantizers.tails import Tails
 
 

@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.formats import Format
-from statqat_lightning.quantizers.base import (
-    SMALLEST,
-    ErrorWeights,
-    RelativeWeights,
-    covering_scale,
-    relative,
-    rounding_error,
-)
+from statqat_lightning.quantizers.base import SMALLEST, ErrorWeights, RelativeWeights, relative
+from statqat_lightning.quantizers.scales import covering_scale, rounding_error
 
 _LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
 

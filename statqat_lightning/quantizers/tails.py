@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from statqat_lightning.error_analysis.spectrum import BINS_PER_SIDE, EnergySpectrum, bin_edges
+from statqat_lightning.error_analysis.spectrum import EnergySpectrum
+from statqat_lightning.error_analysis.spectrum_tables import BINS_PER_SIDE, bin_edges
 from statqat_lightning.formats import Format
 
 

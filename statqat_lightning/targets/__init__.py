@@ -5,10 +5,10 @@ runtime's integer kernels need them. `settle` moves scales and biases of a train
 the runtime computes the same codes.
 """
 
+from statqat_lightning.targets.base import Placement as Placement
 from statqat_lightning.targets.base import Target as Target
-from statqat_lightning.targets.placement import Placement as Placement
 from statqat_lightning.targets.placement import place as place
-from statqat_lightning.targets.placement import settle as settle
 from statqat_lightning.targets.registry import AUTO as AUTO
 from statqat_lightning.targets.registry import TARGETS as TARGETS
 from statqat_lightning.targets.registry import check_target as check_target
+from statqat_lightning.targets.settling import settle as settle

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from statqat_lightning.recipes.recipe import QuantRecipe
+
 
 @dataclass(frozen=True)
 class Target:
@@ -63,3 +65,20 @@ SMOOTH = (
     *("leaky_relu", "LeakyReLU"),
 )
 """Further functions of single values."""
+
+
+@dataclass
+class Placement:
+    """Where quantizers go for a target.
+
+    Attributes:
+        recipe: A rule for each layer and each place, by full names.
+        left: What stays in float although the runtime has integer kernels for it, and why.
+        rounded_before: Names of layers whose inputs are rounded where they are made.
+        num_layers: Number of layers that the runtime has integer kernels for.
+    """
+
+    recipe: QuantRecipe
+    left: tuple[str, ...] = ()
+    rounded_before: tuple[str, ...] = ()
+    num_layers: int = 0

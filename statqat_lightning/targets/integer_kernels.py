@@ -17,7 +17,7 @@ from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.fake_quant.fake_quantizer import INPUT, OUTPUT, FakeQuantizer
 from statqat_lightning.formats import IntFormat
 from statqat_lightning.layers.layer_kinds import GATE
-from statqat_lightning.layers.quantized_layer import LayerQuantizers
+from statqat_lightning.layers.layer_quantizers import LayerQuantizers
 from statqat_lightning.model.dataflow import (
     CONVOLUTIONS,
     KEEPING,

@@ -81,7 +81,7 @@ def test_a_pte_file_is_for_executorch(tmp_path: Path, files: dict[str, Any], tar
     assert callback.effective_target == target
 
 
-@pytest.mark.filterwarnings("ignore::statqat_lightning.callbacks.export.ExportWarning")
+@pytest.mark.filterwarnings("ignore::statqat_lightning.callbacks.input_warnings.ExportWarning")
 @pytest.mark.parametrize(
     "formats",
     [

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import statqat_lightning.callbacks.export as export_callback
 import statqat_lightning.export.proof.writers as writers
-from statqat_lightning.callbacks.export import ExportCallback, ExportWarning
+from statqat_lightning.callbacks.export import ExportCallback
+from statqat_lightning.callbacks.input_warnings import ExportWarning
 from statqat_lightning.export.files.loading import load_quantized
 from statqat_lightning.export.files.native import read_header
 from statqat_lightning.export.files.onnx import ONNXExportError

@@ -22,7 +22,8 @@ import statqat_lightning.callbacks.export_progress as export_progress
 import statqat_lightning.export.files.onnx as onnx_writer
 import statqat_lightning.export.proof.writers as writers
 from statqat_lightning import QuantRecipe, QuantRule
-from statqat_lightning.callbacks.export import ExportCallback, ExportWarning
+from statqat_lightning.callbacks.export import ExportCallback
+from statqat_lightning.callbacks.input_warnings import ExportWarning
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.export.files.loading import load_quantized
 from statqat_lightning.export.proof.verify import ExportDifferenceError, onnx_session

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from statqat_lightning.callbacks.export import ExportCallback, ExportWarning
+from statqat_lightning.callbacks.export import ExportCallback
+from statqat_lightning.callbacks.input_warnings import ExportWarning
 from statqat_lightning.export import export_model
 from statqat_lightning.export.proof.verify import onnx_session
 from tests.callbacks.conftest import Messages

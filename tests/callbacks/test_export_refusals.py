@@ -11,7 +11,8 @@ import lightning as L
 import pytest
 from torch import Tensor, nn
 
-from statqat_lightning.callbacks.export import ExportCallback, ExportWarning
+from statqat_lightning.callbacks.export import ExportCallback
+from statqat_lightning.callbacks.input_warnings import ExportWarning
 from tests.callbacks.conftest import Messages
 from tests.callbacks.digits import (
     DigitsModule,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from statqat_lightning import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.callbacks.qat import StatQATCallback, StatQATWarning
-from statqat_lightning.error_analysis.spectrum import BINS_PER_OCTAVE
+from statqat_lightning.error_analysis.spectrum_tables import BINS_PER_OCTAVE
 from statqat_lightning.fake_quant.input_sums import InputSums
 from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state
 from tests.callbacks.conftest import Messages

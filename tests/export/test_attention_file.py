@@ -11,7 +11,7 @@ from statqat_lightning import freeze, prepare
 from statqat_lightning.export.calls.forward_call import ForwardCall
 from statqat_lightning.export.files.onnx import save_onnx
 from statqat_lightning.export.proof.divergence import first_divergence
-from statqat_lightning.export.proof.runtimes import load_onnx
+from statqat_lightning.export.proof.onnx_runtime import load_onnx
 from statqat_lightning.model.quantized_model import refresh, set_observing
 
 

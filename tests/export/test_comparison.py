@@ -19,8 +19,8 @@ from statqat_lightning.export import (
     freeze,
     load_quantized,
 )
-from statqat_lightning.export.artefacts import StaleScalesWarning
 from statqat_lightning.export.calls.forward_call import ForwardCall
+from statqat_lightning.export.export_run import StaleScalesWarning
 from statqat_lightning.export.freezing.stale_scales import remember_weights
 from statqat_lightning.export.proof.divergence import first_divergence, record_layers
 from statqat_lightning.export.proof.verify import Comparison, Example

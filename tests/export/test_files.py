@@ -52,7 +52,8 @@ import torch
 torch.set_num_threads(1)
 from tests.export.models import calibrated, outputs, recipe_of
 from statqat_lightning.export import export_model, load_quantized
-from statqat_lightning.export.proof.runtimes import load_onnx, load_program
+from statqat_lightning.export.proof.runtimes import load_program
+from statqat_lightning.export.proof.onnx_runtime import load_onnx
 from statqat_lightning.export.calls.forward_call import ForwardCall
 
 torch.manual_seed(0)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from statqat_lightning.export.calls.forward_call import ForwardCall
 from statqat_lightning.export.freezing.folding import fold_batch_norm
-from statqat_lightning.export.freezing.frozen import FrozenLayer, freeze, frozen_layers
+from statqat_lightning.export.freezing.frozen import freeze, frozen_layers
+from statqat_lightning.export.freezing.frozen_layer import FrozenLayer
 from statqat_lightning.export.freezing.light_copy import light_copy
 from statqat_lightning.model.insertion import prepare
 from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec

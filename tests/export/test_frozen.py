@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export.freezing.frozen import (
-    FrozenLayer,
     LeftInFloatWarning,
     freeze,
     frozen_layers,
     use_float_weights,
 )
+from statqat_lightning.export.freezing.frozen_layer import FrozenLayer
 from statqat_lightning.layers.quantized_layer import is_quantized
 from statqat_lightning.model.insertion import prepare
 from statqat_lightning.model.quantized_model import quantized_layers, set_enabled

@@ -24,9 +24,9 @@ from statqat_lightning.export.freezing.light_copy import light_copy
 from statqat_lightning.export.proof import proof
 from statqat_lightning.export.proof.runtimes import load_codes
 from statqat_lightning.export.proof.verify import Example, ExportDifferenceError
-from statqat_lightning.model.dataflow import record
 from statqat_lightning.model.insertion import prepare
 from statqat_lightning.model.quantized_model import refresh, set_observing
+from statqat_lightning.model.recording import record
 from statqat_lightning.recipes.recipe import TensorSpec
 
 

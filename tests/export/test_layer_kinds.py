@@ -15,7 +15,7 @@ from statqat_lightning import load_quantized, prepare
 from statqat_lightning.export.files.native import save_native
 from statqat_lightning.export.files.onnx import save_onnx
 from statqat_lightning.export.freezing.frozen import freeze, frozen_layers
-from statqat_lightning.export.proof.runtimes import onnx_session
+from statqat_lightning.export.proof.onnx_runtime import onnx_session
 from statqat_lightning.model.quantized_model import refresh, set_observing
 from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule
 

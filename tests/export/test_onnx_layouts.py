@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export import compare_files, save_native, save_onnx
-from statqat_lightning.export.freezing.frozen import FrozenLayer, freeze
-from statqat_lightning.export.proof.runtimes import onnx_session
+from statqat_lightning.export.freezing.frozen import freeze
+from statqat_lightning.export.freezing.frozen_layer import FrozenLayer
+from statqat_lightning.export.proof.onnx_runtime import onnx_session
 from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
 from tests.export.models import Conv1D, ScaledLinear, calibrated, outputs, recipe_of
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from statqat_lightning import TensorSpec
 from statqat_lightning.export import save_onnx
-from statqat_lightning.export.proof.runtimes import onnx_session
+from statqat_lightning.export.proof.onnx_runtime import onnx_session
 from tests.export.models import calibrated, outputs, recipe_of
 
 

@@ -15,7 +15,7 @@ from statqat_lightning.export.files.onnx import save_onnx
 from statqat_lightning.export.freezing.folding import fold_batch_norm
 from statqat_lightning.export.freezing.frozen import freeze
 from statqat_lightning.export.proof.divergence import Roundings, first_rounding, rounded_places
-from statqat_lightning.export.proof.runtimes import load_onnx
+from statqat_lightning.export.proof.onnx_runtime import load_onnx
 from statqat_lightning.export.proof.verify import ExportDifferenceError
 from tests.targets.test_biases import residual
 

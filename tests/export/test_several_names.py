@@ -12,7 +12,7 @@ from statqat_lightning.export import export_model, freeze, load_compressed, load
 from statqat_lightning.export.calls.forward_call import ForwardCall
 from statqat_lightning.export.files.native import read_header
 from statqat_lightning.export.freezing.folding import fold_batch_norm
-from statqat_lightning.export.proof.runtimes import onnx_session
+from statqat_lightning.export.proof.onnx_runtime import onnx_session
 from tests.export.models import calibrated, outputs, recipe_of
 
 

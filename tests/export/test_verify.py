@@ -22,7 +22,7 @@ from statqat_lightning.export.proof.divergence import (
     record_layers,
 )
 from statqat_lightning.export.proof.latency import medians_in_turns
-from statqat_lightning.export.proof.runtimes import load_onnx, onnx_session
+from statqat_lightning.export.proof.onnx_runtime import load_onnx, onnx_session
 from tests.export.models import calibrated, images, outputs, recipe_of, small_net
 
 LAYERS = ["0", "2", "5", "7"]

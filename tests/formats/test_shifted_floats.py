@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from statqat_lightning.export import save_program
 from statqat_lightning.export.files.onnx import save_onnx
-from statqat_lightning.export.proof.runtimes import onnx_session
+from statqat_lightning.export.proof.onnx_runtime import onnx_session
 from statqat_lightning.formats import FloatFormat, ShiftedFloatFormat, get_format, unsigned
 from statqat_lightning.model.quantized_model import quantized_layers
 from statqat_lightning.numerics.straight_through import fake_quantize

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from statqat_lightning.export import freeze, save_native, save_onnx, save_program
 from statqat_lightning.export.files.loading import load_quantized
-from statqat_lightning.export.proof.runtimes import onnx_session
+from statqat_lightning.export.proof.onnx_runtime import onnx_session
 from statqat_lightning.layers.function_results import FunctionCountWarning, is_result
 from statqat_lightning.layers.quantized_layer import attached
-from statqat_lightning.model.dataflow import record
 from statqat_lightning.model.insertion import is_prepared_by, prepare, recipe_of, remove
 from statqat_lightning.model.quantized_model import load_quantizer_state, quantizer_state
+from statqat_lightning.model.recording import record
 from statqat_lightning.numerics.straight_through import fake_quantize
 from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule
 from tests.export.models import observed

@@ -18,13 +18,14 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from statqat_lightning import QuantRecipe, QuantRule, TensorSpec, get_format, prepare
 from statqat_lightning.layers.quantized_layer import attached
-from statqat_lightning.model.compensation import compensate, round_in_turn
+from statqat_lightning.model.compensation import compensate
 from statqat_lightning.model.quantized_model import (
     quantized_layers,
     refresh,
     set_enabled,
     set_observing,
 )
+from statqat_lightning.model.rounding_in_turn import round_in_turn
 
 PLAIN_FORMATS = ("int2", "int3", "int4", "fp4_e2m1", "nf4")
 ALONE: dict[str, Any] = {"activations": None, "first_last_bits": None}

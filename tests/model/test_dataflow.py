@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statqat_lightning.model.dataflow import Dataflow, Value, record
+from statqat_lightning.model.dataflow import Dataflow, Value
 from statqat_lightning.model.insertion import prepare
+from statqat_lightning.model.recording import record
 
 
 class Doubled(torch.autograd.Function):

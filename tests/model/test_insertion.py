@@ -423,7 +423,7 @@ def test_a_report_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
     def fail(_: object) -> str:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("statqat_lightning.model.insertion.describe", fail)
+    monkeypatch.setattr("statqat_lightning.model.report_rows.describe", fail)
     model = Net()
     with pytest.raises(RuntimeError, match="boom"):
         prepare(model)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from statqat_lightning.error_analysis import EnergySpectrum
-from statqat_lightning.error_analysis.spectrum import bin_edges
+from statqat_lightning.error_analysis.spectrum_tables import bin_edges
 from statqat_lightning.formats import FloatFormat, Format, get_format
 from statqat_lightning.quantizers import MovingAverage, Statistics, get_quantizer
 from statqat_lightning.quantizers.tails import Tails

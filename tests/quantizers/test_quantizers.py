@@ -14,7 +14,7 @@ from statqat_lightning.formats import Format, get_format
 from statqat_lightning.numerics.granularity import PerChannel, PerGroup, PerTensor
 from statqat_lightning.numerics.straight_through import fake_quantize
 from statqat_lightning.quantizers import Quantizer, Statistics, get_quantizer, quantizer_names
-from statqat_lightning.quantizers.base import rounding_error
+from statqat_lightning.quantizers.scales import rounding_error
 from tests.reference import ASYMMETRIC_FORMATS, PLAIN_FORMATS, ErrorOf
 
 INT4 = get_format("int4")

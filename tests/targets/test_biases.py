@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export.files.onnx import save_onnx
-from statqat_lightning.export.proof.runtimes import onnx_session
-from statqat_lightning.model.dataflow import record
+from statqat_lightning.export.proof.onnx_runtime import onnx_session
 from statqat_lightning.model.quantized_model import quantized_layers
+from statqat_lightning.model.recording import record
 from statqat_lightning.recipes.recipe import QuantRecipe
 from statqat_lightning.targets.biases import round_biases
 from statqat_lightning.targets.integer_kernels import IntegerKernel, integer_kernels

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from statqat_lightning.export.files.onnx import save_onnx
-from statqat_lightning.export.proof.runtimes import layers_in_float, onnx_session
+from statqat_lightning.export.proof.onnx_runtime import layers_in_float, onnx_session
 from statqat_lightning.model.insertion import prepare
 from statqat_lightning.model.quantized_model import quantized_layers
 from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
-from statqat_lightning.targets.placement import Placement, place
+from statqat_lightning.targets.base import Placement
+from statqat_lightning.targets.placement import place
 from tests.export.models import observed
 
 W8A8 = QuantRecipe.default("int8", "int8")

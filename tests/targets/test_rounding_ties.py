@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export.files.onnx import save_onnx
-from statqat_lightning.export.proof.runtimes import onnx_session
-from statqat_lightning.model.dataflow import record
+from statqat_lightning.export.proof.onnx_runtime import onnx_session
 from statqat_lightning.model.quantized_model import quantized_layers
+from statqat_lightning.model.recording import record
 from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.targets.integer_kernels import (
     IntegerKernel,
     IntegerQuantizers,
     integer_kernels,
 )
-from statqat_lightning.targets.placement import place, settle
+from statqat_lightning.targets.placement import place
 from statqat_lightning.targets.rounding_ties import _interval, avoid_ties, fractions
+from statqat_lightning.targets.settling import settle
 from tests.export.models import observed
 from tests.export.test_onnx_layouts import kernels
 from tests.targets.test_biases import quantized, residual, trained_like

@@ -15,7 +15,6 @@ from statqat_lightning.export.files.onnx import save_onnx
 from statqat_lightning.export.proof.openvino_runtime import compiled, kernels, layers_in_float
 from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.formats import get_format
-from statqat_lightning.model.dataflow import record
 from statqat_lightning.model.insertion import is_prepared_by, prepare, recipe_of
 from statqat_lightning.model.quantized_model import (
     activation_quantizers,
@@ -26,9 +25,11 @@ from statqat_lightning.model.quantized_model import (
     set_min_bits,
     set_observing,
 )
+from statqat_lightning.model.recording import record
 from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
 from statqat_lightning.targets.integer_kernels import integer_kernels
-from statqat_lightning.targets.placement import place, settle
+from statqat_lightning.targets.placement import place
+from statqat_lightning.targets.settling import settle
 from tests.export.models import observed
 from tests.targets.test_placement import W8A8, Shuffling
 

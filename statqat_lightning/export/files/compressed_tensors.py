@@ -32,7 +32,8 @@ from statqat_lightning.export.freezing.dequantized import (
     integers_and_scales,
     plain_model,
 )
-from statqat_lightning.export.freezing.frozen import FrozenLayer, freeze, frozen_layers
+from statqat_lightning.export.freezing.frozen import freeze, frozen_layers
+from statqat_lightning.export.freezing.frozen_layer import FrozenLayer
 from statqat_lightning.export.wording import some
 from statqat_lightning.fake_quant.fake_quantizer import WEIGHT
 from statqat_lightning.model.quantized_model import state_tensors

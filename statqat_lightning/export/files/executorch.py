@@ -20,14 +20,12 @@ from statqat_lightning.export.calls.forward_call import ForwardCall, TensorsOnly
 from statqat_lightning.export.files.on_disk import replacing
 from statqat_lightning.export.files.tracing import ExportError, quietly, where_it_stopped
 from statqat_lightning.export.freezing.folding import fold_batch_norm
-from statqat_lightning.export.freezing.frozen import (
+from statqat_lightning.export.freezing.frozen import frozen_copy, frozen_layers, use_float_weights
+from statqat_lightning.export.freezing.frozen_layer import (
     FrozenLayer,
     FrozenTensor,
     codes_name,
-    frozen_copy,
-    frozen_layers,
     scale_name,
-    use_float_weights,
 )
 from statqat_lightning.export.wording import in_short
 from statqat_lightning.formats import IntFormat

@@ -31,12 +31,11 @@ from torch import Tensor, nn
 
 from statqat_lightning.export.files.on_disk import replacing
 from statqat_lightning.export.files.packing import pack
-from statqat_lightning.export.freezing.frozen import (
+from statqat_lightning.export.freezing.frozen import freeze, frozen_layers
+from statqat_lightning.export.freezing.frozen_layer import (
     FrozenLayer,
     FrozenTensor,
     codes_name,
-    freeze,
-    frozen_layers,
     scale_name,
 )
 from statqat_lightning.formats import BlockFormat, Format

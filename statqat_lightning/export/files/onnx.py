@@ -9,7 +9,7 @@
 - Convolutions: as torch.onnx writes them, between their roundings; `_give_biases`,
   `_leave_slow_layers_in_float` and `onnx_graph.keep_biases` change what a runtime would get wrong
   or run slowly. What they need around them is in `targets`.
-- Linear layers: see `onnx_graph.lay_out_linears`.
+- Linear layers: see `onnx_linears.lay_out_linears`.
 
 QuantizeLinear divides by the scale and rounds half to even, as fake quantization does.
 """
@@ -42,7 +42,6 @@ from statqat_lightning.export.files.onnx_graph import (
     drop_clips,
     keep_biases,
     keep_weights,
-    lay_out_linears,
     own_zero_points,
     pack_tables,
     pool_means,
@@ -50,6 +49,7 @@ from statqat_lightning.export.files.onnx_graph import (
     split_clips,
     tidy,
 )
+from statqat_lightning.export.files.onnx_linears import lay_out_linears
 from statqat_lightning.export.files.onnx_operators import (
     FLOAT8,
     is_table,

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statqat_lightning.export.freezing.frozen import (
+from statqat_lightning.export.freezing.frozen import frozen_layers
+from statqat_lightning.export.freezing.frozen_layer import (
     FrozenLayer,
     FrozenTensor,
     codes_name,
-    frozen_layers,
     scale_name,
 )
 from statqat_lightning.formats import BlockFormat, Format, IntFormat, get_format

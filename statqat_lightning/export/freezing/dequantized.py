@@ -7,13 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.export.freezing.frozen import (
-    Frozen,
-    FrozenLayer,
-    codes_name,
-    frozen_layers,
-    scale_name,
-)
+from statqat_lightning.export.freezing.frozen import Frozen, frozen_layers
+from statqat_lightning.export.freezing.frozen_layer import FrozenLayer, codes_name, scale_name
 from statqat_lightning.export.freezing.light_copy import light_copy
 from statqat_lightning.fake_quant.fake_quantizer import WEIGHT
 from statqat_lightning.formats import Format, IntFormat

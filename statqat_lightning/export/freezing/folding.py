@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from statqat_lightning.export.calls.forward_call import ForwardCall, first_that_runs
-from statqat_lightning.export.freezing.frozen import (
+from statqat_lightning.export.freezing.frozen import as_frozen
+from statqat_lightning.export.freezing.frozen_layer import (
     FrozenLayer,
     FrozenTensor,
-    as_frozen,
     codes_name,
     scale_name,
 )
 from statqat_lightning.export.freezing.light_copy import light_copy
 from statqat_lightning.fake_quant.fake_quantizer import OUTPUT, WEIGHT
 from statqat_lightning.layers.batch_norm import channel_factor, has_statistics, normalized_by
-from statqat_lightning.model.dataflow import NORMS, OUTPUT_KIND, Dataflow, Operation, record
+from statqat_lightning.model.dataflow import NORMS, OUTPUT_KIND, Dataflow, Operation
+from statqat_lightning.model.recording import record
 from statqat_lightning.numerics.granularity import PerBlock, PerChannel, PerGroup, PerTensor
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.export.calls.forward_call import ForwardCall, outputs_of
-from statqat_lightning.export.freezing.frozen import FrozenLayer, frozen_layers, scale_name
+from statqat_lightning.export.freezing.frozen import frozen_layers
+from statqat_lightning.export.freezing.frozen_layer import FrozenLayer, scale_name
 from statqat_lightning.fake_quant.fake_quantizer import OUTPUT
 
 LayerOutputs = Mapping[str, Sequence[Tensor]]

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from statqat_lightning.export.calls.forward_call import ForwardCall
 from statqat_lightning.export.files.onnx_files import graph_of
 from statqat_lightning.export.proof.divergence import LayerOutputs, Roundings
-from statqat_lightning.export.proof.runtimes import (
-    Run,
-    Runtime,
+from statqat_lightning.export.proof.onnx_runtime import (
     float_onnx_model,
     products_by_layer,
     with_layer_outputs,
     with_roundings,
 )
+from statqat_lightning.export.proof.runtimes import Run, Runtime
 
 _PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 _INTEGERS = ("u8", "i8")

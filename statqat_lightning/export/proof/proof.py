@@ -14,7 +14,8 @@ from statqat_lightning.export.calls.forward_call import ForwardCall, few_rows, o
 from statqat_lightning.export.files.on_disk import size_of
 from statqat_lightning.export.freezing.dequantized import with_rounded_inputs
 from statqat_lightning.export.freezing.folding import fold_batch_norm
-from statqat_lightning.export.freezing.frozen import frozen_layers, scale_name
+from statqat_lightning.export.freezing.frozen import frozen_layers
+from statqat_lightning.export.freezing.frozen_layer import scale_name
 from statqat_lightning.export.freezing.light_copy import light_copy
 from statqat_lightning.export.proof import tensorrt_rules
 from statqat_lightning.export.proof.divergence import (
@@ -25,9 +26,9 @@ from statqat_lightning.export.proof.divergence import (
     moved_codes,
     rounded_places,
 )
+from statqat_lightning.export.proof.report import ArtefactReport
 from statqat_lightning.export.proof.runtimes import Runtime
 from statqat_lightning.export.proof.verify import (
-    ArtefactReport,
     Comparison,
     Example,
     ExportDifferenceError,

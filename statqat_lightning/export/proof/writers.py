@@ -18,7 +18,12 @@ from statqat_lightning.export.files.onnx import save_onnx
 from statqat_lightning.export.files.program import save_program
 from statqat_lightning.export.files.registry import FILE_TYPES, FileType
 from statqat_lightning.export.files.torchao import load_torchao, save_torchao
-from statqat_lightning.export.proof import executorch_runtime, openvino_runtime, runtimes
+from statqat_lightning.export.proof import (
+    executorch_runtime,
+    onnx_runtime,
+    openvino_runtime,
+    runtimes,
+)
 from statqat_lightning.export.proof.runtimes import Run, Runtime
 from statqat_lightning.insight.snr import snr_by_tensor
 from statqat_lightning.recipes.recipe import QuantRecipe
@@ -70,12 +75,12 @@ def writers(
     """
     part = frozen.get_submodule(module)
     opened = {"dynamic": dynamic} if dynamic else {}
-    load_onnx: Callable[[Path], Runtime] = runtimes.load_onnx
-    float_onnx: Callable[[nn.Module, ForwardCall], Run | None] = runtimes.float_onnx
+    load_onnx: Callable[[Path], Runtime] = onnx_runtime.load_onnx
+    float_onnx: Callable[[nn.Module, ForwardCall], Run | None] = onnx_runtime.float_onnx
     if target == "openvino" and openvino_runtime.is_installed():
         load_onnx, float_onnx = openvino_runtime.load, openvino_runtime.float_run
     elif target == "tensorrt":  # there is nothing to time
-        load_onnx = partial(runtimes.load_onnx, optimize=False)
+        load_onnx = partial(onnx_runtime.load_onnx, optimize=False)
         float_onnx = _no_run
 
     def weights(
