@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from statqat_lightning import list_formats
 from statqat_lightning.cli import main
 from statqat_lightning.export import (
     compare_files,
@@ -325,3 +326,8 @@ def test_unknown_commands_exit_with_2() -> None:
     with pytest.raises(SystemExit) as caught:
         main(["transmogrify"])
     assert caught.value.code == 2
+
+
+def test_formats_prints_the_table_of_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["formats"]) == 0
+    assert capsys.readouterr().out == f"{list_formats()}\n"

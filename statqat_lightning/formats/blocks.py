@@ -27,6 +27,8 @@ class BlockFormat(Format):
             `e4m3`, FP8 E4M3 under one float32 scale for the whole tensor (NVFP4).
     """
 
+    kind = "block"
+
     label: str
     element: FloatFormat
     block_size: int
