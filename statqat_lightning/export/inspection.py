@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statqat_lightning._tables import aligned, html_table
 from statqat_lightning.export.files.loading import (
     file_kind,
     native_weights,
@@ -80,10 +81,19 @@ class Inspection:
     recipe: Mapping[str, Any] | None
     layers: Mapping[str, Mapping[str, TensorEntry]]
 
+    def __repr__(self) -> str:
+        return f"<Inspection: {self._summary()}, {len(self.layers)} layers>"
+
+    def _repr_html_(self) -> str:
+        recipe = None if self.recipe is None else QuantRecipe.from_dict(self.recipe)
+        return html_table(
+            self._cells(),
+            above=self._summary(),
+            below=() if recipe is None else [f"Recipe: {recipe!r}"],
+        )
+
     def __str__(self) -> str:
-        version = f", written by statqat-lightning {self.library_version}"
-        lines = [f"{self.path}: {self.kind}, {self.bytes / 1e3:.1f} kB"]
-        lines[0] += version if self.library_version else ""
+        lines = [self._summary()]
         if self.recipe is not None:
             lines.append("recipe:")
             for rule in QuantRecipe.from_dict(self.recipe).rules:
@@ -94,14 +104,22 @@ class Inspection:
                     if spec is not None or role in ("weights", "inputs")
                 ]
                 lines.append(f"  {rule.pattern}: {', '.join(parts)}")
+        return "\n".join([*lines, *aligned(self._cells())])
+
+    def _summary(self) -> str:
+        version = f", written by statqat-lightning {self.library_version}"
+        summary = f"{self.path}: {self.kind}, {self.bytes / 1e3:.1f} kB"
+        return summary + (version if self.library_version else "")
+
+    def _cells(self) -> list[tuple[str, ...]]:
         columns = ["weight", "input"]
         roles = {role for tensors in self.layers.values() for role in tensors}
         columns += ["output"] * any(_column(role) == "output" for role in roles)
-        cells = [("layer", *columns)]
+        cells: list[tuple[str, ...]] = [("layer", *columns)]
         for name, tensors in self.layers.items():
             found = [_in_words(tensors, column) for column in columns]
             cells.append((name or "(model)", *found))
-        return "\n".join([*lines, *_table(cells)])
+        return cells
 
 
 def _in_words(tensors: Mapping[str, TensorEntry], column: str) -> str:
@@ -324,18 +342,33 @@ class FileComparison:
         equal = all(math.isinf(v) and v > 0 for v in self.snr_db.values())
         return equal and not self.only_a and not self.only_b
 
+    def __repr__(self) -> str:
+        found = "equal" if self.equal else "different"
+        return f"<FileComparison: {self.a.path} and {self.b.path}, {found} weights>"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._cells(), {3}, below=self._sentences())
+
     def __str__(self) -> str:
+        return "\n".join([*self._sentences(), *aligned(self._cells())])
+
+    def _sentences(self) -> list[str]:
         lines = [f"{x.path}: {x.kind}, {x.bytes / 1e3:.1f} kB" for x in (self.a, self.b)]
         lines[1] += f", {self.b.bytes / self.a.bytes:.2f} times the first"
-        cells = [("layer", "first", "second", "SNR of the second against the first")]
+        for names, path in ((self.only_a, self.a.path), (self.only_b, self.b.path)):
+            lines += [f"only in {path}: {', '.join(names)}"] if names else []
+        return lines
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        cells: list[tuple[str, ...]] = [
+            ("layer", "first", "second", "SNR of the second against the first")
+        ]
         for name, decibels in self.snr_db.items():
             equal = math.isinf(decibels) and decibels > 0
             first, second = (_weight_entry(x, name) for x in (self.a, self.b))
             found = "equal" if equal else f"{decibels:.1f} dB"
             cells.append((name or "(model)", first, second, found))
-        for names, path in ((self.only_a, self.a.path), (self.only_b, self.b.path)):
-            lines += [f"only in {path}: {', '.join(names)}"] if names else []
-        return "\n".join([*lines, *_table(cells)])
+        return cells
 
 
 def _weight_entry(inspection: Inspection, name: str) -> str:
@@ -435,10 +468,3 @@ def _weights(path: Path, trust: bool) -> dict[str, Tensor]:
             if weight is not None:
                 found[weight_key(layer, role)] = _quantized(weight, state)
     return found
-
-
-def _table(cells: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
-    ]

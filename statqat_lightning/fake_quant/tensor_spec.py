@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from statqat_lightning._tables import html_table
 from statqat_lightning.formats import BlockFormat, Format, get_format, unsigned
 from statqat_lightning.numerics.granularity import Granularity, get_granularity
 from statqat_lightning.numerics.straight_through import GRADIENTS
@@ -204,6 +205,15 @@ class TensorSpec:
         if self.shared is not None:
             entries["shared"] = self.shared
         return entries | dict(self.options)
+
+    def __repr__(self) -> str:
+        arguments = [f"{name}={value!r}" for name, value in self.to_dict().items()]
+        arguments[0] = repr(self.format)
+        return f"TensorSpec({', '.join(arguments)})"
+
+    def _repr_html_(self) -> str:
+        entries = [(name, str(value)) for name, value in self.to_dict().items()]
+        return html_table([("TensorSpec", ""), *entries])
 
 
 def _refuse_unknown(options: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+from statqat_lightning._tables import html_table
+
 When = int | float | str
 """A moment of a training: a share (float, 0 to 1), optimizer steps (int), or `"3 epochs"`."""
 
@@ -137,6 +139,16 @@ class QuantSchedule:
         if self.freeze_at is not None:
             found["freeze_at"] = self.freeze_at
         return found
+
+    def __repr__(self) -> str:
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
+        changed = [f"{name}={v!r}" for name, v in given.items() if v != defaults[name]]
+        return f"QuantSchedule({', '.join(changed)})"
+
+    def _repr_html_(self) -> str:
+        entries = [(name, str(value)) for name, value in self.to_dict().items()]
+        return html_table([("QuantSchedule", ""), *entries])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `from_dict` reads it."""
