@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from statqat_lightning._words import did_you_mean
 from statqat_lightning.callbacks.calibration import step_arguments
 from statqat_lightning.callbacks.hooks import WrappedHooks
 from statqat_lightning.callbacks.input_warnings import StatQATWarning
@@ -42,7 +43,9 @@ from statqat_lightning.model.quantized_model import state_tensors
 
 _MODULE = "LightningModule"
 _LOGGED_AS = "distillation_loss"
-AUTO = "auto"
+AUTO: Final = "auto"
+LossName = Literal["kl", "mse"]
+"""Losses between outputs, see `DistillationCallback`."""
 _TIMED = range(1, 9)  # steps whose time is measured; the first one is another than those to come
 
 
@@ -91,9 +94,9 @@ class DistillationCallback(Callback):
         self,
         teacher: LightningModule | str | Path | None = None,
         layers: Sequence[str] | Mapping[str, str] | None = None,
-        loss: str | OutputLoss = "kl",
+        loss: LossName | OutputLoss = "kl",
         weight: float = 1.0,
-        temperature: float | str = 2.0,
+        temperature: float | Literal["auto"] = 2.0,
     ) -> None:
         if not (teacher is None or isinstance(teacher, (str, Path)) or is_a(teacher, _MODULE)):
             raise ValueError(
@@ -106,10 +109,11 @@ class DistillationCallback(Callback):
                 f"DistillationCallback: got layers={layers!r}; expected names of layers in a list, "
                 "a mapping to their names in the teacher, or None for the last layer."
             )
-        if not (loss in ("kl", "mse") if isinstance(loss, str) else callable(loss)):
+        names = get_args(LossName)
+        if not (loss in names if isinstance(loss, str) else callable(loss)):
             raise ValueError(
-                f"DistillationCallback: got loss={loss!r}; expected 'kl', 'mse' or a function of "
-                "two outputs."
+                f"DistillationCallback: got loss={loss!r}; expected {', '.join(map(repr, names))} "
+                f"or a function of two outputs.{did_you_mean(loss, names)}"
             )
         if not 0 < weight <= 1:
             raise ValueError(
@@ -119,7 +123,7 @@ class DistillationCallback(Callback):
         if temperature != AUTO and not 0 < fixed < float("inf"):
             raise ValueError(
                 f"DistillationCallback: got temperature={temperature!r}; expected {AUTO!r} or a "
-                "number above 0."
+                f"number above 0.{did_you_mean(temperature, [AUTO])}"
             )
         self.teacher = teacher
         self.layers = layers
@@ -412,8 +416,8 @@ class _Run:
         count = sum(p.numel() for p in parameters)
         size = sum(p.numel() * p.element_size() for p in parameters)
         loss = self._callback.loss if isinstance(self._callback.loss, str) else "own loss"
-        degree = self._callback.temperature
-        degree = degree if isinstance(degree, str) else f"{degree:g}"
+        temperature = self._callback.temperature
+        degree = temperature if isinstance(temperature, str) else f"{temperature:g}"
         heat = f" at temperature {degree}" if loss == "kl" else ""
         names = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if layers[3:] else "")
         return (

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from statqat_lightning.callbacks.evaluation_data import evaluation_batches
+from statqat_lightning._words import did_you_mean
+from statqat_lightning.callbacks.evaluation_data import EvaluationData, evaluation_batches
 from statqat_lightning.callbacks.export_progress import export_progress
 from statqat_lightning.callbacks.lightning_names import is_a, overrides
 from statqat_lightning.callbacks.qat import StatQATCallback
@@ -150,7 +151,7 @@ class ExportCallback(Callback):
         strict: bool = True,
         test_examples: int | None = 1000,
         measure_latency: bool = True,
-        data: Literal["validation", "test"] = "validation",
+        data: EvaluationData = "validation",
         dynamic: Any = None,
     ) -> None:
         self.file_types = wanted(
@@ -162,8 +163,11 @@ class ExportCallback(Callback):
             torchao=torchao,
             compressed=compressed,
         )
-        if data not in ("validation", "test"):
-            raise ValueError(f"ExportCallback: got data={data!r}; expected 'validation' or 'test'.")
+        if data not in (sets := get_args(EvaluationData)):
+            raise ValueError(
+                f"ExportCallback: got data={data!r}; expected {' or '.join(map(repr, sets))}."
+                f"{did_you_mean(data, sets)}"
+            )
         self.path = _checked(path)
         self.best = best
         self.example_input = example_input

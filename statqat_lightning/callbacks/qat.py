@@ -39,7 +39,7 @@ from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.callbacks.refusals import refuse_trainer
 from statqat_lightning.export.freezing.stale_scales import remember_weights
-from statqat_lightning.fake_quant.observers import ObserverConfig, Reduce
+from statqat_lightning.fake_quant.observers import ObserverConfig, Reduce, Reduction
 from statqat_lightning.layers.module_names import modules_by_name, plain_name
 from statqat_lightning.model.compensation import CompensationReport
 from statqat_lightning.model.dataflow import takes_means_away
@@ -62,7 +62,7 @@ from statqat_lightning.model.quantized_model import (
     switch_off_idle_layers,
 )
 from statqat_lightning.model.weight_reads import set_readers
-from statqat_lightning.recipes.recipe import DEFAULT, ROLES, QuantRecipe, TensorSpec
+from statqat_lightning.recipes.recipe import DEFAULT, ROLES, Default, QuantRecipe, TensorSpec
 from statqat_lightning.recipes.schedule import QuantSchedule, When
 from statqat_lightning.targets.integer_kernels import IntegerKernel
 from statqat_lightning.targets.placement import settle
@@ -161,7 +161,7 @@ class StatQATCallback(Callback):
         activations: str | TensorSpec | None = DEFAULT,
         recipe: QuantRecipe | str | Path | None = None,
         exclude: Sequence[str] = (),
-        first_last_bits: int | str | None = DEFAULT,
+        first_last_bits: int | Default | None = DEFAULT,
         calibration_batches: int = 8,
         freeze_at: When | None = DEFAULT,
         schedule: QuantSchedule | dict[str, Any] | None = None,
@@ -688,7 +688,7 @@ def _reduction(trainer: Trainer) -> Reduce | None:
     if trainer.world_size == 1:
         return None
 
-    def reduce(tensor: Tensor, operation: str) -> Tensor:
+    def reduce(tensor: Tensor, operation: Reduction) -> Tensor:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # Lightning's own reduction begins with a barrier: a second collective, and one for
             # which the host waits.

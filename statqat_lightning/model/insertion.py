@@ -44,7 +44,7 @@ from statqat_lightning.model.dataflow import record
 from statqat_lightning.model.insertion_report import InsertionReport, LayerReport, float_row
 from statqat_lightning.model.quantized_model import quantized_layers
 from statqat_lightning.model.weight_reads import WeightReads, set_readers, weight_reads
-from statqat_lightning.recipes.recipe import DEFAULT, QuantRecipe, QuantRule, full_name
+from statqat_lightning.recipes.recipe import DEFAULT, Default, QuantRecipe, QuantRule, full_name
 
 _NORMALISATION = (
     nn.modules.batchnorm._NormBase,
@@ -66,7 +66,7 @@ def prepare(
     *,
     recipe: QuantRecipe | str | Path | None = None,
     exclude: Sequence[str] = (),
-    first_last_bits: int | str | None = DEFAULT,
+    first_last_bits: int | Default | None = DEFAULT,
     observer: ObserverConfig | None = None,
     run: Callable[[], Any] | None = None,
 ) -> InsertionReport:

@@ -8,12 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, Literal, cast
 
 import yaml
 from torch import nn
 
 from statqat_lightning._tables import html_table
+from statqat_lightning._words import did_you_mean
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec as TensorSpec
 from statqat_lightning.formats import IntFormat, at_least_bits, get_format, unsigned
 from statqat_lightning.layers.function_results import is_result
@@ -24,7 +25,8 @@ ROLES = ("weights", "inputs", "outputs", "gates")
 Results = tuple[tuple[str, TensorSpec], ...]
 """Specifications of results of functions, by name."""
 
-DEFAULT = "default"
+Default = Literal["default"]
+DEFAULT: Final = "default"
 """Stands for an argument that nobody gave: what it means depends on what comes beside it."""
 
 
@@ -286,7 +288,7 @@ class QuantRecipe:
         weights: str | TensorSpec | None = DEFAULT,
         activations: str | TensorSpec | None = DEFAULT,
         exclude: Sequence[str] = (),
-        first_last_bits: int | str | None = DEFAULT,
+        first_last_bits: int | Default | None = DEFAULT,
     ) -> QuantRecipe:
         """One specification for all layers; the first and the last get at least `first_last_bits`.
 
@@ -305,7 +307,7 @@ class QuantRecipe:
             if first_last_bits != DEFAULT:
                 raise ValueError(
                     f"first_last_bits: got {first_last_bits!r}; expected a number of bits, None or "
-                    f"{DEFAULT!r}."
+                    f"{DEFAULT!r}.{did_you_mean(first_last_bits, [DEFAULT])}"
                 )
             first_last_bits = 8
         if weights is None and activations is None:
@@ -330,7 +332,7 @@ class QuantRecipe:
         weights: str | TensorSpec | None = DEFAULT,
         activations: str | TensorSpec | None = DEFAULT,
         exclude: Sequence[str] = (),
-        first_last_bits: int | str | None = DEFAULT,
+        first_last_bits: int | Default | None = DEFAULT,
     ) -> QuantRecipe:
         """The recipe that a caller gave, or the default one from the arguments beside it.
 
