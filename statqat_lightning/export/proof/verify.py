@@ -220,7 +220,8 @@ class ExportReport:
         return f"<ExportReport: {', '.join(a.path for a in self.artefacts) or 'no files'}>"
 
     def _repr_html_(self) -> str:
-        rows = self.rows()
+        # Runtimes are in a sentence below.
+        rows = [{k: text for k, text in row.items() if k != "runtime"} for row in self.rows()]
         cells = [[*rows[0]], *([*row.values()] for row in rows)] if rows else []
         texts = (*self._sentences(), *self._remarks())
         return html_table(cells, below=[" ".join(_wrapped(text)) for text in texts])
