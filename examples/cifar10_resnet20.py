@@ -184,7 +184,7 @@ def main() -> None:
         network = train_network(args, train_loader)
     common.train_and_report(
         args,
-        f"resnet20_{args.weights}_{args.activations}_{args.quantizer}",
+        f"resnet20_{args.weights}_{args.activations}",
         ImageClassifier(network, lr=args.lr),
         train_loader,
         test.loader(500),

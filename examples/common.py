@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,9 @@ from vision import Batch
 from statqat_lightning import ExportCallback, SNRMonitor, StatQATCallback, TensorSpec, get_format
 from statqat_lightning.export.proof.verify import onnx_session
 from statqat_lightning.insight.snr import History, plot_snr
-from statqat_lightning.recipes.recipe import activation_spec
 from statqat_lightning.targets.registry import TARGETS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-# Values of --quantizer, and what the tables call them.
-METHODS = {"statqat": "StatQAT", "minmax": "min-max QAT"}
 
 
 def fail(message: str) -> SystemExit:
@@ -87,7 +83,7 @@ def start(args: argparse.Namespace, *packages: str) -> None:
 def add_quantization_arguments(
     parser: argparse.ArgumentParser, *, weights: str, activations: str
 ) -> None:
-    """Formats and the rule that chooses the scales."""
+    """Formats, and the runtime that they are for."""
     group = parser.add_argument_group("quantization")
     group.add_argument("--weights", type=format_name, default=weights, help="format name, or none")
     group.add_argument(
@@ -95,12 +91,6 @@ def add_quantization_arguments(
         type=format_name,
         default=activations,
         help="format name, or none; without negative data intN is unsigned, fp4 has a zero point",
-    )
-    group.add_argument(
-        "--quantizer",
-        choices=tuple(METHODS),
-        default="statqat",
-        help="scales of least error, or of the extremes (the usual baseline)",
     )
     group.add_argument(
         "--first-last-bits", type=positive, default=8, help="least bits of first and last layer"
@@ -184,11 +174,9 @@ class Quantization:
 
 
 def quantization_callbacks(
-    weights: str | None,
-    activations: str | None,
+    weights: str | TensorSpec | None,
+    activations: str | TensorSpec | None,
     export_path: Path,
-    *,
-    quantizer: str = "statqat",
     **options: Any,
 ) -> Quantization:
     """The callbacks that turn a float run into a QAT run.
@@ -197,25 +185,10 @@ def quantization_callbacks(
         weights: Format of weights, or None.
         activations: Format of layer inputs, or None.
         export_path: The `.onnx` file to write.
-        quantizer: `statqat` for the defaults of the package, `minmax` for the baseline.
         options: Further arguments of `StatQATCallback`.
     """
-    specs: dict[str, str | TensorSpec | None] = {"weights": weights, "activations": activations}
-    if quantizer == "minmax":
-        specs = {role: name and _minmax(name, role) for role, name in specs.items()}
-    return Quantization(
-        StatQATCallback(**specs, **options), SNRMonitor(), ExportCallback(str(export_path))
-    )
-
-
-def _minmax(name: str, role: str) -> TensorSpec:
-    if role == "weights":
-        return TensorSpec(name, quantizer="minmax")
-    # Signs and zero points as the plain name has them. Ranges are averaged, as other training tools
-    # do: a running maximum would never fall.
-    plain = activation_spec(name, role)
-    assert plain is not None
-    return replace(plain, quantizer="moving_average")
+    qat = StatQATCallback(weights, activations, **options)
+    return Quantization(qat, SNRMonitor(), ExportCallback(str(export_path)))
 
 
 def make_logger(
@@ -405,7 +378,6 @@ def train_and_report(
         args.weights,
         args.activations,
         run / "model.onnx",
-        quantizer=args.quantizer,
         first_last_bits=args.first_last_bits,
         target=None if args.target == "none" else args.target,
     )
@@ -421,10 +393,9 @@ def train_and_report(
     start = time.perf_counter()
     trainer.fit(module, train_loader)
     print(f"trained in {time.perf_counter() - start:.0f} s")
-    method = METHODS[args.quantizer]
     formats = f"{args.weights or 'float'}/{args.activations or 'float'}"
-    results.append(measure(method, formats, trainer, module, quantization, test_loader))
-    picture = plot_histories({f"{method} {formats}": quantization.monitor.history}, run / "snr.png")
+    results.append(measure("StatQAT", formats, trainer, module, quantization, test_loader))
+    picture = plot_histories({f"StatQAT {formats}": quantization.monitor.history}, run / "snr.png")
     print()
     print_results(results)
     print()

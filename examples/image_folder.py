@@ -141,7 +141,7 @@ def main() -> None:
     module = Classifier(network, lr=args.lr, weight_decay=args.weight_decay)
     common.train_and_report(
         args,
-        f"{args.model}_{args.weights}_{args.activations}_{args.quantizer}",
+        f"{args.model}_{args.weights}_{args.activations}",
         module,
         DataLoader(train, batch_size, shuffle=True, drop_last=True, **workers),
         DataLoader(test, batch_size, **workers),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from statqat_lightning.export import freeze as freeze
     from statqat_lightning.export import load_quantized as load_quantized
     from statqat_lightning.formats import get_format as get_format
+    from statqat_lightning.formats import list_formats as list_formats
     from statqat_lightning.model import compensate as compensate
     from statqat_lightning.model import prepare as prepare
     from statqat_lightning.model import remove as remove
@@ -43,6 +44,7 @@ _HOMES = {
     "freeze": "export",
     "load_quantized": "export",
     "get_format": "formats",
+    "list_formats": "formats",
     "fake_quantize": "numerics",
     "snr_db": "numerics",
     "prepare": "model",

@@ -1,7 +1,7 @@
-"""`statqat`: export a checkpoint, look into a file, compare two files.
+"""`statqat`: export a checkpoint, look into a file, compare two files, list the formats.
 
-Each command is a function of `statqat_lightning.export`: `export_checkpoint`, `inspect_file` and
-`compare_files`.
+Each command is a function: `export_checkpoint`, `inspect_file` and `compare_files` of
+`statqat_lightning.export`, and `list_formats` of `statqat_lightning`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from statqat_lightning.export.file_comparison import compare_files
 from statqat_lightning.export.files.native import library_version
 from statqat_lightning.export.files.registry import DEFAULT, FILE_TYPES
 from statqat_lightning.export.inspection import inspect_file
+from statqat_lightning.formats import list_formats
 from statqat_lightning.targets.registry import TARGETS
 
 NAMES = [each.name for each in FILE_TYPES]
@@ -116,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("a", type=Path)
     compare.add_argument("b", type=Path)
     compare.set_defaults(command=lambda o: print(compare_files(o.a, o.b, o.trust)))
+
+    formats = commands.add_parser("formats", help="number formats: names, bits, largest values")
+    formats.set_defaults(command=lambda o: print(list_formats()))
     return parser
 
 

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import sys
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from statqat_lightning import list_formats
 from statqat_lightning.cli import main
 from statqat_lightning.export import (
     compare_files,
@@ -209,6 +212,11 @@ def test_inspect_a_native_file(
     assert lines[0].startswith("m.safetensors: native, ")
     assert lines[1:3] == ["recipe:", "  *: weights int4, inputs int4"]
     assert any(line.startswith("net.3    int4 per_channel ") for line in lines)
+    assert repr(found) == f"<Inspection: {lines[0]}, 4 layers>"
+    html = found._repr_html_()
+    assert html.startswith(f"<p>{lines[0]}</p>")
+    assert [*re.findall(r"<tr><td[^>]*>([^<]*)<", html)] == [*found.layers]
+    assert html.endswith(f"<p>{escape(f'Recipe: {recipe!r}')}</p>")
 
 
 def test_inspect_a_checkpoint(trained: tuple[Path, Sized]) -> None:
@@ -298,6 +306,10 @@ def test_compare_tells_how_far_apart_two_files_are(capsys: pytest.CaptureFixture
     assert main(["compare", *files.values()]) == 0
     out = capsys.readouterr().out
     assert "times the first" in out
+    assert repr(compared) == "<FileComparison: a.safetensors and b.safetensors, different weights>"
+    html = compared._repr_html_()
+    assert all(f"<p>{line}</p>" in html for line in out.splitlines()[:2])
+    assert f'right">{compared.snr_db["5"]:.1f} dB</td>' in html
     assert f"{compared.snr_db['5']:.1f} dB" in out
 
 
@@ -325,3 +337,8 @@ def test_unknown_commands_exit_with_2() -> None:
     with pytest.raises(SystemExit) as caught:
         main(["transmogrify"])
     assert caught.value.code == 2
+
+
+def test_formats_prints_the_table_of_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["formats"]) == 0
+    assert capsys.readouterr().out == f"{list_formats()}\n"

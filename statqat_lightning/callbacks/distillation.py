@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from statqat_lightning._words import did_you_mean
 from statqat_lightning.callbacks.distillation_run import (
     AUTO,
     AroundSteps,
@@ -31,6 +32,8 @@ from statqat_lightning.model.isolated_copy import CannotCopy
 
 _MODULE = "LightningModule"
 _LOGGED_AS = "distillation_loss"
+LossName = Literal["kl", "mse"]
+"""Losses between outputs, see `DistillationCallback`."""
 
 
 class DistillationCallback(Callback):
@@ -78,9 +81,9 @@ class DistillationCallback(Callback):
         self,
         teacher: LightningModule | str | Path | None = None,
         layers: Sequence[str] | Mapping[str, str] | None = None,
-        loss: str | OutputLoss = "kl",
+        loss: LossName | OutputLoss = "kl",
         weight: float = 1.0,
-        temperature: float | str = 2.0,
+        temperature: float | Literal["auto"] = 2.0,
     ) -> None:
         if not (teacher is None or isinstance(teacher, (str, Path)) or is_a(teacher, _MODULE)):
             raise ValueError(
@@ -93,10 +96,11 @@ class DistillationCallback(Callback):
                 f"DistillationCallback: got layers={layers!r}; expected names of layers in a list, "
                 "a mapping to their names in the teacher, or None for the last layer."
             )
-        if not (loss in ("kl", "mse") if isinstance(loss, str) else callable(loss)):
+        names = get_args(LossName)
+        if not (loss in names if isinstance(loss, str) else callable(loss)):
             raise ValueError(
-                f"DistillationCallback: got loss={loss!r}; expected 'kl', 'mse' or a function of "
-                "two outputs."
+                f"DistillationCallback: got loss={loss!r}; expected {', '.join(map(repr, names))} "
+                f"or a function of two outputs.{did_you_mean(loss, names)}"
             )
         if not 0 < weight <= 1:
             raise ValueError(
@@ -106,7 +110,7 @@ class DistillationCallback(Callback):
         if temperature != AUTO and not 0 < fixed < float("inf"):
             raise ValueError(
                 f"DistillationCallback: got temperature={temperature!r}; expected {AUTO!r} or a "
-                "number above 0."
+                f"number above 0.{did_you_mean(temperature, [AUTO])}"
             )
         self.teacher = teacher
         self.layers = layers

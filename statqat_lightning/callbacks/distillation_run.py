@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from statqat_lightning.model.quantized_model import state_tensors
 if TYPE_CHECKING:
     from statqat_lightning.callbacks.distillation import DistillationCallback
 
-AUTO = "auto"
+AUTO: Final = "auto"
 _TIMED = range(1, 9)  # steps whose time is measured; the first one is another than those to come
 
 
@@ -190,8 +190,8 @@ class DistillationRun:
         count = sum(p.numel() for p in parameters)
         size = sum(p.numel() * p.element_size() for p in parameters)
         loss = self._callback.loss if isinstance(self._callback.loss, str) else "own loss"
-        degree = self._callback.temperature
-        degree = degree if isinstance(degree, str) else f"{degree:g}"
+        temperature = self._callback.temperature
+        degree = temperature if isinstance(temperature, str) else f"{temperature:g}"
         heat = f" at temperature {degree}" if loss == "kl" else ""
         names = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if layers[3:] else "")
         return (

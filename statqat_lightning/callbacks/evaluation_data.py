@@ -10,11 +10,13 @@ from lightning.pytorch import LightningModule, Trainer
 from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.export.proof.evaluation import NoAccuracy
 
+EvaluationData = Literal["validation", "test"]
+"""The set whose examples an export predicts."""
 _HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer", "transfer_batch_to_device")
 
 
 def evaluation_batches(
-    trainer: Trainer, pl_module: LightningModule, data: Literal["validation", "test"]
+    trainer: Trainer, pl_module: LightningModule, data: EvaluationData
 ) -> Iterator[Any]:
     """Batches of all loaders of a set, one after the other.
 

@@ -10,15 +10,16 @@ import difflib
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from statqat_lightning._words import did_you_mean
 from statqat_lightning.callbacks.captured_calls import CapturedCalls, call_in_inference
-from statqat_lightning.callbacks.evaluation_data import evaluation_batches
+from statqat_lightning.callbacks.evaluation_data import EvaluationData, evaluation_batches
 from statqat_lightning.callbacks.export_progress import export_progress
 from statqat_lightning.callbacks.input_warnings import ExportWarning
 from statqat_lightning.callbacks.lightning_names import is_a, overrides
@@ -149,7 +150,7 @@ class ExportCallback(Callback):
         strict: bool = True,
         test_examples: int | None = 1000,
         measure_latency: bool = True,
-        data: Literal["validation", "test"] = "validation",
+        data: EvaluationData = "validation",
         dynamic: Any = None,
     ) -> None:
         self.file_types = wanted(
@@ -161,8 +162,11 @@ class ExportCallback(Callback):
             torchao=torchao,
             compressed=compressed,
         )
-        if data not in ("validation", "test"):
-            raise ValueError(f"ExportCallback: got data={data!r}; expected 'validation' or 'test'.")
+        if data not in (sets := get_args(EvaluationData)):
+            raise ValueError(
+                f"ExportCallback: got data={data!r}; expected {' or '.join(map(repr, sets))}."
+                f"{did_you_mean(data, sets)}"
+            )
         self.path = _checked(path)
         self.best = best
         self.example_input = example_input

@@ -67,7 +67,7 @@ from statqat_lightning.model.quantized_model import (
 )
 from statqat_lightning.model.report_rows import rows_in_use
 from statqat_lightning.model.weight_reads import set_readers
-from statqat_lightning.recipes.recipe import DEFAULT, ROLES, QuantRecipe, TensorSpec
+from statqat_lightning.recipes.recipe import DEFAULT, ROLES, Default, QuantRecipe, TensorSpec
 from statqat_lightning.recipes.schedule import QuantSchedule, When
 from statqat_lightning.targets.integer_kernels import IntegerKernel
 from statqat_lightning.targets.registry import AUTO, check_target
@@ -166,7 +166,7 @@ class StatQATCallback(Callback):
         activations: str | TensorSpec | None = DEFAULT,
         recipe: QuantRecipe | str | Path | None = None,
         exclude: Sequence[str] = (),
-        first_last_bits: int | str | None = DEFAULT,
+        first_last_bits: int | Default | None = DEFAULT,
         calibration_batches: int = 8,
         freeze_at: When | None = DEFAULT,
         schedule: QuantSchedule | dict[str, Any] | None = None,

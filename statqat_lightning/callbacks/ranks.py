@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from statqat_lightning.fake_quant.observers import Reduce
+from statqat_lightning.fake_quant.observers import Reduce, Reduction
 
 
 def share_batch_norm(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -27,7 +27,7 @@ def reduction_over_ranks(trainer: Trainer) -> Reduce | None:
     if trainer.world_size == 1:
         return None
 
-    def reduce(tensor: Tensor, operation: str) -> Tensor:
+    def reduce(tensor: Tensor, operation: Reduction) -> Tensor:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # Lightning's own reduction begins with a barrier: a second collective, and one for
             # which the host waits.

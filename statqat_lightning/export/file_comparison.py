@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statqat_lightning._tables import aligned, html_table
 from statqat_lightning.export.files.native import KEY
 from statqat_lightning.export.files.reading import file_kind, native_weights, read_checkpoint
 from statqat_lightning.export.freezing.frozen_layer import weight_key
 from statqat_lightning.export.inspection import (
     Inspection,
-    aligned,
     column_of,
     inspect_file,
     load_onnx_model,
@@ -53,18 +53,33 @@ class FileComparison:
         equal = all(math.isinf(v) and v > 0 for v in self.snr_db.values())
         return equal and not self.only_a and not self.only_b
 
+    def __repr__(self) -> str:
+        found = "equal" if self.equal else "different"
+        return f"<FileComparison: {self.a.path} and {self.b.path}, {found} weights>"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._cells(), {3}, below=self._sentences())
+
     def __str__(self) -> str:
+        return "\n".join([*self._sentences(), *aligned(self._cells())])
+
+    def _sentences(self) -> list[str]:
         lines = [f"{x.path}: {x.kind}, {x.bytes / 1e3:.1f} kB" for x in (self.a, self.b)]
         lines[1] += f", {self.b.bytes / self.a.bytes:.2f} times the first"
-        cells = [("layer", "first", "second", "SNR of the second against the first")]
+        for names, path in ((self.only_a, self.a.path), (self.only_b, self.b.path)):
+            lines += [f"only in {path}: {', '.join(names)}"] if names else []
+        return lines
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        cells: list[tuple[str, ...]] = [
+            ("layer", "first", "second", "SNR of the second against the first")
+        ]
         for name, decibels in self.snr_db.items():
             equal = math.isinf(decibels) and decibels > 0
             first, second = (_weight_entry(x, name) for x in (self.a, self.b))
             found = "equal" if equal else f"{decibels:.1f} dB"
             cells.append((name or "(model)", first, second, found))
-        for names, path in ((self.only_a, self.a.path), (self.only_b, self.b.path)):
-            lines += [f"only in {path}: {', '.join(names)}"] if names else []
-        return "\n".join([*lines, *aligned(cells)])
+        return cells
 
 
 def _weight_entry(inspection: Inspection, name: str) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from statqat_lightning._tables import aligned, html_table
 from statqat_lightning.export.files.native import KEY, read_header
 from statqat_lightning.export.files.on_disk import size_of
 from statqat_lightning.export.files.reading import file_kind, read_checkpoint
@@ -74,10 +75,19 @@ class Inspection:
     recipe: Mapping[str, Any] | None
     layers: Mapping[str, Mapping[str, TensorEntry]]
 
+    def __repr__(self) -> str:
+        return f"<Inspection: {self._summary()}, {len(self.layers)} layers>"
+
+    def _repr_html_(self) -> str:
+        recipe = None if self.recipe is None else QuantRecipe.from_dict(self.recipe)
+        return html_table(
+            self._cells(),
+            above=self._summary(),
+            below=() if recipe is None else [f"Recipe: {recipe!r}"],
+        )
+
     def __str__(self) -> str:
-        version = f", written by statqat-lightning {self.library_version}"
-        lines = [f"{self.path}: {self.kind}, {self.bytes / 1e3:.1f} kB"]
-        lines[0] += version if self.library_version else ""
+        lines = [self._summary()]
         if self.recipe is not None:
             lines.append("recipe:")
             for rule in QuantRecipe.from_dict(self.recipe).rules:
@@ -88,14 +98,22 @@ class Inspection:
                     if spec is not None or role in ("weights", "inputs")
                 ]
                 lines.append(f"  {rule.pattern}: {', '.join(parts)}")
+        return "\n".join([*lines, *aligned(self._cells())])
+
+    def _summary(self) -> str:
+        version = f", written by statqat-lightning {self.library_version}"
+        summary = f"{self.path}: {self.kind}, {self.bytes / 1e3:.1f} kB"
+        return summary + (version if self.library_version else "")
+
+    def _cells(self) -> list[tuple[str, ...]]:
         columns = ["weight", "input"]
         roles = {role for tensors in self.layers.values() for role in tensors}
         columns += ["output"] * any(column_of(role) == "output" for role in roles)
-        cells = [("layer", *columns)]
+        cells: list[tuple[str, ...]] = [("layer", *columns)]
         for name, tensors in self.layers.items():
             found = [_in_words(tensors, column) for column in columns]
             cells.append((name or "(model)", *found))
-        return "\n".join([*lines, *aligned(cells)])
+        return cells
 
 
 def _in_words(tensors: Mapping[str, TensorEntry], column: str) -> str:
@@ -295,11 +313,3 @@ def _zero_point_type(model: Any, scale: str) -> str:
             if zero is not None:
                 return str(onnx.TensorProto.DataType.Name(zero.data_type)).lower()
     return "arithmetic"
-
-
-def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of a table as lines of text, each column as wide as its widest cell."""
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
-    ]

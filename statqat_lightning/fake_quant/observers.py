@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from statqat_lightning.fake_quant.samples import Sample, reach, sample_values, s
 from statqat_lightning.formats import Format
 from statqat_lightning.quantizers import Statistics
 
-Reduce = Callable[[Tensor, str], Tensor]
-"""Reduces a tensor over all ranks: called with the tensor and "sum" or "max"."""
+Reduction = Literal["sum", "max"]
+Reduce = Callable[[Tensor, Reduction], Tensor]
+"""Reduces a tensor over all ranks: called with the tensor and the name of the operation."""
 
 _MAX_PENDING = 8  # samples of one input: many micro-batches must not pile up
 _ROWS_IN_CACHE = 16  # raw histograms of so many inputs at once, on a CPU

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
+from statqat_lightning._tables import html_table
+from statqat_lightning._words import did_you_mean
 from statqat_lightning.formats import BlockFormat, Format, get_format, unsigned
 from statqat_lightning.numerics.granularity import Granularity, get_granularity
-from statqat_lightning.numerics.straight_through import GRADIENTS
+from statqat_lightning.numerics.straight_through import GRADIENTS, Gradient
 from statqat_lightning.quantizers import (
     Block,
     Quantizer,
@@ -19,8 +20,11 @@ from statqat_lightning.quantizers import (
     quantizer_names,
 )
 
-OUTPUT_ERROR, WEIGHT_ERROR = OBJECTIVES = ("output", "weight")
+Objective = Literal["output", "weight"]
 """What the scales of a weight minimise, see `TensorSpec`."""
+OUTPUT_ERROR: Final = "output"
+WEIGHT_ERROR: Final = "weight"
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 
 @dataclass(frozen=True, init=False)
@@ -59,8 +63,8 @@ class TensorSpec:
     granularity: str | None = None
     quantizer: str | None = None
     unsigned_if_nonnegative: bool = False
-    gradient: str = "clipped"
-    objective: str | None = None
+    gradient: Gradient = "clipped"
+    objective: Objective | None = None
     max_value: float | None = None
     shared: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
@@ -71,8 +75,8 @@ class TensorSpec:
         granularity: str | None = None,
         quantizer: str | None = None,
         unsigned_if_nonnegative: bool = False,
-        gradient: str = "clipped",
-        objective: str | None = None,
+        gradient: Gradient = "clipped",
+        objective: Objective | None = None,
         max_value: float | None = None,
         shared: str | None = None,
         **options: Any,
@@ -113,10 +117,12 @@ class TensorSpec:
         if gradient not in GRADIENTS:
             raise ValueError(
                 f"TensorSpec: got gradient={gradient!r}; expected one of {', '.join(GRADIENTS)}."
+                f"{did_you_mean(gradient, GRADIENTS)}"
             )
         if objective not in (None, *OBJECTIVES):
             raise ValueError(
                 f"TensorSpec: got objective={objective!r}; expected one of {', '.join(OBJECTIVES)}."
+                f"{did_you_mean(objective, OBJECTIVES)}"
             )
         if max_value is not None and not (
             isinstance(max_value, int | float) and 0 < max_value < math.inf
@@ -205,6 +211,15 @@ class TensorSpec:
             entries["shared"] = self.shared
         return entries | dict(self.options)
 
+    def __repr__(self) -> str:
+        arguments = [f"{name}={value!r}" for name, value in self.to_dict().items()]
+        arguments[0] = repr(self.format)
+        return f"TensorSpec({', '.join(arguments)})"
+
+    def _repr_html_(self) -> str:
+        entries = [(name, str(value)) for name, value in self.to_dict().items()]
+        return html_table([("TensorSpec", ""), *entries])
+
 
 def _refuse_unknown(options: dict[str, Any]) -> None:
     """Refuse options that no quantizer has: misspelt entries end up among them."""
@@ -212,8 +227,7 @@ def _refuse_unknown(options: dict[str, Any]) -> None:
     options_of_all = [option for name in quantizer_names() for option in option_names(name)]
     known = [*own, *dict.fromkeys(options_of_all)]
     if unknown := [option for option in options if option not in known]:
-        near = difflib.get_close_matches(unknown[0], known, n=2)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        hint = did_you_mean(unknown[0], known, most=2)
         raise ValueError(
             f"TensorSpec: got unknown entries {unknown}.{hint} Known are {', '.join(own)} and the "
             f"options of quantizers, {', '.join(known[len(own) :])}."

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,12 @@ class Format(ABC):
     """A finite grid of representable values, zero included.
 
     Formats are immutable and hashable; two formats with equal facts are equal.
+
+    Attributes:
+        kind: What its family is called.
     """
+
+    kind: ClassVar[str]
 
     @property
     @abstractmethod

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final, Literal, get_args
 
 from torch import Tensor
 
+from statqat_lightning._words import did_you_mean
 from statqat_lightning.formats.base import Format
 from statqat_lightning.formats.floats import FloatFormat
 
-E8M0, E4M3 = "e8m0", "e4m3"
+ScaleFormat = Literal["e8m0", "e4m3"]
+"""How the scales of blocks are stored, see `BlockFormat`."""
+E8M0: Final = "e8m0"
+E4M3: Final = "e4m3"
 
 
 @dataclass(frozen=True)
@@ -27,19 +32,22 @@ class BlockFormat(Format):
             `e4m3`, FP8 E4M3 under one float32 scale for the whole tensor (NVFP4).
     """
 
+    kind = "block"
+
     label: str
     element: FloatFormat
     block_size: int
-    scale_format: str
+    scale_format: ScaleFormat
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise ValueError(
                 f"BlockFormat: got block_size={self.block_size!r}; expected a positive number."
             )
-        if self.scale_format not in (E8M0, E4M3):
+        if self.scale_format not in get_args(ScaleFormat):
             raise ValueError(
                 f"BlockFormat: got scale_format={self.scale_format!r}; expected {E8M0} or {E4M3}."
+                f"{did_you_mean(self.scale_format, get_args(ScaleFormat))}"
             )
 
     @property

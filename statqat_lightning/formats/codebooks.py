@@ -31,6 +31,8 @@ class CodebookFormat(Format):
         ValueError: If the levels are not such a list.
     """
 
+    kind = "codebook"
+
     levels: tuple[float, ...]
     label: str = ""
 

@@ -26,6 +26,8 @@ class FloatFormat(Format):
     to the larger: IEEE 754-2019 says so for one-digit precision, and E8M0 conversions do likewise.
     """
 
+    kind = "float"
+
     exponent_bits: int
     mantissa_bits: int
     num_special: int = 0

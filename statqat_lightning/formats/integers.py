@@ -22,6 +22,8 @@ class IntFormat(Format):
     `full_range=True` that code is the lowest level.
     """
 
+    kind = "integer"
+
     width: int
     signed: bool = True
     full_range: bool = False

@@ -65,8 +65,13 @@ def block_format_names() -> list[str]:
     return [*_BLOCKS]
 
 
+def aliases(name: str) -> tuple[str, ...]:
+    """Other names of the format with a canonical name."""
+    return tuple(alias for alias, known in _ALIASES.items() if known == name)
+
+
 def get_format(name: str) -> Format:
-    """The format with the given name.
+    """The format with the given name; `list_formats` shows all of them.
 
     Args:
         name: One of these, in lower or upper case:
@@ -94,7 +99,7 @@ def get_format(name: str) -> Format:
     fmt = _parse(name) if isinstance(name, str) else None
     if fmt is not None:
         return fmt
-    key = _key(name) if isinstance(name, str) else ""
+    key = canonical_name(name) if isinstance(name, str) else ""
     known = [*format_names(), *block_format_names()]
     near = difflib.get_close_matches(key, [*known, *_ALIASES], n=3)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -105,14 +110,15 @@ def get_format(name: str) -> Format:
     )
 
 
-def _key(name: str) -> str:
+def canonical_name(name: str) -> str:
+    """A name in lower case, its alias resolved; there need not be a format of it."""
     key = name.lower()
     return key if key.startswith("levels:") else _ALIASES.get(key := key.replace("-", "_"), key)
 
 
 @lru_cache(maxsize=1024)
 def _parse(name: str) -> Format | None:
-    key = _key(name)
+    key = canonical_name(name)
     if match := re.fullmatch(r"(u?)int([2-8])", key):
         return IntFormat(int(match[2]), signed=not match[1])
     if match := re.fullmatch(r"int([2-8])_full", key):

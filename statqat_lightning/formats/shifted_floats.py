@@ -37,6 +37,8 @@ class ShiftedFloatFormat(Format):
         ValueError: If it has fewer: its coarsest steps would miss zero.
     """
 
+    kind = "shifted float"
+
     element: FloatFormat
 
     def __post_init__(self) -> None:

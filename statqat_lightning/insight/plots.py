@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
+_DPI = 110
 _FAINT = 1e-6  # share of the energy below which an octave's end is not drawn
 _RUN = 9  # bins that the spectrum is smoothed over
 _MEASURED = 33  # points of the error curve that are measured
@@ -196,7 +199,7 @@ def _measured_snr(values: Tensor, fmt: Format, scale: float) -> float:
 
 
 def new_figure(caller: str, size: tuple[float, float]) -> Figure:
-    """An empty figure without a window.
+    """An empty figure without a window, which a notebook shows as it is.
 
     Args:
         caller: The function that draws, for the message.
@@ -214,7 +217,15 @@ def new_figure(caller: str, size: tuple[float, float]) -> Figure:
         ) from error
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
+    # Notebooks ask for it; on their own they show the figures of pyplot alone.
+    setattr(figure, "_repr_png_", partial(_png_of, figure))  # noqa: B010, unknown to type checkers
     return figure
+
+
+def _png_of(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return buffer.getvalue()
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -222,7 +233,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
-    figure.savefig(unfinished, dpi=110)
+    figure.savefig(unfinished, dpi=_DPI)
     unfinished.replace(path)
 
 

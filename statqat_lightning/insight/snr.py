@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from statqat_lightning.layers.function_results import is_result
 from statqat_lightning.layers.layer_kinds import INPUT_ROLES
 from statqat_lightning.layers.quantized_layer import weight_of
 from statqat_lightning.model.quantized_model import quantized_layers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @torch.no_grad()
@@ -101,17 +105,20 @@ History = Sequence[tuple[int, Mapping[str, float]]]
 """Steps with the SNR in dB of each tensor, as `SNRMonitor.history` holds them."""
 
 
-def plot_snr(histories: Mapping[str, History], path: str | Path) -> None:
+def plot_snr(histories: Mapping[str, History], path: str | Path | None = None) -> Figure:
     """Draw the SNR of every tensor over training steps: a column a run, weights above activations.
 
     A tensor is a weight unless it is called as inputs and outputs are: layers with several weights
     have a line for each. Outputs are dashed.
 
-    The first layers are dark, the last ones bright. The file appears whole or not at all.
+    The first layers are dark, the last ones bright.
 
     Args:
         histories: Histories of runs by title.
-        path: Where the picture is written; its ending says the kind.
+        path: Where the picture is written, whole or not at all; its ending says the kind.
+
+    Returns:
+        The matplotlib figure.
 
     Raises:
         ValueError: If there is nothing to draw.
@@ -160,4 +167,6 @@ def plot_snr(histories: Mapping[str, History], path: str | Path) -> None:
         fontsize=7,
         title="layer",
     )
-    save_figure(figure, path)
+    if path is not None:
+        save_figure(figure, path)
+    return figure

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from statqat_lightning._tables import html_table
 from statqat_lightning.fake_quant.input_moments import InputChannels
 from statqat_lightning.fake_quant.observers import Reduce
 from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
@@ -65,11 +66,23 @@ class CompensationReport:
     skipped: dict[str, str]
 
     def __str__(self) -> str:
+        return "\n".join([self._summary(), *(f"  {text}" for text in self._left())])
+
+    def __repr__(self) -> str:
+        return f"<CompensationReport: {self._summary()}>"
+
+    def _repr_html_(self) -> str:
+        cells = [("weight", "before (dB)", "after (dB)")]
+        cells += [(row.name, f"{row.before:.1f}", f"{row.after:.1f}") for row in self.rows]
+        return html_table(cells, {1, 2}, above=self._summary(), below=self._left())
+
+    def _summary(self) -> str:
         gain = [row.after - row.before for row in self.rows if math.isfinite(row.after)]
         mean = f", {sum(gain) / len(gain):+.1f} dB at their layers' outputs" if gain else ""
-        lines = [f"{len(self.rows)} weights compensated{mean}"]
-        lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+        return f"{len(self.rows)} weights compensated{mean}"
+
+    def _left(self) -> list[str]:
+        return [f"{name}: {reason}" for name, reason in self.skipped.items()]
 
 
 @torch.no_grad()

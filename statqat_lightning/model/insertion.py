@@ -48,7 +48,7 @@ from statqat_lightning.model.quantized_model import quantized_layers
 from statqat_lightning.model.recording import record
 from statqat_lightning.model.report_rows import row_in_float, rows_of_quantized, type_name
 from statqat_lightning.model.weight_reads import WeightReads, set_readers, weight_reads
-from statqat_lightning.recipes.recipe import DEFAULT, QuantRecipe, QuantRule, full_name
+from statqat_lightning.recipes.recipe import DEFAULT, Default, QuantRecipe, QuantRule, full_name
 
 
 def prepare(
@@ -58,7 +58,7 @@ def prepare(
     *,
     recipe: QuantRecipe | str | Path | None = None,
     exclude: Sequence[str] = (),
-    first_last_bits: int | str | None = DEFAULT,
+    first_last_bits: int | Default | None = DEFAULT,
     observer: ObserverConfig | None = None,
     run: Callable[[], Any] | None = None,
 ) -> InsertionReport:

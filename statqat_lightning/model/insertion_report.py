@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from statqat_lightning._tables import aligned, html_table
+
 _WIDTH = 80
 _USUAL = {"weight": " per_channel analytic", "input": " per_tensor iterative"}
 """Granularity and quantizer that go without saying in the short table."""
@@ -96,6 +98,9 @@ class InsertionReport:
 
     def table(self) -> str:
         """All layers, a line each, with formats in full."""
+        return "\n".join(aligned(self._cells(), numbers={2}))
+
+    def _cells(self) -> list[tuple[str, ...]]:
         header = ("layer", "type", "parameters", "weight", "input", "output", "remark")
         cells = [
             (
@@ -109,7 +114,7 @@ class InsertionReport:
             )
             for row in self.rows
         ]
-        return "\n".join(_aligned([header, *cells], numbers={2}))
+        return [header, *cells]
 
     def summary(self) -> str:
         """How many layers and parameters are quantized, in one line."""
@@ -120,6 +125,12 @@ class InsertionReport:
             f"{self.num_quantized} of {len(layers)} layers quantized, {_count(inside)} of "
             f"{_count(total)} parameters ({100 * self.share_quantized:.1f} %)"
         )
+
+    def __repr__(self) -> str:
+        return f"<InsertionReport: {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._cells(), {2}, above=self.summary(), below=self.notes)
 
     def __str__(self) -> str:
         quantized = _folded([row for row in self.rows if not row.reason])
@@ -188,18 +199,7 @@ def _narrow(cells: Sequence[tuple[str, ...]]) -> list[str]:
     names, types = 20, 22
     while True:
         cut = [(_cut(line[0], names), _cut(line[1], types), *line[2:]) for line in cells]
-        lines = _aligned(cut, numbers={2})
+        lines = aligned(cut, numbers={2})
         if max(map(len, lines)) <= _WIDTH or names == types == 8:
             return [line[:_WIDTH] for line in lines]
         names, types = max(names - 2, 8), max(types - 2, 8)
-
-
-def _aligned(cells: Sequence[Sequence[str]], numbers: set[int]) -> list[str]:
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return [
-        "  ".join(
-            text.rjust(width) if i in numbers else text.ljust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
 from statqat_lightning.fake_quant.input_moments import InputMoments, fold_moments, sums_of
-from statqat_lightning.fake_quant.observers import Reduce
+from statqat_lightning.fake_quant.observers import Reduce, Reduction
 from statqat_lightning.fake_quant.scale_refresh import (
     refresh_activations,
     refresh_weights,
@@ -317,7 +317,7 @@ class _SumsTogether:
         self._more: Tensor | None = more
         self._total = more
 
-    def __call__(self, tensor: Tensor, operation: str) -> Tensor:
+    def __call__(self, tensor: Tensor, operation: Reduction) -> Tensor:
         if operation != "sum" or self._more is None:
             return self._reduce(tensor, operation)
         more, self._more = self._more, None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from statqat_lightning._words import did_you_mean
 from statqat_lightning.formats import Format, IntFormat
 from statqat_lightning.numerics.clipping import outward
 from statqat_lightning.numerics.qparams import QParams, is_batched, is_plain_cpu, widened
@@ -16,10 +18,14 @@ from statqat_lightning.numerics.qparams import QParams, is_batched, is_plain_cpu
 _SLICE = 2**18  # values of float32 that stay in a cache: 1 MiB
 
 
-GRADIENTS = ("clipped", "pass_through", "magnitude")
+Gradient = Literal["clipped", "pass_through", "magnitude"]
+GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
+"""Straight-through gradients, see `fake_quantize`."""
 
 
-def fake_quantize(x: Tensor, qparams: QParams, fmt: Format, gradient: str = "clipped") -> Tensor:
+def fake_quantize(
+    x: Tensor, qparams: QParams, fmt: Format, gradient: Gradient = "clipped"
+) -> Tensor:
     r"""Quantize and dequantize `x`, with a straight-through gradient.
 
     .. math:: \hat x = s \cdot \mathrm{RN}_G(x / s)
@@ -53,6 +59,7 @@ def fake_quantize(x: Tensor, qparams: QParams, fmt: Format, gradient: str = "cli
     if gradient not in GRADIENTS:
         raise ValueError(
             f"fake_quantize: got gradient={gradient!r}; expected one of {', '.join(GRADIENTS)}."
+            f"{did_you_mean(gradient, GRADIENTS)}"
         )
     if not x.is_floating_point():
         raise TypeError(f"fake_quantize: got dtype {x.dtype}; expected a floating dtype.")
@@ -81,7 +88,7 @@ def fake_quantize(x: Tensor, qparams: QParams, fmt: Format, gradient: str = "cli
     return qparams.granularity.restore(y.to(x.dtype), x.shape)
 
 
-def _carrier(x: Tensor, qparams: QParams, fmt: Format, gradient: str) -> Tensor:
+def _carrier(x: Tensor, qparams: QParams, fmt: Format, gradient: Gradient) -> Tensor:
     """A new tensor whose gradient to `x` is the straight-through gradient wanted.
 
     PyTorch's own operators carry it, so that no Python runs in the backward pass.

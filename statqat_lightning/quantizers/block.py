@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from statqat_lightning._words import did_you_mean
 from statqat_lightning.formats import E4M3, E8M0, BlockFormat, Format, get_format
 from statqat_lightning.quantizers.base import (
     ErrorWeights,
@@ -20,7 +21,9 @@ from statqat_lightning.quantizers.base import (
 )
 from statqat_lightning.quantizers.scales import least, near_one, power_of_two, rounding_error
 
-RULES = ("mse", "max")
+Rule = Literal["mse", "max"]
+"""How the scales of blocks are chosen, see `Block`."""
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 _NEAR = {E8M0: (1, -1), E4M3: (1, 2, 3, 4, 5, 6, -1, -2)}
 """Codes to try, by their distance to the specified one.
@@ -50,9 +53,12 @@ class Block(Quantizer):
     name = "block"
     weighs = True
 
-    def __init__(self, rule: str = "mse") -> None:
+    def __init__(self, rule: Rule = "mse") -> None:
         if rule not in RULES:
-            raise ValueError(f"Block: got rule={rule!r}; expected one of {', '.join(RULES)}.")
+            raise ValueError(
+                f"Block: got rule={rule!r}; expected one of {', '.join(RULES)}."
+                f"{did_you_mean(rule, RULES)}"
+            )
         self.rule = rule
 
     def from_rows(self, rows: Tensor, fmt: Format, current_scale: Tensor | None = None) -> Tensor:

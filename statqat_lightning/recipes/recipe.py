@@ -8,11 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, Literal, cast
 
 import yaml
 from torch import nn
 
+from statqat_lightning._tables import html_table
+from statqat_lightning._words import did_you_mean
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec as TensorSpec
 from statqat_lightning.formats import IntFormat, at_least_bits, get_format, unsigned
 from statqat_lightning.layers.function_results import is_result
@@ -23,7 +25,8 @@ ROLES = ("weights", "inputs", "outputs", "gates")
 Results = tuple[tuple[str, TensorSpec], ...]
 """Specifications of results of functions, by name."""
 
-DEFAULT = "default"
+Default = Literal["default"]
+DEFAULT: Final = "default"
 """Stands for an argument that nobody gave: what it means depends on what comes beside it."""
 
 
@@ -165,6 +168,24 @@ class QuantRule:
             entries["results"] = {name: spec.to_dict() for name, spec in self.by_result.items()}
         return entries
 
+    def __repr__(self) -> str:
+        arguments = [repr(self.pattern)]
+        arguments += [f"{role}={given!r}" for role, given in self._given().items()]
+        return f"QuantRule({', '.join(arguments)})"
+
+    def _repr_html_(self) -> str:
+        return html_table(_cells([self]))
+
+    def _given(self) -> dict[str, Any]:
+        """What there is for each role and for results, the plain name of a format where one does.
+
+        Plain names mean another thing for inputs than for weights.
+        """
+        specs = {role: getattr(self, role) for role in ROLES}
+        found = {role: _named(role, spec) for role, spec in specs.items() if spec is not None}
+        results = {name: _named("results", spec) for name, spec in self.by_result.items()}
+        return found | ({"results": results} if results else {})
+
 
 def _results_of(results: Any) -> Results:
     """Specifications of results of functions, in a form that can be hashed."""
@@ -185,6 +206,35 @@ def _results_of(results: Any) -> Results:
             raise ValueError(f"QuantRule: got None for {name!r} in results; leave it out instead.")
         found.append((name, spec))
     return tuple(found)
+
+
+def _named(role: str, spec: TensorSpec) -> str | TensorSpec:
+    """The name of the format, if it alone stands for the specification; else that."""
+    name = spec.format
+    plain = weight_spec(name) if role == "weights" else activation_spec(name, role)
+    return name if plain == spec else spec
+
+
+def _cells(rules: Sequence[QuantRule]) -> list[tuple[str, ...]]:
+    """Rules as rows of texts, with columns for what any of them has."""
+    always = ("weights", "inputs")
+    columns = [c for c in (*ROLES, "results") if c in always or any(getattr(r, c) for r in rules)]
+    rows = [
+        (rule.pattern, *(_in_words(getattr(rule, column)) for column in columns)) for rule in rules
+    ]
+    return [("layers", *columns), *rows]
+
+
+def _in_words(given: TensorSpec | Results | None) -> str:
+    if isinstance(given, TensorSpec):
+        entries = given.to_dict()
+        name = str(entries.pop("format"))
+        if entries.pop("unsigned_if_nonnegative", False):
+            name = f"{name} or {unsigned(get_format(name))}"
+        return ", ".join([name, *(f"{key}={value}" for key, value in entries.items())])
+    if given is None:
+        return "float"
+    return "; ".join(f"{name}: {_in_words(spec)}" for name, spec in given)
 
 
 def full_name(name: str) -> str:
@@ -223,13 +273,22 @@ class QuantRecipe:
         if not self.rules:
             raise ValueError("QuantRecipe: got no rules; expected at least one.")
 
+    def __repr__(self) -> str:
+        rules = [*map(repr, self.rules)]
+        if len(rules) == 1:
+            return f"QuantRecipe([{rules[0]}])"
+        return "\n".join(["QuantRecipe([", *(f"    {rule}," for rule in rules), "])"])
+
+    def _repr_html_(self) -> str:
+        return html_table(_cells(self.rules), below=["The first rule that matches a layer counts."])
+
     @classmethod
     def default(
         cls,
         weights: str | TensorSpec | None = DEFAULT,
         activations: str | TensorSpec | None = DEFAULT,
         exclude: Sequence[str] = (),
-        first_last_bits: int | str | None = DEFAULT,
+        first_last_bits: int | Default | None = DEFAULT,
     ) -> QuantRecipe:
         """One specification for all layers; the first and the last get at least `first_last_bits`.
 
@@ -248,7 +307,7 @@ class QuantRecipe:
             if first_last_bits != DEFAULT:
                 raise ValueError(
                     f"first_last_bits: got {first_last_bits!r}; expected a number of bits, None or "
-                    f"{DEFAULT!r}."
+                    f"{DEFAULT!r}.{did_you_mean(first_last_bits, [DEFAULT])}"
                 )
             first_last_bits = 8
         if weights is None and activations is None:
@@ -273,7 +332,7 @@ class QuantRecipe:
         weights: str | TensorSpec | None = DEFAULT,
         activations: str | TensorSpec | None = DEFAULT,
         exclude: Sequence[str] = (),
-        first_last_bits: int | str | None = DEFAULT,
+        first_last_bits: int | Default | None = DEFAULT,
     ) -> QuantRecipe:
         """The recipe that a caller gave, or the default one from the arguments beside it.
 

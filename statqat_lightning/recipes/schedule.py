@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
+
+from statqat_lightning._tables import html_table
+from statqat_lightning._words import did_you_mean
 
 When = int | float | str
 """A moment of a training: a share (float, 0 to 1), optimizer steps (int), or `"3 epochs"`."""
 
-BATCH_NORM_MODES = ("train", "freeze", "reestimate")
+BatchNormMode = Literal["train", "freeze", "reestimate"]
+"""What happens to BatchNorm statistics, see `QuantSchedule`."""
+BATCH_NORM_MODES: tuple[BatchNormMode, ...] = get_args(BatchNormMode)
 
 
 class Progress(NamedTuple):
@@ -76,7 +80,7 @@ class QuantSchedule:
     activations_at: When = 0
     freeze_at: When | None = 0.9
     widths: Sequence[tuple[When, int]] = ()
-    batch_norm: str = "train"
+    batch_norm: BatchNormMode = "train"
     batch_norm_at: When = 0.9
     batch_norm_batches: int = 32
 
@@ -100,11 +104,9 @@ class QuantSchedule:
                 "moment."
             )
         if self.batch_norm not in BATCH_NORM_MODES:
-            near = difflib.get_close_matches(str(self.batch_norm), BATCH_NORM_MODES, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"QuantSchedule: got batch_norm={self.batch_norm!r}.{hint} Expected one of "
-                f"{', '.join(BATCH_NORM_MODES)}."
+                f"QuantSchedule: got batch_norm={self.batch_norm!r}; expected one of "
+                f"{', '.join(BATCH_NORM_MODES)}.{did_you_mean(self.batch_norm, BATCH_NORM_MODES)}"
             )
         if self.batch_norm_batches < 1:
             raise ValueError(
@@ -138,6 +140,16 @@ class QuantSchedule:
             found["freeze_at"] = self.freeze_at
         return found
 
+    def __repr__(self) -> str:
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
+        changed = [f"{name}={v!r}" for name, v in given.items() if v != defaults[name]]
+        return f"QuantSchedule({', '.join(changed)})"
+
+    def _repr_html_(self) -> str:
+        entries = [(name, str(value)) for name, value in self.to_dict().items()]
+        return html_table([("QuantSchedule", ""), *entries])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `from_dict` reads it."""
         entries = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -152,8 +164,7 @@ class QuantSchedule:
         """
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in entries if name not in known]:
-            near = difflib.get_close_matches(unknown[0], known, n=2)
-            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            hint = did_you_mean(unknown[0], known, most=2)
             raise ValueError(
                 f"QuantSchedule: got unknown entries {unknown}.{hint} Known: {', '.join(known)}."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statqat_lightning._words import did_you_mean
 from statqat_lightning.targets import executorch, onnxruntime, openvino, tensorrt
 
 TARGETS = {
@@ -20,5 +21,8 @@ def check_target(target: str | None) -> str | None:
         ValueError: If there is no such target.
     """
     if target is not None and target not in TARGETS:
-        raise ValueError(f"target: got {target!r}; expected None or one of {', '.join(TARGETS)}.")
+        raise ValueError(
+            f"target: got {target!r}; expected None or one of {', '.join(TARGETS)}."
+            f"{did_you_mean(target, TARGETS)}"
+        )
     return target

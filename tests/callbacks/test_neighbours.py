@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import nn
 
 from statqat_lightning import (
     ExportCallback,
+    QuantRecipe,
     QuantSchedule,
     SNRMonitor,
     StatQATCallback,
@@ -375,6 +377,63 @@ def test_the_command_line_takes_plain_arguments(monkeypatch: pytest.MonkeyPatch)
     middle = next(q for name, _, q in quantized_layers(cli.model) if name == "net.3")
     assert middle.weight is not None
     assert middle.weight.fmt.name == "fp4_e2m1"
+
+
+@pytest.mark.parametrize(
+    ("callback", "given", "said"),
+    [
+        (
+            "StatQATCallback",
+            "schedule.batch_norm=freze",
+            "got batch_norm='freze'; expected one of train, freeze, reestimate. Did you mean",
+        ),
+        ("StatQATCallback", "target=onnxrt", "one of onnxruntime, openvino, tensorrt, executorch."),
+        # jsonargparse knows the words from the annotation, and ends before anything is made.
+        ("DistillationCallback", "loss=mes", "Literal['kl', 'mse']"),
+        ("ExportCallback", "data=tset", "Literal['validation', 'test']. Got value: tset"),
+    ],
+)
+def test_the_command_line_names_the_words_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    callback: str,
+    given: str,
+    said: str,
+) -> None:
+    options = [f"--trainer.callbacks=statqat_lightning.{callback}", f"--trainer.callbacks.{given}"]
+    options += ["--trainer.callbacks.path=m"] * (callback == "ExportCallback")
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        run_cli(["fit", "--trainer.accelerator=cpu", *options], monkeypatch)
+    text = f"{caught.value}\n{capsys.readouterr().err}"
+    assert said in text
+    name, _, word = given.rpartition(".")[2].partition("=")
+    assert name in text
+    assert word in text
+
+
+def test_the_command_line_takes_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {k: v for k, v in CONFIG["trainer"].items() if k != "callbacks"}
+    spec = {"class_path": "statqat_lightning.TensorSpec"}
+    spec["init_args"] = {"format": "int4", "gradient": "magnitude", "objective": "weight"}  # type: ignore[assignment]
+    callbacks = [
+        {
+            "class_path": "statqat_lightning.StatQATCallback",
+            "init_args": {
+                "weights": spec,
+                "first_last_bits": "default",
+                "schedule": {"batch_norm": "freeze"},
+            },
+        },
+        {"class_path": "statqat_lightning.DistillationCallback", "init_args": {"loss": "mse"}},
+    ]
+    arguments = [f"--trainer.{name}={str(value).lower()}" for name, value in options.items()]
+    cli = run_cli(["fit", *arguments, f"--trainer.callbacks={json.dumps(callbacks)}"], monkeypatch)
+    qat, distillation = cli.trainer.callbacks[:2]  # type: ignore[attr-defined]
+    weights = TensorSpec("int4", gradient="magnitude", objective="weight")
+    assert qat.recipe == QuantRecipe.default(weights)
+    assert qat.schedule == QuantSchedule(batch_norm="freeze")
+    assert distillation.loss == "mse"
+    assert distillation.temperature == 2.0
 
 
 # Compiled modules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -29,10 +30,33 @@ def test_lists_and_errors_are_folded_on_the_console_and_whole_in_the_json() -> N
     assert max(map(len, lines)) <= 100
     assert "layer0.0.conv0, layer0.0.conv1, layer0.0.conv2 and 57 more" in " ".join(lines)
     assert "more notes are in the .export.json file." in lines[-1]
+    html = report._repr_html_()
+    assert max(map(len, html.splitlines())) < 600
+    assert html.count("<p>") == html.count("</p>") > len(lines) / 3
+    assert repr(report) == f"<ExportReport: {files[0].path}, {files[1].path}>"
     report.to_json("m.export.json")
     stored = json.loads(Path("m.export.json").read_text())
     assert names[-1] in stored["notes"][0]
     assert len(stored["details"]["onnx"]) > 50_000
+
+
+def test_a_report_in_a_notebook() -> None:
+    file = ArtefactReport(
+        *("<m>.onnx", 1500, 0.25, 0.5), max_steps=2.0, snr_db=40.0, remarks=("a & b",)
+    )
+    assert repr(file) == "<ArtefactReport: <m>.onnx, 1.5 kB, SNR 40.0 dB, agreement 50.00%>"
+    row = ["&lt;m&gt;.onnx", "1.5", "0.25", "2", "40.0 dB", "50.00%"]
+    assert re.findall(r">([^<]*)</td>", file._repr_html_()) == row
+    report = ExportReport(None, file, 8, 1.0, 6000, notes=("<i> & more",))
+    html = report._repr_html_()
+    assert re.findall(r">([^<]*)</th>", html) == [
+        *("file", "kB", "of float", "difference", "steps", "SNR", "agreement"),
+    ]
+    assert re.findall(r">([^<]*)</td>", html) == [*row[:2], "0.25", *row[2:]]
+    assert "<p>&lt;m&gt;.onnx: a &amp; b</p>\n<p>&lt;i&gt; &amp; more</p>" in html
+    nothing = ExportReport(None, None, 8, 1.0, 6000, notes=("why",))
+    assert repr(nothing) == "<ExportReport: no files>"
+    assert nothing._repr_html_() == "<p>why</p>"
 
 
 def test_a_deep_model_left_in_float_is_one_note() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,6 +157,20 @@ def test_picture_draws_tensors_of_every_role(role: str, tmp_path: Path) -> None:
     rows = np.flatnonzero(with_curve & ~without)
     below = role in ("input", "query", "output")
     assert (rows.mean() > len(with_curve) / 2) == below  # weights above, activations below
+
+
+def test_a_figure_without_a_file_shows_itself_in_a_notebook(tmp_path: Path) -> None:
+    from matplotlib import image
+
+    figure: Any = plot_snr({"run": HISTORY})
+    assert not [*tmp_path.iterdir()]
+    plot_snr({"run": HISTORY}, tmp_path / "snr.png")
+    shown = image.imread(io.BytesIO(figure._repr_png_()))
+    assert np.array_equal(shown, image.imread(tmp_path / "snr.png"))
+    again = pickle.loads(pickle.dumps(figure))
+    again.axes[0].clear()
+    assert not np.array_equal(image.imread(io.BytesIO(again._repr_png_())), shown)
+    assert np.array_equal(image.imread(io.BytesIO(figure._repr_png_())), shown)
 
 
 def test_picture_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -321,6 +322,11 @@ def test_what_cannot_be_compensated_is_named_with_the_reason() -> None:
         name in text and len(line) <= 100
         for name, line in zip(report.skipped, text.splitlines()[1:], strict=True)
     )
+    assert repr(report) == f"<CompensationReport: {text.splitlines()[0]}>"
+    html = report._repr_html_()
+    cells = [(row.name, f"{row.before:.1f}", f"{row.after:.1f}") for row in report.rows]
+    assert re.findall(r">([^<]*)</td>", html) == [text for row in cells for text in row]
+    assert html.count("<p>") == 1 + len(report.skipped)
 
 
 def test_inputs_with_nan_move_no_weight() -> None:

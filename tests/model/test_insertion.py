@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -342,6 +343,13 @@ def test_report_of_every_layer_with_parameters() -> None:
     assert table[0].split()[:5] == ["layer", "type", "parameters", "weight", "input"]
     assert table[1].startswith("(model)  Net")
     assert report.to_dict()["rows"][1]["weight"] == "int2 per_tensor minmax"
+    assert repr(report) == f"<InsertionReport: {lines[0]}>"
+    html = report.with_notes(["one & two"])._repr_html_()
+    assert html.startswith(f"<p>{lines[0]}</p>\n<table>")
+    assert html.endswith("</table>\n<p>one &amp; two</p>")
+    rows = [[*re.findall(r">([^<]*)</t[hd]>", row)] for row in html.split("<tr>")[1:]]
+    assert [row[0] for row in rows[:3]] == ["layer", "(model)", "conv2d"]
+    assert rows[2][1:4] == ["Conv2d", "40", "int2 per_tensor minmax"]
 
 
 def test_report_of_a_prepared_model_tells_what_is_there() -> None:

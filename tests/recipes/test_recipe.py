@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,69 @@ def test_with_format_keeps_the_rest() -> None:
     assert not spec.with_format(get_format("fp8")).unsigned_if_nonnegative
     floats = TensorSpec("fp4", unsigned_if_nonnegative=True)
     assert floats.with_format(get_format("fp8")).unsigned_if_nonnegative
+
+
+# Texts
+
+OPTIONS = TensorSpec("int4", "per_group:16", "analytic", prior="laplace", tolerance=0.1)
+RULES = [
+    (QuantRule("head"), "QuantRule('head')"),
+    (QuantRule("*", "int4", "int8"), "QuantRule('*', weights='int4', inputs='int8')"),
+    # A plain name adapts to data without negative values, this one does not.
+    (QuantRule("*", inputs=TensorSpec("int8")), "QuantRule('*', inputs=TensorSpec('int8'))"),
+    (QuantRule("*", TensorSpec("int8")), "QuantRule('*', weights='int8')"),
+    (
+        QuantRule("type:SiLU", gates="fp8", outputs=TensorSpec("uint4", max_value=6.0)),
+        "QuantRule('type:SiLU', outputs=TensorSpec('uint4', max_value=6.0), gates='fp8_e4m3')",
+    ),
+    (
+        QuantRule("block", results={"add": "int8", "cat_1": TensorSpec("int4", shared="a")}),
+        "QuantRule('block', results={'add': 'int8', 'cat_1': TensorSpec('int4', shared='a')})",
+    ),
+]
+
+
+def test_a_spec_reads_as_it_is_written() -> None:
+    assert repr(TensorSpec("fp4")) == "TensorSpec('fp4_e2m1')"
+    assert repr(OPTIONS) == (
+        "TensorSpec('int4', granularity='per_group:16', quantizer='analytic', prior='laplace', "
+        "tolerance=0.1)"
+    )
+    assert eval(repr(OPTIONS)) == OPTIONS
+
+
+@pytest.mark.parametrize(("rule", "text"), RULES)
+def test_a_rule_reads_as_it_is_written(rule: QuantRule, text: str) -> None:
+    assert repr(rule) == text
+    assert eval(text) == rule
+
+
+def test_a_recipe_reads_as_it_is_written() -> None:
+    one = QuantRecipe.default()
+    assert repr(one) == "QuantRecipe([QuantRule('*', weights='int8', inputs='int8')])"
+    several = QuantRecipe([rule for rule, _ in RULES])
+    assert len(repr(several).splitlines()) == len(RULES) + 2
+    assert max(map(len, repr(several).splitlines())) <= 100
+    for recipe in (one, several):
+        assert eval(repr(recipe)) == recipe
+
+
+def test_recipes_are_tables_in_a_notebook() -> None:
+    html = QuantRecipe([*(rule for rule, _ in RULES), QuantRule("<b>", OPTIONS)])._repr_html_()
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", html)
+    assert cells[:6] == ["layers", "weights", "inputs", "outputs", "gates", "results"]
+    assert cells[6:12] == ["head", "float", "float", "float", "float", ""]
+    assert cells[12:16] == ["*", "int4", "int8 or uint8", "float"]
+    assert cells[18:21] == ["*", "float", "int8"]
+    assert "add: int8 or uint8; cat_1: int4, shared=a" in cells
+    assert cells[-6:-3] == [
+        "&lt;b&gt;",
+        "int4, granularity=per_group:16, quantizer=analytic, prior=laplace, tolerance=0.1",
+        "float",
+    ]
+    assert "<td" in QuantRule("head")._repr_html_()
+    assert "outputs" not in QuantRule("head")._repr_html_()
+    assert ">laplace</td>" in OPTIONS._repr_html_()
 
 
 # Rules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -61,3 +62,19 @@ def test_what_it_refuses(entries: dict[str, Any], message: str) -> None:
 def test_it_is_plain_data() -> None:
     schedule = QuantSchedule("1 epoch", 100, None, [(0.5, 8)], "reestimate", 0.7, 5)
     assert QuantSchedule.from_dict(schedule.to_dict()) == schedule
+
+
+def test_it_reads_as_it_is_written() -> None:
+    assert repr(QuantSchedule()) == "QuantSchedule()"
+    schedule = QuantSchedule("1 epoch", freeze_at=None, widths=[(0.5, 8)])
+    assert repr(schedule) == (
+        "QuantSchedule(weights_at='1 epoch', freeze_at=None, widths=((0.5, 8),))"
+    )
+    assert eval(repr(schedule)) == schedule
+
+
+def test_it_is_a_table_in_a_notebook() -> None:
+    html = QuantSchedule("1 epoch", widths=[(0.5, 8)])._repr_html_()
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", html)
+    assert cells[:4] == ["QuantSchedule", "", "weights_at", "1 epoch"]
+    assert cells[4:10] == ["activations_at", "0", "freeze_at", "0.9", "widths", "[[0.5, 8]]"]

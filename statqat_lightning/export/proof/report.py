@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from statqat_lightning._tables import html_table
 from statqat_lightning.export.files.on_disk import replacing
 from statqat_lightning.export.files.registry import FILE_TYPES
 from statqat_lightning.export.proof.onnx_runtime import onnx_session as onnx_session
@@ -75,6 +76,20 @@ class ArtefactReport:
         if not self.milliseconds or self.float_milliseconds is None:
             return None
         return self.float_milliseconds / self.milliseconds
+
+    def __repr__(self) -> str:
+        row = self._figures()
+        figures = [f"{key} {row[key]}" for key in ("SNR", "agreement", "accuracy") if key in row]
+        return f"<ArtefactReport: {', '.join([self.path, row['kB'] + ' kB', *figures])}>"
+
+    def _repr_html_(self) -> str:
+        row = self._figures()
+        return html_table([[*row], [*row.values()]], below=self.remarks)
+
+    def _figures(self) -> dict[str, str]:
+        """Those that there are; what the float model takes is known to the whole report."""
+        row = _row(self, float_bytes=1)
+        return {key: text for key, text in row.items() if text and key != "of float"}
 
 
 @dataclass(frozen=True)
@@ -192,11 +207,33 @@ class ExportReport:
         }
         return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
 
+    def __repr__(self) -> str:
+        return f"<ExportReport: {', '.join(a.path for a in self.artefacts) or 'no files'}>"
+
+    def _repr_html_(self) -> str:
+        # Runtimes are in a sentence below.
+        rows = [{k: text for k, text in row.items() if k != "runtime"} for row in self.rows()]
+        cells = [[*rows[0]], *([*row.values()] for row in rows)] if rows else []
+        texts = (*self._sentences(), *self._remarks())
+        return html_table(cells, below=[" ".join(_wrapped(text)) for text in texts])
+
     def __str__(self) -> str:
         lines = _table(self.rows())
-        if lines and self.examples:
+        for text in self._sentences():
+            lines += _wrapped(text)
+        said = [*map(_wrapped, self._remarks())]
+        for number, entry in enumerate(said):
+            if len(lines) + len(entry) + 1 > MOST_LINES:
+                lines.append(f"{len(said) - number} more notes are in the .export.json file.")
+                break
+            lines += entry
+        return "\n".join(lines)
+
+    def _sentences(self) -> Iterator[str]:
+        """What is said of all files."""
+        if self.artefacts and self.examples:
             accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.2%}"
-            lines += _wrapped(
+            yield (
                 f"Compared with the fake-quantized model{accuracy} (outputs up to "
                 f"{self.output_range:.3g}; a step is 1/{STEPS} of that); "
                 f"the float32 model takes {self.float_bytes / 1e3:.1f} kB."
@@ -207,17 +244,14 @@ class ExportReport:
         ):
             if texts:
                 fixed = " Sizes in numbers are fixed." * (title == "Inputs")
-                lines += _wrapped(f"{title}: {_by_text(texts)}.{fixed}")
+                yield f"{title}: {_by_text(texts)}.{fixed}"
+
+    def _remarks(self) -> list[str]:
+        """Remarks on single files, and notes, in short."""
         remarks = [
             f"{Path(a.path).name}: {_short(remark)}" for a in self.artefacts for remark in a.remarks
         ]
-        said = [_wrapped(text) for text in (*remarks, *map(_short, self.notes))]
-        for number, entry in enumerate(said):
-            if len(lines) + len(entry) + 1 > MOST_LINES:
-                lines.append(f"{len(said) - number} more notes are in the .export.json file.")
-                break
-            lines += entry
-        return "\n".join(lines)
+        return [*remarks, *map(_short, self.notes)]
 
 
 def _short(text: str) -> str:
