@@ -18,7 +18,7 @@ import common
 from digits import NARROW, Run, Session, parse_arguments
 
 from statqat_lightning import TensorSpec
-from statqat_lightning.recipes.recipe import activation_spec
+from statqat_lightning.recipes.rule import activation_spec
 
 
 def minmax_run(fmt: str, formats: str) -> Run:

@@ -67,7 +67,8 @@ from statqat_lightning.model.quantized_model import (
 )
 from statqat_lightning.model.report_rows import rows_in_use
 from statqat_lightning.model.weight_reads import set_readers
-from statqat_lightning.recipes.recipe import DEFAULT, ROLES, Default, QuantRecipe, TensorSpec
+from statqat_lightning.recipes.recipe import DEFAULT, Default, QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import ROLES
 from statqat_lightning.recipes.schedule import QuantSchedule, When
 from statqat_lightning.targets.integer_kernels import IntegerKernel
 from statqat_lightning.targets.registry import AUTO, check_target

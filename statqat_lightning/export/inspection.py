@@ -31,7 +31,8 @@ from statqat_lightning.numerics.granularity import (
 from statqat_lightning.numerics.qparams import QParams
 from statqat_lightning.numerics.snr import snr_db
 from statqat_lightning.numerics.straight_through import fake_quantize
-from statqat_lightning.recipes.recipe import ROLES, QuantRecipe
+from statqat_lightning.recipes.recipe import QuantRecipe
+from statqat_lightning.recipes.rule import ROLES
 
 
 @dataclass(frozen=True)

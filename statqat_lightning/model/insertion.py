@@ -48,7 +48,8 @@ from statqat_lightning.model.quantized_model import quantized_layers
 from statqat_lightning.model.recording import record
 from statqat_lightning.model.report_rows import row_in_float, rows_of_quantized, type_name
 from statqat_lightning.model.weight_reads import WeightReads, set_readers, weight_reads
-from statqat_lightning.recipes.recipe import DEFAULT, Default, QuantRecipe, QuantRule, full_name
+from statqat_lightning.recipes.recipe import DEFAULT, Default, QuantRecipe
+from statqat_lightning.recipes.rule import QuantRule, full_name
 
 
 def prepare(

@@ -12,7 +12,7 @@ from statqat_lightning.layers.quantized_layer import (
     kind_of,
     why_unsupported,
 )
-from statqat_lightning.recipes.recipe import QuantRule
+from statqat_lightning.recipes.rule import QuantRule
 
 _NORMALISATION = (
     nn.modules.batchnorm._NormBase,

@@ -22,7 +22,7 @@ from statqat_lightning.model.quantizable import (
     why_float,
 )
 from statqat_lightning.model.quantized_model import quantized_layers
-from statqat_lightning.recipes.recipe import QuantRule
+from statqat_lightning.recipes.rule import QuantRule
 
 
 def type_name(module: nn.Module) -> str:

@@ -17,7 +17,8 @@ from statqat_lightning.layers.module_names import modules_by_name, plain_name
 from statqat_lightning.layers.quantized_layer import attached, is_quantized, kind_of
 from statqat_lightning.layers.weight_views import show_weights
 from statqat_lightning.model.dataflow import Dataflow
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, full_name
+from statqat_lightning.recipes.recipe import QuantRecipe
+from statqat_lightning.recipes.rule import QuantRule, full_name
 
 Weight = tuple[str, str]
 """Name of a layer and the role of one of its weights."""

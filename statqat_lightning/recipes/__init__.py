@@ -6,5 +6,5 @@ a model.
 
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec as TensorSpec
 from statqat_lightning.recipes.recipe import QuantRecipe as QuantRecipe
-from statqat_lightning.recipes.recipe import QuantRule as QuantRule
+from statqat_lightning.recipes.rule import QuantRule as QuantRule
 from statqat_lightning.recipes.schedule import QuantSchedule as QuantSchedule

@@ -23,7 +23,8 @@ from statqat_lightning.model.dataflow import (
 from statqat_lightning.model.insertion import assigned_rules
 from statqat_lightning.model.recording import record
 from statqat_lightning.model.weight_reads import weight_reads
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule
+from statqat_lightning.recipes.recipe import QuantRecipe
+from statqat_lightning.recipes.rule import QuantRule
 from statqat_lightning.targets.base import Placement
 from statqat_lightning.targets.places import Places
 from statqat_lightning.targets.registry import TARGETS, check_target

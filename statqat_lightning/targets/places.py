@@ -23,7 +23,8 @@ from statqat_lightning.model.dataflow import (
     Value,
 )
 from statqat_lightning.model.quantizable import has_own_forward
-from statqat_lightning.recipes.recipe import ROLES, QuantRecipe, QuantRule, TensorSpec, full_name
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import ROLES, QuantRule, full_name
 from statqat_lightning.targets.base import Placement, Target
 from statqat_lightning.targets.integer_kernels import MEANS
 from statqat_lightning.targets.rounding_ties import FUNCTIONS

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from statqat_lightning.model.insertion import prepare
 from statqat_lightning.model.quantized_model import refresh, set_observing
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import QuantRule
 
 INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)]
 FLOATS = ["fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1"]

@@ -14,7 +14,8 @@ from statqat_lightning.export import ExportError, load_compressed, save_compress
 from statqat_lightning.export.files.on_disk import replacing_folder
 from statqat_lightning.export.freezing.frozen import freeze
 from statqat_lightning.model.insertion import prepare
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import QuantRule
 from tests.export.models import calibrated, images, outputs, recipe_of, small_net
 
 with warnings.catch_warnings():

@@ -16,7 +16,8 @@ from statqat_lightning.callbacks.export import ExportCallback
 from statqat_lightning.export import ExportError, export_model, save_executorch
 from statqat_lightning.export.calls.forward_call import ForwardCall
 from statqat_lightning.export.proof.executorch_runtime import float_run, load
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import QuantRule
 from statqat_lightning.targets.placement import place
 from tests.callbacks.digits import statqat, train
 from tests.callbacks.test_target import ResidualModule

@@ -16,7 +16,8 @@ from statqat_lightning.export.freezing.frozen import freeze, frozen_layers
 from statqat_lightning.export.freezing.frozen_layer import FrozenLayer
 from statqat_lightning.export.freezing.light_copy import light_copy
 from statqat_lightning.model.insertion import prepare
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import QuantRule
 from tests.export.models import observed
 
 LAYERS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {

@@ -17,7 +17,8 @@ from statqat_lightning.export.files.onnx import save_onnx
 from statqat_lightning.export.freezing.frozen import freeze, frozen_layers
 from statqat_lightning.export.proof.onnx_runtime import onnx_session
 from statqat_lightning.model.quantized_model import refresh, set_observing
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule
+from statqat_lightning.recipes.recipe import QuantRecipe
+from statqat_lightning.recipes.rule import QuantRule
 
 
 class Recurrent(nn.Module):

@@ -18,7 +18,8 @@ from statqat_lightning.export import compare_files, save_native, save_onnx
 from statqat_lightning.export.freezing.frozen import freeze
 from statqat_lightning.export.freezing.frozen_layer import FrozenLayer
 from statqat_lightning.export.proof.onnx_runtime import onnx_session
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import QuantRule
 from tests.export.models import Conv1D, ScaledLinear, calibrated, outputs, recipe_of
 
 FLOAT_ROUNDING = 2e-6  # of sums in another order, in outputs up to about 1

@@ -16,7 +16,8 @@ from statqat_lightning.export import export_model, save_onnx
 from statqat_lightning.export.files.onnx_files import graph_of
 from statqat_lightning.export.proof.tensorrt_rules import violations
 from statqat_lightning.model.quantized_model import activation_quantizers
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import QuantRule
 from statqat_lightning.targets.placement import place
 from tests.export.models import Everything, observed
 from tests.layers.test_gates import Excited

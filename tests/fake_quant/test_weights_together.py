@@ -19,7 +19,8 @@ from statqat_lightning.model.quantized_model import (
     set_enabled,
     set_observing,
 )
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule
+from statqat_lightning.recipes.recipe import QuantRecipe
+from statqat_lightning.recipes.rule import QuantRule
 
 
 def network() -> nn.Sequential:

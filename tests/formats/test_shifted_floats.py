@@ -18,7 +18,8 @@ from statqat_lightning.formats import FloatFormat, ShiftedFloatFormat, get_forma
 from statqat_lightning.model.quantized_model import quantized_layers
 from statqat_lightning.numerics.straight_through import fake_quantize
 from statqat_lightning.quantizers import Iterative
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import QuantRule
 from tests.export.models import observed
 
 ELEMENTS = {

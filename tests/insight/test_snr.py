@@ -22,7 +22,8 @@ from statqat_lightning.model.quantized_model import (
     set_enabled,
     set_observing,
 )
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import QuantRule
 from tests.reference import snr_db
 
 

@@ -22,7 +22,8 @@ from statqat_lightning.model.insertion import is_prepared_by, prepare, recipe_of
 from statqat_lightning.model.quantized_model import load_quantizer_state, quantizer_state
 from statqat_lightning.model.recording import record
 from statqat_lightning.numerics.straight_through import fake_quantize
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule
+from statqat_lightning.recipes.recipe import QuantRecipe
+from statqat_lightning.recipes.rule import QuantRule
 from tests.export.models import observed
 
 

@@ -16,7 +16,8 @@ from statqat_lightning.export.files.native import save_native
 from statqat_lightning.export.freezing.frozen import freeze
 from statqat_lightning.model.insertion import is_prepared_by, recipe_of
 from statqat_lightning.model.quantized_model import activation_quantizers
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import QuantRule
 from statqat_lightning.targets.placement import place
 from tests.export.models import observed
 from tests.targets.test_placement import W8A8, in_onnxruntime

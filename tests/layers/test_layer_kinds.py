@@ -29,7 +29,8 @@ from statqat_lightning.model.quantized_model import (
     set_observing,
 )
 from statqat_lightning.numerics.straight_through import fake_quantize
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule
+from statqat_lightning.recipes.recipe import QuantRecipe
+from statqat_lightning.recipes.rule import QuantRule
 from tests.export.models import Conv1D
 
 

@@ -30,7 +30,8 @@ from statqat_lightning.model.quantized_model import (
 )
 from statqat_lightning.numerics.qparams import QParams
 from statqat_lightning.numerics.straight_through import fake_quantize
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import QuantRule
 
 
 class Net(nn.Module):

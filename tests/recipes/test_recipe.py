@@ -17,13 +17,8 @@ from torch import nn
 from statqat_lightning.formats import get_format
 from statqat_lightning.model.insertion import prepare
 from statqat_lightning.model.quantized_model import quantized_layers, refresh, set_observing
-from statqat_lightning.recipes.recipe import (
-    QuantRecipe,
-    QuantRule,
-    TensorSpec,
-    activation_spec,
-    weight_spec,
-)
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import QuantRule, activation_spec, weight_spec
 
 
 class MyConv(nn.Conv2d):

@@ -16,7 +16,8 @@ from statqat_lightning.export.files.onnx import save_onnx
 from statqat_lightning.export.proof.onnx_runtime import layers_in_float, onnx_session
 from statqat_lightning.model.insertion import prepare
 from statqat_lightning.model.quantized_model import quantized_layers
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import QuantRule
 from statqat_lightning.targets.base import Placement
 from statqat_lightning.targets.placement import place
 from tests.export.models import observed

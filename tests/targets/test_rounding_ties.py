@@ -16,7 +16,8 @@ from statqat_lightning.export.files.onnx import save_onnx
 from statqat_lightning.export.proof.onnx_runtime import onnx_session
 from statqat_lightning.model.quantized_model import quantized_layers
 from statqat_lightning.model.recording import record
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import QuantRule
 from statqat_lightning.targets.integer_kernels import (
     IntegerKernel,
     IntegerQuantizers,

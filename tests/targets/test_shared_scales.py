@@ -26,7 +26,8 @@ from statqat_lightning.model.quantized_model import (
     set_observing,
 )
 from statqat_lightning.model.recording import record
-from statqat_lightning.recipes.recipe import QuantRecipe, QuantRule, TensorSpec
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
+from statqat_lightning.recipes.rule import QuantRule
 from statqat_lightning.targets.integer_kernels import integer_kernels
 from statqat_lightning.targets.placement import place
 from statqat_lightning.targets.settling import settle

@@ -26,7 +26,8 @@ from statqat_lightning.model.quantized_model import (
 )
 from statqat_lightning.numerics.granularity import get_granularity
 from statqat_lightning.numerics.qparams import QParams, dequantize
-from statqat_lightning.recipes.recipe import QuantRule, TensorSpec, full_name
+from statqat_lightning.recipes.recipe import TensorSpec
+from statqat_lightning.recipes.rule import QuantRule, full_name
 
 
 def aliases_in(header: Mapping[str, Any]) -> dict[str, str]:
