@@ -18,10 +18,10 @@ from statqat_lightning.formats import at_least_bits, get_format
 from statqat_lightning.recipes.rule import (
     ROLES,
     QuantRule,
-    is_opt_in,
-    rule_cells,
-    own_types,
     activation_spec,
+    is_opt_in,
+    own_types,
+    rule_cells,
     weight_spec,
 )
 
