@@ -65,6 +65,7 @@ class QuantizerEntry:
             "quantized": [self.weights, self.inputs],
             "bits": self.bits,
             "averaged": self.averaged,
+            "zero_points": True,
         }
         if self.placed_for is not None and is_current:
             target, recipe = self.placed_for
@@ -107,6 +108,9 @@ def read_entry(
             f"{placed_for['target']!r}. Use that target, or load only the weights (they are those "
             "of the float model)."
         )
+    if not entry.get("zero_points", False):
+        # Plain names of integers had none when it was written, and its run goes on without them.
+        recipe = recipe.around_zero()
     if placed_for["recipe"] != recipe.to_dict():
         raise ValueError(
             "StatQATCallback: the checkpoint was made with another recipe. Use that recipe, or "

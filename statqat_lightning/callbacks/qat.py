@@ -346,7 +346,7 @@ class StatQATCallback(Callback):
             self._fit_scales = refit_weights
             return
         self._effective_target, self._is_decided = target_in(entry), True
-        if "placed_for" in entry:
+        if "placed_for" in entry or entry["recipe"] != self.recipe.to_dict():
             self.placed = QuantRecipe.from_dict(entry["recipe"])
             self._prepare(pl_module)
         self._compensation_due = False

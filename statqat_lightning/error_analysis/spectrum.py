@@ -206,7 +206,7 @@ class EnergySpectrum:
         """
         window = self._window(fmt)
         device = window.energy.device
-        scales = candidate_clips(device) / fmt.max * torch.exp2(window.top).unsqueeze(1)
+        scales = candidate_clips(device) / fmt.reach * torch.exp2(window.top).unsqueeze(1)
         errors = torch.addmm(
             window.outside.unsqueeze(1), window.energy, format_responses(fmt, device).T
         )

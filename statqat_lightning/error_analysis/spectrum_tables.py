@@ -99,8 +99,8 @@ def search_tables(fmt: Format, device: torch.device, headroom: int) -> tuple[Ten
         1; the binary logarithm of the largest of these.
     """
     responses = format_responses(fmt, device, headroom)[::2].T.contiguous()
-    scales = candidate_clips(device, headroom)[::2] / fmt.max
-    return responses, scales, _OCTAVES_ABOVE + headroom - math.log2(fmt.max)
+    scales = candidate_clips(device, headroom)[::2] / fmt.reach
+    return responses, scales, _OCTAVES_ABOVE + headroom - math.log2(fmt.reach)
 
 
 @lru_cache(maxsize=64)
@@ -110,7 +110,7 @@ def format_responses(fmt: Format, device: torch.device, headroom: int = 0) -> Te
     x = window_points(torch.device("cpu"), num_sides, FINE_POINTS)
     power = x.square().mean(0)
     rows = []
-    for scale in torch.split(candidate_clips(torch.device("cpu"), headroom) / fmt.max, 64):
+    for scale in torch.split(candidate_clips(torch.device("cpu"), headroom) / fmt.reach, 64):
         s = scale.view(-1, 1, 1)
         rows.append(fmt.round_(x / s).mul_(s).sub_(x).square_().mean(1) / power)
     return torch.cat(rows).to(device)

@@ -19,12 +19,16 @@ from statqat_lightning.fake_quant.tensor_spec import TensorSpec
 from statqat_lightning.formats import (
     BlockFormat,
     Format,
+    IntFormat,
     at_least_bits,
     get_format,
     unsigned,
 )
 from statqat_lightning.numerics.granularity import PerTensor
 from statqat_lightning.quantizers import get_quantizer
+
+_WORTH_A_ZERO_POINT = 10**0.05
+"""Half a decibel: kernels are simplest around zero, and data that is even gains next to nothing."""
 
 
 class ActivationFakeQuantizer(FakeQuantizer):
@@ -33,11 +37,12 @@ class ActivationFakeQuantizer(FakeQuantizer):
     Attributes:
         observing: Whether forward passes add to the observer: to the sums behind the SNR, and
             unless `frozen` to the statistics behind the scale.
-        deciding: Whether the sign of the format may still change. It is settled by the smallest of
-            all values of the first batches, not by a sample.
+        deciding: Whether the sign of the format, or its zero point, may still change. The sign is
+            settled by the smallest of all values of the first batches, not by a sample.
         recompute: Whether a layer quantizes its input again in the backward pass, and does not keep
             it quantized until then.
         lowest: Smallest value seen while deciding, or 0; float32 `()`.
+        below: Share of the levels that lie below zero, if the format gets a zero point; else None.
     """
 
     batches_to_decide = 8
@@ -64,7 +69,8 @@ class ActivationFakeQuantizer(FakeQuantizer):
         )
         self.observing = False
         self.recompute = False
-        self.deciding = spec.unsigned_if_nonnegative
+        self.deciding = spec.unsigned_if_nonnegative or spec.zero_point
+        self.below: float | None = None
         self.lowest = torch.zeros((), dtype=torch.float32, device="cpu")
         if device.type != "meta":
             self.to(device)
@@ -99,7 +105,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
             setattr(self.observer, name, getattr(self.observer, name).to(device))
 
     def settle(self) -> bool:
-        """Make the quantizer ready if its statistics allow it, and choose the sign of its format.
+        """Make the quantizer ready if its statistics allow it, and choose its sign or zero point.
 
         Reads from the device, but only until both are settled.
 
@@ -112,6 +118,8 @@ class ActivationFakeQuantizer(FakeQuantizer):
         if num_batches == 0:
             return False
         self.deciding = self.deciding and num_batches < self.batches_to_decide
+        if self.spec.zero_point and (not self.deciding or num_batches in (1, 2, 4)):
+            self._choose_zero_point()
         return self.follow_format()
 
     def widen(self, bits: int) -> bool:
@@ -135,11 +143,34 @@ class ActivationFakeQuantizer(FakeQuantizer):
         return True
 
     def _format(self) -> Format:
-        """The format of the specification, with the sign of the data and no fewer bits than due."""
+        """The format that the data wants, with no fewer bits than due."""
+        return at_least_bits(self.own_format(), self.min_bits)
+
+    def own_format(self) -> Format:
+        """The format of the specification, with the sign or the zero point of the data."""
         fmt = get_format(self.spec.format)
+        if self.below is not None:
+            return IntFormat(fmt.bits, False, zero_point=round(self.below * (2**fmt.bits - 1)))
         if self.spec.unsigned_if_nonnegative and self.lowest.item() >= 0:
-            fmt = unsigned(fmt) or fmt
-        return at_least_bits(fmt, self.min_bits)
+            return unsigned(fmt) or fmt
+        return fmt
+
+    @torch.no_grad()
+    def _choose_zero_point(self) -> None:
+        """Let as many levels lie below zero as its statistics want, where that gains enough."""
+        self.below = None
+        without, levels = self.own_format(), IntFormat(get_format(self.spec.format).bits, False)
+        if not without.is_signed:
+            return
+        statistics = statistics_of([self.observer])
+        plain = self.quantizer.from_statistics(statistics, without)
+        scale, zero_point = self.quantizer.affine_from_statistics(statistics, levels)
+        if (spectrum := statistics.spectrum) is not None:
+            gain = spectrum.mse(without, plain) / spectrum.mse(levels, scale, zero_point)
+        else:  # of a range alone: steps that are finer by so much
+            gain = (plain / scale).square()
+        if gain.item() >= _WORTH_A_ZERO_POINT:
+            self.below = zero_point.item() / levels.max
 
     @torch.no_grad()
     def _fit(self, fmt: Format) -> None:
@@ -151,7 +182,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
 
     def stay_within_limit(self) -> None:
         """Let the grid end where the values do, see `TensorSpec.max_value`."""
-        if self.spec.max_value is not None:
+        if self.spec.max_value is not None and self.fmt.max > 0:
             self.scale.clamp_(max=self.spec.max_value / self.fmt.max)
 
     @property
@@ -175,7 +206,8 @@ class ActivationFakeQuantizer(FakeQuantizer):
             for name in self.observer.RUNNING
         }
         deciding = {"deciding": self.deciding, "lowest": self.lowest.detach().cpu().clone()}
-        return super().state_dict() | running | deciding
+        below = {"below": self.below} if self.spec.zero_point else {}
+        return super().state_dict() | running | deciding | below
 
     def check_state(self, state: dict[str, Any]) -> None:
         super().check_state(state)
@@ -193,6 +225,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
         super().load_state_dict(state)
         self.deciding = bool(state["deciding"])
         self.lowest.copy_(state["lowest"])
+        self.below = state.get("below")
         for name in self.observer.RUNNING:
             getattr(self.observer, name).copy_(state[name])
         self.observer.reset_accumulators()

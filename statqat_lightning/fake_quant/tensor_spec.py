@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, get_args
 
 from statqat_lightning._tables import html_table
 from statqat_lightning._words import did_you_mean
-from statqat_lightning.formats import BlockFormat, Format, get_format, unsigned
+from statqat_lightning.formats import BlockFormat, Format, IntFormat, get_format, unsigned
 from statqat_lightning.numerics.granularity import Granularity, get_granularity
 from statqat_lightning.numerics.straight_through import GRADIENTS, Gradient
 from statqat_lightning.quantizers import (
@@ -52,6 +52,11 @@ class TensorSpec:
         shared: A name that inputs and outputs have in common if one scale serves them all, as some
             runtimes need it where tensors are concatenated. It is the scale of least squared error
             in the mean of the tensors. None for a scale of its own.
+        zero_point: Give an integer grid a zero point where the data reaches further on one side of
+            zero than on the other, as behind a SiLU, a HardSwish or a GELU. Calibration chooses it
+            with the scale: of `2**bits` levels, as many lie below zero as give the least error, if
+            that is half a decibel less than around zero. It is kept from then on, while the scale
+            goes on moving.
         **options: Options of the quantizer.
 
     Raises:
@@ -67,6 +72,7 @@ class TensorSpec:
     objective: Objective | None = None
     max_value: float | None = None
     shared: str | None = None
+    zero_point: bool = False
     options: tuple[tuple[str, Any], ...] = ()
 
     def __init__(
@@ -79,6 +85,7 @@ class TensorSpec:
         objective: Objective | None = None,
         max_value: float | None = None,
         shared: str | None = None,
+        zero_point: bool = False,
         **options: Any,
     ) -> None:
         if isinstance(options.get("options"), tuple):  # from `dataclasses.replace`
@@ -132,6 +139,8 @@ class TensorSpec:
             )
         if shared is not None and not (isinstance(shared, str) and shared):
             raise ValueError(f"TensorSpec: got shared={shared!r}; expected a name, or None.")
+        if zero_point:
+            _check_zero_point(fmt, quantizer, shared)
         values = {
             "format": fmt.name,
             "granularity": granularity,
@@ -141,6 +150,7 @@ class TensorSpec:
             "objective": objective,
             "max_value": max_value,
             "shared": shared,
+            "zero_point": bool(zero_point),
             "options": tuple(sorted(options.items())),
         }
         for name, value in values.items():
@@ -170,9 +180,14 @@ class TensorSpec:
                 max_value=self.max_value,
                 shared=self.shared,
             )
+        zero_point = self.zero_point and isinstance(fmt, IntFormat)
         granularity = None if isinstance(fmt, BlockFormat) else self.granularity
         return replace(
-            self, format=fmt.name, granularity=granularity, unsigned_if_nonnegative=adapts
+            self,
+            format=fmt.name,
+            granularity=granularity,
+            unsigned_if_nonnegative=adapts,
+            zero_point=zero_point,
         )
 
     def weight_granularity(self, axis: int = 0) -> Granularity:
@@ -209,6 +224,8 @@ class TensorSpec:
             entries["max_value"] = self.max_value
         if self.shared is not None:
             entries["shared"] = self.shared
+        if self.zero_point:
+            entries["zero_point"] = True
         return entries | dict(self.options)
 
     def __repr__(self) -> str:
@@ -219,6 +236,25 @@ class TensorSpec:
     def _repr_html_(self) -> str:
         entries = [(name, str(value)) for name, value in self.to_dict().items()]
         return html_table([("TensorSpec", ""), *entries])
+
+
+def _check_zero_point(fmt: Format, quantizer: str | None, shared: str | None) -> None:
+    if not (isinstance(fmt, IntFormat) and fmt.signed):
+        raise ValueError(
+            f"TensorSpec: got zero_point=True with format {fmt.name!r}; expected signed integers, "
+            "as 'int8': the data chooses how many of the levels lie below zero."
+        )
+    if quantizer is not None and not get_quantizer(quantizer).has_zero_point:
+        able = [name for name in quantizer_names() if get_quantizer(name).has_zero_point]
+        raise ValueError(
+            f"TensorSpec: got zero_point=True with quantizer {quantizer!r}, which chooses none; "
+            f"expected one of {', '.join(able)}."
+        )
+    if shared is not None:
+        raise ValueError(
+            f"TensorSpec: got zero_point=True with shared={shared!r}; expected one of the two: "
+            "tensors that share a scale have no zero point in common."
+        )
 
 
 def _refuse_unknown(options: dict[str, Any]) -> None:

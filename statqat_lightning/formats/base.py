@@ -87,6 +87,14 @@ class Format(ABC):
         """Smallest representable value: negative or zero."""
         return float(self.values[0])
 
+    @cached_property
+    def reach(self) -> float:
+        """Magnitude of the end that searches for a scale start from: `max`, or `-min` if further.
+
+        Full-range integers reach one level further below zero, which is no other end.
+        """
+        return self.max if 2 * self.max >= -self.min else -self.min
+
     @property
     def is_signed(self) -> bool:
         """Whether negative values can be represented."""

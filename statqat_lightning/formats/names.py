@@ -77,7 +77,7 @@ def get_format(name: str) -> Format:
         name: One of these, in lower or upper case:
 
             - `int2` to `int8`, symmetric (-7 to 7 for `int4`), `int2_full` to `int8_full` (-8 to
-              7), `uint2` to `uint8`;
+              7), `uint2` to `uint8`, `uint8_zp20` and the like with a zero point (-20 to 235);
             - `fp8_e4m3`, `fp8_e5m2`, `fp6_e2m3`, `fp6_e3m2`, `fp4_e2m1`, `fp4_e3m0`, and any other
               `fp{bits}_e{x}m{y}` of up to 8 bits, or `e{x}m{y}` in short; `fp8` is E4M3, `fp4`
               E2M1. E4M3 and E5M2 have the special codes of OCP OFP8 v1.0, others have none;
@@ -106,7 +106,8 @@ def get_format(name: str) -> Format:
     raise ValueError(
         f"format: got {name!r}.{hint} Known formats: {', '.join(known)}; "
         "any fp{bits}_e{x}m{y} with bits = 1 + x + y of at most 8; levels:-1,-0.5,0,0.5,1 for "
-        "levels of your own. Signed integers are symmetric, int4 from -7 to 7; int4_full has -8."
+        "levels of your own. Signed integers are symmetric, int4 from -7 to 7; int4_full has -8, "
+        "and uint4_zp3 is -3 to 12."
     )
 
 
@@ -123,6 +124,11 @@ def _parse(name: str) -> Format | None:
         return IntFormat(int(match[2]), signed=not match[1])
     if match := re.fullmatch(r"int([2-8])_full", key):
         return IntFormat(int(match[1]), full_range=True)
+    if match := re.fullmatch(r"uint([2-8])_zp(\d{1,3})", key):
+        width, zero_point = int(match[1]), int(match[2])
+        if not 0 < zero_point < 2**width:
+            return None
+        return IntFormat(width, signed=False, zero_point=zero_point)
     if match := re.fullmatch(r"(?:(u?)fp(\d)_)?e(\d)m(\d)", key):
         exponent_bits, mantissa_bits = int(match[3]), int(match[4])
         bits = 1 + exponent_bits + mantissa_bits
@@ -157,7 +163,8 @@ def at_least_bits(fmt: Format, bits: int) -> Format:
     if fmt.bits >= bits:
         return fmt
     if isinstance(fmt, IntFormat):
-        return IntFormat(bits, fmt.signed, fmt.full_range)
+        share = fmt.zero_point / (2**fmt.width - 1)
+        return IntFormat(bits, fmt.signed, fmt.full_range, round(share * (2**bits - 1)))
     prefix = "mx" if isinstance(fmt, BlockFormat) else ""
     prefix = "u" if isinstance(fmt, ShiftedFloatFormat) else prefix
     wider = map(get_format, (f"{prefix}fp6_e2m3", f"{prefix}fp8_e4m3"))

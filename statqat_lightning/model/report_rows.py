@@ -11,7 +11,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
-from statqat_lightning.formats import get_format, unsigned
 from statqat_lightning.layers.layer_quantizers import LayerQuantizers
 from statqat_lightning.layers.quantized_layer import base_class, learned_scales
 from statqat_lightning.model.insertion_report import LayerReport, float_row
@@ -105,12 +104,13 @@ def describe(quantizer: FakeQuantizer) -> str:
     """Format, granularity and quantizer of one tensor in a few words."""
     fmt = quantizer.fmt.name
     if quantizer.min_bits:  # for a phase of a schedule; the specification says what it comes to
-        own = get_format(quantizer.spec.format)
-        fmt = own.name if quantizer.fmt.is_signed else (unsigned(own) or own).name
+        fmt = quantizer.spec.format
+        if isinstance(quantizer, ActivationFakeQuantizer):
+            fmt = quantizer.own_format().name
     if (
         isinstance(quantizer, ActivationFakeQuantizer)
         and not quantizer.ready
-        and quantizer.spec.unsigned_if_nonnegative
+        and (quantizer.spec.unsigned_if_nonnegative or quantizer.spec.zero_point)
     ):
         fmt = f"{fmt} or u{fmt.removesuffix('_full')}"
     shared = "" if quantizer.spec.shared is None else f" shared:{quantizer.spec.shared}"

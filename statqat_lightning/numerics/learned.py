@@ -57,7 +57,7 @@ def learned_fake_quantize(x: Tensor, qparams: QParams, fmt: Format) -> Tensor:
     q = clipped if zero_point is None else clipped - zero_point
     number = max(x.numel() / max(raw.numel(), 1), 1)
     # The difference is zero: it carries the gradient and leaves the values as they are.
-    change = (raw - raw.detach()) * (1 / math.sqrt(number * fmt.max))
+    change = (raw - raw.detach()) * (1 / math.sqrt(number * fmt.reach))
     return (q * scale + change * slope).to(x.dtype).reshape(x.shape)
 
 

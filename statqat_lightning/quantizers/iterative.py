@@ -268,6 +268,8 @@ class Iterative(Quantizer):
     ) -> tuple[Tensor, Tensor]:
         spectrum = statistics.spectrum
         assert spectrum is not None, "Iterative asks for the spectrum"
+        if statistics.peaks is not None and self.needs_peaks(fmt):
+            spectrum = spectrum.reaching(statistics.peaks)
         levels = int(fmt.max - fmt.min) + 1
         scales, curve = spectrum.affine_curve(levels)
         best, index = curve.flatten(1).min(1)

@@ -54,4 +54,4 @@ class LSQ(Quantizer):
 
     @staticmethod
     def _start(mean_magnitude: Tensor, fmt: Format) -> Tensor:
-        return positive_or_one(2 * mean_magnitude / math.sqrt(fmt.max))
+        return positive_or_one(2 * mean_magnitude / math.sqrt(fmt.reach))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from statqat_lightning.formats import Format
 from statqat_lightning.quantizers.base import Quantizer, Statistics
-from statqat_lightning.quantizers.scales import covering_scale, positive_or_one
+from statqat_lightning.quantizers.scales import covering_scale, positive_or_one, scale_of_range
 
 
 class MinMax(Quantizer):
@@ -32,8 +32,7 @@ class MinMax(Quantizer):
         low, high = statistics.low, statistics.high
         assert low is not None, "the range is asked for"
         assert high is not None, "the range is asked for"
-        scale = high / fmt.max
-        return positive_or_one(scale.maximum(low / fmt.min) if fmt.is_signed else scale)
+        return positive_or_one(scale_of_range(low, high, fmt))
 
     def affine_from_rows(
         self, rows: Tensor, fmt: Format, current_scale: tuple[Tensor, Tensor] | None = None

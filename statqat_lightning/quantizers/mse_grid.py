@@ -36,7 +36,7 @@ class MSEGrid(Quantizer):
 
     def from_rows(self, rows: Tensor, fmt: Format, current_scale: Tensor | None = None) -> Tensor:
         rows, unit = near_one(rows, largest(rows, fmt))
-        cap = positive_or_one(largest(rows, fmt) / fmt.max)
+        cap = positive_or_one(largest(rows, fmt) / fmt.reach)
         best, least_error = cap, rounding_error(rows, cap, fmt)
         for number in range(1, self.num_candidates):
             scale = cap * (number / self.num_candidates)
@@ -51,7 +51,7 @@ class MSEGrid(Quantizer):
     ) -> Tensor:
         spectrum = statistics.spectrum
         assert spectrum is not None, "MSEGrid asks for the spectrum"
-        cap = positive_or_one(spectrum.absmax / fmt.max)
+        cap = positive_or_one(spectrum.absmax / fmt.reach)
         best, least_error = cap, spectrum.mse(fmt, cap)
         for number in range(1, self.num_candidates):
             scale = cap * (number / self.num_candidates)

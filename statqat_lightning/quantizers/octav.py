@@ -85,10 +85,10 @@ class Octav(Quantizer):
         self.check_format(fmt)
         if isinstance(fmt, FloatFormat):
             spacing = 2.0 ** (fmt.min_exponent - fmt.mantissa_bits)  # of the subnormals
-            end = 2.0**fmt.min_exponent / fmt.max  # and where they end, by the clip point
+            end = 2.0**fmt.min_exponent / fmt.reach  # and where they end, by the clip point
         else:
             spacing, end = 1.0, 1.0
-        noise = (spacing / fmt.max) ** 2 / 12
+        noise = (spacing / fmt.reach) ** 2 / 12
         nonzero, magnitude = beyond(zero)
         clip = magnitude / nonzero
         for _ in range(self.max_iterations):
@@ -96,4 +96,4 @@ class Octav(Quantizer):
             rounded = nonzero - (count if end == 1 else beyond(clip * end)[0])
             # A clip point moves up to the largest magnitude at most; there nothing lies beyond.
             clip = torch.where(first > 0, first / (noise * rounded + count), clip)
-        return positive_or_one(clip / fmt.max)
+        return positive_or_one(clip / fmt.reach)

@@ -14,7 +14,7 @@ from statqat_lightning.quantizers.tails import Tails
 
 
 class Percentile(Quantizer):
-    """Scale `percentile of |x| / fmt.max`; the values beyond are clipped.
+    """Scale `percentile of |x| / fmt.reach`; the values beyond are clipped.
 
     From a tensor it is the exact percentile, with linear interpolation between neighbours. From a
     running statistic it comes from the energy spectrum, right to the width of a bin: 1/32 of an
@@ -44,7 +44,7 @@ class Percentile(Quantizer):
         # From the top, and no more of it than needed: cheaper than to sort all.
         top = magnitudes.topk(rows.shape[1] - lower, dim=1).values
         limit = top[:, -1].lerp(top[:, max(top.shape[1] - 2, 0)], place - lower)
-        return positive_or_one(torch.where(limit > 0, limit, largest(rows, fmt)) / fmt.max)
+        return positive_or_one(torch.where(limit > 0, limit, largest(rows, fmt)) / fmt.reach)
 
     def from_statistics(
         self, statistics: Statistics, fmt: Format, current_scale: Tensor | None = None
@@ -53,4 +53,4 @@ class Percentile(Quantizer):
         tails = Tails.of(statistics.spectrum, fmt)
         limit = tails.limit(1 - self.percentile / 100)
         limit = torch.where(limit > 0, limit, tails.limit(0.0))
-        return positive_or_one(limit / fmt.max)
+        return positive_or_one(limit / fmt.reach)

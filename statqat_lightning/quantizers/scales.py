@@ -17,11 +17,18 @@ def covering_scale(rows: Tensor, fmt: Format) -> Tensor:
     top = largest(rows, fmt)
     if fmt.is_signed and fmt.min != -fmt.max:
         low, high = rows.aminmax(dim=1)
-        scale = (low / fmt.min).maximum(high / fmt.max)
+        scale = scale_of_range(low, high, fmt)
     else:
         scale = top / fmt.max
     # A scale that underflows would make infinities of a row of denormal numbers.
     return torch.where(top > 0, scale.clamp_min(SMALLEST), 1.0)
+
+
+def scale_of_range(low: Tensor, high: Tensor, fmt: Format) -> Tensor:
+    """The least scale at which a range is not clipped on the sides that the format represents."""
+    ends = [high / fmt.max] if fmt.max > 0 else []
+    ends += [low / fmt.min] if fmt.is_signed else []
+    return ends[0] if len(ends) == 1 else ends[0].maximum(ends[1])
 
 
 def largest(rows: Tensor, fmt: Format) -> Tensor:

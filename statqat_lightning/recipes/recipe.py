@@ -193,6 +193,10 @@ class QuantRecipe:
             _refuse_shadowed(rule, takers)
         return assigned
 
+    def around_zero(self) -> QuantRecipe:
+        """The same recipe without zero points that data chooses, as for kernels that have none."""
+        return QuantRecipe([rule.around_zero() for rule in self.rules])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: lists, dicts, strings and numbers."""
         return {"rules": [rule.to_dict() for rule in self.rules]}

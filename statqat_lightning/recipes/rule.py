@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
@@ -32,7 +32,8 @@ def activation_spec(spec: str | TensorSpec | None, role: str) -> TensorSpec | No
         return _checked(role, spec)
     fmt = get_format(spec)
     adapts = unsigned(fmt) is not None and (isinstance(fmt, IntFormat) or fmt.bits <= 4)
-    return TensorSpec(spec, unsigned_if_nonnegative=adapts)
+    skewed = isinstance(fmt, IntFormat) and fmt.signed
+    return TensorSpec(spec, unsigned_if_nonnegative=adapts, zero_point=skewed)
 
 
 def weight_spec(spec: str | TensorSpec | None) -> TensorSpec | None:
@@ -148,6 +149,12 @@ class QuantRule:
         only_results = bool(self.results) and self.inputs is None
         return self.only_outputs or self._is_full(name) or (only_results and self.names(name))
 
+    def around_zero(self) -> QuantRule:
+        """The same rule without zero points that data chooses."""
+        specs = {role: _around_zero(getattr(self, role)) for role in ROLES}
+        results = tuple((name, _around_zero(spec)) for name, spec in self.by_result.items())
+        return QuantRule(self.pattern, **specs, results=results)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         entries: dict[str, Any] = {"pattern": self.pattern}
@@ -222,10 +229,17 @@ def _in_words(given: TensorSpec | Results | None) -> str:
         name = str(entries.pop("format"))
         if entries.pop("unsigned_if_nonnegative", False):
             name = f"{name} or {unsigned(get_format(name))}"
+        if entries.pop("zero_point", False):
+            name = f"{name} with a zero point"
         return ", ".join([name, *(f"{key}={value}" for key, value in entries.items())])
     if given is None:
         return "float"
     return "; ".join(f"{name}: {_in_words(spec)}" for name, spec in given)
+
+
+def _around_zero(spec: Any) -> Any:
+    has_zero_point = isinstance(spec, TensorSpec) and spec.zero_point
+    return replace(spec, zero_point=False) if has_zero_point else spec
 
 
 def full_name(name: str) -> str:
@@ -242,7 +256,13 @@ def _check_role(role: str, spec: TensorSpec | str | None) -> None:
             f"QuantRule: got granularity {spec.granularity!r} for {role}; expected per_tensor: "
             "a scale that differs along the summed dimension cannot leave an integer product."
         )
-    for option in ("max_value", "shared", "unsigned_if_nonnegative"):
+    fmt = get_format(spec.format)
+    if role == "weights" and isinstance(fmt, IntFormat) and fmt.zero_point:
+        raise ValueError(
+            f"QuantRule: got format {spec.format!r} for weights; expected one around zero, as "
+            f"'int{fmt.bits}': products with a zero point on both sides need sums of inputs."
+        )
+    for option in ("max_value", "shared", "unsigned_if_nonnegative", "zero_point"):
         if role == "weights" and getattr(spec, option) not in (None, False):
             raise ValueError(
                 f"QuantRule: got {option} for weights; expected it for inputs and outputs only."

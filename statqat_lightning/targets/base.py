@@ -29,6 +29,7 @@ class Target:
             a gate, in integers if that is rounded, too.
         unsigned_codes: Whether what is never negative may be unsigned.
         signed_codes: Whether signed inputs and outputs are int8 around 0, and not uint8 around 128.
+        zero_points: Whether integers of inputs and outputs may have a zero point.
         needs_biases: Whether it computes convolutions without a bias wrongly.
         least_group: Fewest channels, in and out, that each group of a convolution must have to run
             faster in integers than in float; those with one channel in and out always do.
@@ -45,6 +46,7 @@ class Target:
     splits_gates: bool = False
     unsigned_codes: bool = True
     signed_codes: bool = False
+    zero_points: bool = True
     needs_biases: bool = False
     least_group: int = 1
 

@@ -77,9 +77,9 @@ def _refuse_formats(rules: Mapping[str, QuantRule], target: str) -> None:
                     "the native and the .pt2 file hold any format."
                 )
             fmt = None if spec is None else get_format(spec.format)
-            unsigned = isinstance(fmt, IntFormat) and not fmt.is_signed
-            if unsigned and not TARGETS[target].unsigned_codes:
+            unsigned = isinstance(fmt, IntFormat) and not fmt.signed
+            if fmt is not None and unsigned and not TARGETS[target].unsigned_codes:
                 raise ValueError(
                     f"{name}: got {role}={spec.format!r}; {target} has signed integers only: "
-                    f"use {spec.format.removeprefix('u')!r}."
+                    f"use 'int{fmt.bits}'."
                 )

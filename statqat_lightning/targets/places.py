@@ -74,12 +74,14 @@ class Places:
         names = self._names_of_scales()
         for value in sorted(self.rounded, key=lambda value: value.number):
             group = self.joined.get(value, (value,))
+            spec, shared = self.rounded[group[0]], names.get(value)
             self._put(
                 value,
                 replace(
-                    self.rounded[group[0]],
+                    spec,
                     max_value=largest_possible(group),
-                    shared=names.get(value),
+                    shared=shared,
+                    zero_point=spec.zero_point and shared is None,
                 ),
             )
         names_of_rules = dict.fromkeys([*self.rules, *self.changed, *self.results])
@@ -208,6 +210,7 @@ class Places:
             inputs.quantizer,
             unsigned_if_nonnegative=self.target.unsigned_codes,
             gradient=inputs.gradient,
+            zero_point=inputs.zero_point and self.target.zero_points,
             **dict(inputs.options),
         )
 

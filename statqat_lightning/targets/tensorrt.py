@@ -20,5 +20,6 @@ TARGET = Target(
     sums_in_float=True,
     concatenates_codes=True,
     unsigned_codes=False,
+    zero_points=False,
     signed_codes=True,
 )

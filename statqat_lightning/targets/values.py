@@ -81,6 +81,6 @@ def is_output(value: Value) -> bool:
 
 
 def signed(spec: TensorSpec) -> TensorSpec:
-    """The same specification with negative codes, data without negative values included."""
+    """The same specification with codes around zero, whatever the data."""
     is_integer = isinstance(get_format(spec.format), IntFormat)
-    return replace(spec, unsigned_if_nonnegative=False) if is_integer else spec
+    return replace(spec, unsigned_if_nonnegative=False, zero_point=False) if is_integer else spec

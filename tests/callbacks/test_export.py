@@ -433,7 +433,7 @@ def test_a_wrapper_that_calls_the_module_to_run_training_step(bypass: bool, name
     module = Plain()
     prepare(module)
     for _ in range(2):  # it leaves `forward` on the instance behind
-        capture = export_callback._Capture(module, None)
+        capture = export_callback.CapturedCalls(module, None)
         batch = IMAGES[:4], digits().tensors[1][:4]
         _ForwardRedirection()(module, module, "training_step", batch, 0)  # as DDP does
         capture.stop()

@@ -163,7 +163,7 @@ def _decompose(frozen: nn.Module) -> None:
         changed.decomposed = {
             role: (
                 float(layer.get_buffer(scale_name(role))),
-                0 if tensor.fmt.is_signed else _LOWEST,
+                0 if tensor.fmt.signed else tensor.fmt.zero_point + _LOWEST,
             )
             for role, tensor in layer.frozen_activations.items()
             if isinstance(tensor.fmt, IntFormat) and tensor.fmt.bits == 8

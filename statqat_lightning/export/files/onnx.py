@@ -304,10 +304,11 @@ def _translate_input(x: Any, scale: Any, low: float, high: float, format: str) -
         x = op.Sub(op.Clip(x, _constant(op, 0.0)), shift)
         return op.Add(_translate_input(x, scale, *ends, fmt.element.name), shift)
     if isinstance(fmt, IntFormat):
-        lowest, highest = (-128.0, 127.0) if fmt.is_signed else (0.0, 255.0)
+        middle = 128 if fmt.signed else fmt.zero_point
+        lowest, highest = -float(middle), 255.0 - middle
         # Signed codes are shifted: ONNX Runtime turns int8 inputs into uint8 on x86, and 1.32 makes
         # graphs of them that it refuses itself where a Transpose follows.
-        kind, middle = onnx.TensorProto.UINT8, 128 if fmt.is_signed else 0
+        kind = onnx.TensorProto.UINT8
     elif format in FLOAT8:
         # The type saturates by itself. But ONNX Runtime 1.32 takes its zero point of 0 for the
         # lower end of the range and removes a ReLU in front, so something must stand between.
