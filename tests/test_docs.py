@@ -20,8 +20,9 @@ from statqat_lightning.model.quantized_model import quantized_layers
 from tests.export.fresh import REPOSITORY, run_fresh
 
 DOCS = REPOSITORY / "docs"
-PAGES = sorted(path for folder in (REPOSITORY, DOCS, DOCS / "api") for path in folder.glob("*.md"))
-TABLES = {"compatibility.md", "evidence.md"}
+FOLDERS = (REPOSITORY, DOCS, DOCS / "api", DOCS / "evidence")
+PAGES = sorted(path for folder in FOLDERS for path in folder.glob("*.md"))
+TABLES = {"compatibility.md"}
 """Pages that consist of wide tables."""
 
 TRAIN = """

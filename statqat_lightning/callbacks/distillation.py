@@ -70,7 +70,7 @@ class DistillationCallback(Callback):
             "auto" follows the logits, see `distillation.fitting_temperature`: high while they are
             far from the teacher's, lower as they come near. That is better than the default of 2
             where few bits leave much to learn and there is data to learn it from, and worse on a
-            few hundred images, see `docs/evidence.md`.
+            few hundred images, see `docs/evidence/accuracy.md`.
 
     Raises:
         ValueError: For an argument out of its range; at the start of a fit for manual optimization,

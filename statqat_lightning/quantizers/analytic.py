@@ -55,7 +55,7 @@ class Analytic(Quantizer):
     more candidates there are. The scale found is never worse than min-max on any row. One that is
     in force stays so while its error is within `tolerance` of the least: near the optimum the error
     hardly depends on the scale, but every change of it rounds all weights anew, which costs more
-    than it gains (half of the loss of an int4 language model, see `docs/evidence.md`). From a
+    than it gains (half of the loss of an int4 language model, see `docs/evidence/tried.md`). From a
     running statistic the closed forms are compared by their predicted error, without further steps.
 
     Rows are measured in units of `max|x| / fmt.max`: no square overflows or underflows.
