@@ -61,10 +61,13 @@ class InputWarnings:
         self._overflow = None
 
     def of_negatives(self, model: nn.Module) -> None:
-        """Warn of inputs with negative values in an unsigned format."""
+        """Warn of inputs with negative values in an unsigned format.
+
+        Not where no level below zero was found to be worth one: those values are next to nothing.
+        """
         for quantizer in activation_quantizers(model):
             spec = quantizer.spec
-            if not quantizer.fmt.is_signed and quantizer.negative_share > 0:
+            if quantizer.below is None and not quantizer.fmt.is_signed and quantizer.negative_share:
                 # The sign follows the first batches, which held none.
                 signed = (
                     f"TensorSpec({spec.format!r}), without unsigned_if_nonnegative"

@@ -230,7 +230,7 @@ def _in_words(given: TensorSpec | Results | None) -> str:
         if entries.pop("unsigned_if_nonnegative", False):
             name = f"{name} or {unsigned(get_format(name))}"
         if entries.pop("zero_point", False):
-            name = f"{name} with a zero point"
+            name = f"{name}, zero point"
         return ", ".join([name, *(f"{key}={value}" for key, value in entries.items())])
     if given is None:
         return "float"

@@ -172,6 +172,7 @@ def test_the_first_layer_of_a_wrong_program_is_named(
     def wrong(model: Any, path: Path, example: Any) -> None:
         model = freeze(calibrated(small_net(), recipe_of("int4", "int8"), images(32)))
         model[0].load_state_dict(frozen[0].state_dict())
+        model[0].frozen_activations = frozen[0].frozen_activations
         save(model, path, example)
 
     frozen: Any = freeze(model)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from statqat_lightning import TensorSpec
 from statqat_lightning.export import freeze
 from statqat_lightning.export.calls.forward_call import ForwardCall, outputs_of
 from statqat_lightning.export.files.registry import FILE_TYPES
@@ -43,7 +44,7 @@ def chaotic() -> tuple[nn.Module, nn.Module, Tensor]:
         layers += [nn.Linear(64, 64), nn.Tanh()]
         nn.init.normal_(layers[-2].weight, std=3 / 8)  # type: ignore[arg-type]
     model, x = nn.Sequential(*layers).eval(), torch.randn(512, 64)
-    prepare(model, "int8", "int8")
+    prepare(model, "int8", TensorSpec("int8"))
     set_observing(model, True)
     model(x)
     set_observing(model, False)

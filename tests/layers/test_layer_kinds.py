@@ -29,7 +29,7 @@ from statqat_lightning.model.quantized_model import (
     set_observing,
 )
 from statqat_lightning.numerics.straight_through import fake_quantize
-from statqat_lightning.recipes.recipe import QuantRecipe
+from statqat_lightning.recipes.recipe import QuantRecipe, TensorSpec
 from statqat_lightning.recipes.rule import QuantRule
 from tests.export.models import Conv1D
 
@@ -339,7 +339,7 @@ def test_outputs_of_any_module() -> None:
     rules = [
         QuantRule("type:BatchNorm2d", outputs="int8"),
         QuantRule("2", outputs="int4"),
-        QuantRule("3", "int8", "int8", outputs="int6"),
+        QuantRule("3", "int8", "int8", outputs=TensorSpec("int6")),
         QuantRule("*", "int8", "int8"),
     ]
     x = torch.randn(2, 3, 6, 6)

@@ -97,7 +97,8 @@ def test_mistakes_in_a_spec(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_plain_names() -> None:
-    assert activation_spec("int4", "inputs") == TensorSpec("int4", unsigned_if_nonnegative=True)
+    adapting = TensorSpec("int4", unsigned_if_nonnegative=True, zero_point=True)
+    assert activation_spec("int4", "inputs") == adapting
     assert activation_spec("uint4", "inputs") == TensorSpec("uint4")
     assert activation_spec("fp4", "inputs") == TensorSpec("fp4", unsigned_if_nonnegative=True)
     assert activation_spec("fp4_e3m0", "inputs") == TensorSpec("fp4_e3m0")
@@ -177,9 +178,9 @@ def test_recipes_are_tables_in_a_notebook() -> None:
     cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", html)
     assert cells[:6] == ["layers", "weights", "inputs", "outputs", "gates", "results"]
     assert cells[6:12] == ["head", "float", "float", "float", "float", ""]
-    assert cells[12:16] == ["*", "int4", "int8 or uint8", "float"]
+    assert cells[12:16] == ["*", "int4", "int8 or uint8, zero point", "float"]
     assert cells[18:21] == ["*", "float", "int8"]
-    assert "add: int8 or uint8; cat_1: int4, shared=a" in cells
+    assert "add: int8 or uint8, zero point; cat_1: int4, shared=a" in cells
     assert cells[-6:-3] == [
         "&lt;b&gt;",
         "int4, granularity=per_group:16, quantizer=analytic, prior=laplace, tolerance=0.1",

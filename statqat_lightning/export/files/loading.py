@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -249,11 +250,11 @@ def _check_quantizers(model: nn.Module, state: Mapping[str, Any], where: str) ->
     own = quantizer_state(model)
     for name in sorted(own.keys() & state.keys()):
         shapes = [tuple(s["scale"].shape) for s in (state[name], own[name])]
-        # Inputs decide on their sign in training, and have one range without it. In an earlier
-        # phase of a schedule, formats are wider than the recipe says.
+        # Inputs decide on their sign or zero point in training, and have one range without. In an
+        # earlier phase of a schedule, formats are wider than the recipe says.
         least = at_least_bits(get_format(own[name]["format"]), int(state[name].get("narrowest", 0)))
         formats = [
-            fmt.removeprefix("u").removesuffix("_full")
+            re.sub(r"_(full|zp\d+)$", "", fmt.removeprefix("u"))
             for fmt in (state[name]["format"], least.name)
         ]
         if shapes[0] != shapes[1] or formats[0] != formats[1]:
