@@ -97,8 +97,10 @@ class StatQATCallback(Callback):
             is `int8`: with per-channel scales it costs no accuracy worth mentioning.
         activations: Format name or `TensorSpec` of the inputs of all layers; None leaves them in
             float. The default is `int8`. A plain integer name stands for that width, *unsigned
-            where the data is non-negative*, which wins a bit after a ReLU; plain `fp4` gets a zero
-            point there (`TensorSpec("fp4")` does not).
+            where the data is non-negative*, which wins a bit after a ReLU, and with a zero point
+            where it reaches further on one side of zero, which wins as much after a SiLU or a GELU
+            (see `TensorSpec`); plain `fp4` gets a zero point after a ReLU (`TensorSpec("fp4")` does
+            not).
         recipe: A `QuantRecipe`, or the path of one in YAML, in place of `weights`, `activations`,
             `exclude` and `first_last_bits`.
         exclude: Patterns of layers that stay in float.

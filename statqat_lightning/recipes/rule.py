@@ -25,7 +25,7 @@ def activation_spec(spec: str | TensorSpec | None, role: str) -> TensorSpec | No
     """A specification for inputs or outputs.
 
     The plain name of a signed integer format stands for its width: unsigned where nothing is
-    negative. So does that of a float of at most 4 bits, which gets a zero point there; wider ones,
+    negative, and with a zero point where the data is skewed. So does that of a float of at most 4 bits, which gets a zero point there; wider ones,
     which gain nothing by one in training, have it only where they are widened from such a name.
     """
     if not isinstance(spec, str):
@@ -58,7 +58,8 @@ class QuantRule:
             by a rule for their type or with their full name.
         weights: Specification of the weights, a format name, or None for float.
         inputs: Specification of the inputs, likewise. A plain integer name means that width,
-            unsigned where the data is non-negative; plain FP4 gets a zero point there.
+            unsigned where the data is non-negative, and with a zero point where it is skewed; plain
+            FP4 gets a zero point where it is non-negative.
         outputs: Specification of the output, likewise. A rule with nothing else matches any module
             that it describes, with weights or not: `QuantRule("type:BatchNorm2d", outputs="int8")`.
             One with inputs, too, matches modules without weights by their full name only: what is
