@@ -46,6 +46,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
     """
 
     batches_to_decide = 8
+    below: float | None = None
 
     def __init__(
         self,
@@ -70,7 +71,6 @@ class ActivationFakeQuantizer(FakeQuantizer):
         self.observing = False
         self.recompute = False
         self.deciding = spec.unsigned_if_nonnegative or spec.zero_point
-        self.below: float | None = None
         self.lowest = torch.zeros((), dtype=torch.float32, device="cpu")
         if device.type != "meta":
             self.to(device)
