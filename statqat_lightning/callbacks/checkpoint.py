@@ -1,4 +1,7 @@
-"""What `StatQATCallback` adds to checkpoints."""
+"""What `StatQATCallback` adds to checkpoints, and how a resumed run reads it.
+
+Exports read checkpoints by `export.files.reading`, without a Trainer.
+"""
 
 from __future__ import annotations
 

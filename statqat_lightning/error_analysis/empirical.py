@@ -32,7 +32,7 @@ class Samples:
     weights: Tensor | None = None
 
     @classmethod
-    def condensed(cls, rows: Tensor, fold: bool) -> Samples:
+    def condensed(cls, rows: Tensor, ignore_signs: bool) -> Samples:
         """Rows with close values put together, where rows are long; short ones stay as they are.
 
         A bin is a thousandth of an octave wide. The code of the value that stands for a bin is not
@@ -43,11 +43,11 @@ class Samples:
 
         Args:
             rows: float32 `(n, m)`, magnitudes below 1.
-            fold: Whether signs do not matter.
+            ignore_signs: Whether only magnitudes matter.
         """
         if rows.shape[1] < _LONG_ROW:
             return cls(rows)
-        if fold:
+        if ignore_signs:
             return cls(*_binned(rows.abs(), torch.ones_like(rows)))
         below_zero = (rows < 0).to(rows.dtype)
         sides = [

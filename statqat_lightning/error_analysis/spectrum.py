@@ -127,7 +127,7 @@ class EnergySpectrum:
         if not keep:
             return cls(energy)
         exponent = torch.frexp(rows.abs().amax(1, keepdim=True)).exponent.clamp(-126, 126)
-        samples = Samples.condensed(torch.ldexp(rows, -exponent), fold=False)
+        samples = Samples.condensed(torch.ldexp(rows, -exponent), ignore_signs=False)
         values = torch.ldexp(samples.values, exponent)
         return cls(energy, Samples(values, samples.weights))
 

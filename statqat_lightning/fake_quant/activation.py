@@ -38,7 +38,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
         observing: Whether forward passes add to the observer: to the sums behind the SNR, and
             unless `frozen` to the statistics behind the scale.
         deciding: Whether the sign of the format, or its zero point, may still change. The sign is
-            settled by the smallest of all values of the first batches, not by a sample.
+            decided by the smallest of all values of the first batches, not by a sample.
         recompute: Whether a layer quantizes its input again in the backward pass, and does not keep
             it quantized until then.
         lowest: Smallest value seen while deciding, or 0; float32 `()`.
@@ -104,10 +104,10 @@ class ActivationFakeQuantizer(FakeQuantizer):
         for name in self.observer.tensors():
             setattr(self.observer, name, getattr(self.observer, name).to(device))
 
-    def settle(self) -> bool:
+    def decide(self) -> bool:
         """Make the quantizer ready if its statistics allow it, and choose its sign or zero point.
 
-        Reads from the device, but only until both are settled.
+        Reads from the device, but only until both are decided.
 
         Returns:
             Whether it has a scale from its statistics alone now.
@@ -118,6 +118,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
         if num_batches == 0:
             return False
         self.deciding = self.deciding and num_batches < self.batches_to_decide
+        # At the batches at which scales are searched, too, and the last time when that is over.
         if self.spec.zero_point and (not self.deciding or num_batches in (1, 2, 4)):
             self._choose_zero_point()
         return self.follow_format()

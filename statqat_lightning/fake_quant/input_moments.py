@@ -158,7 +158,7 @@ class InputMoments:
             setattr(self, name, getattr(self, name).to(device))
 
     def forget_step(self) -> None:
-        """Forget what was added since the last fold."""
+        """Forget what was added since the last update."""
         if self.filled:
             self.sums.zero_()
             self.filled = False
@@ -193,7 +193,7 @@ def _sum_of_squares(x: Tensor, dims: list[int], axis: int) -> Tensor:
 
 
 def sums_of(moments: Sequence[InputMoments]) -> Tensor:
-    """What the inputs have added since the last fold, float32 `(n,)`: to be summed over ranks."""
+    """What the inputs have added since the last update, float32 `(n,)`: to be summed over ranks."""
     parts = [own.sums.flatten() for own in moments]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float32)
 

@@ -1,7 +1,7 @@
-"""Running statistics of a layer's input: what a forward pass adds, and how batches are folded.
+"""Running statistics of a layer's input: what a forward pass adds, and how batches enter them.
 
 A forward pass only takes a sample; between steps the samples of all layers are added up together
-and folded into running means. Scales change between steps, never within one, so gradient
+and enter the running means. Scales change between steps, never within one, so gradient
 checkpointing, gradient accumulation and a layer that is used twice see one quantizer.
 """
 
@@ -68,7 +68,7 @@ class InputObserver:
             `(NUM_BINS + 1,)`, a row of `InputSums` and `(-min, max)` `(2,)`.
         running_spectrum, running_sums: Running means per value: `(NUM_BINS,)`, a row of sums.
         running_extremes: `(-min, max)` over the batches, `(2,)`; see `range_momentum`.
-        num_batches: Batches folded in so far, `()`; zero says that nothing is known yet.
+        num_batches: Batches that have entered so far, `()`; zero says that nothing is known yet.
     """
 
     ACCUMULATORS = ("spectrum", "sums", "extremes")
@@ -249,14 +249,14 @@ def _rows(numbers: Sequence[int], of: Tensor) -> Tensor | slice:
 
 
 @torch.no_grad()
-def fold(
+def update_running(
     observers: Sequence[InputObserver], statistics: bool, reduce: Reduce | None = None
 ) -> Tensor:
-    """Fold accumulators into the running statistics, over all ranks, and zero them.
+    """Let accumulators enter the running statistics, over all ranks, and zero them.
 
     Args:
         observers: Observers of one model, in the same order on every rank.
-        statistics: Whether spectra and ranges are folded in, too, or only the sums of the SNR.
+        statistics: Whether spectra and ranges enter, too, or only the sums of the SNR.
         reduce: Reduction over ranks; None for a single process. Called once, and once more if an
             observer keeps the range.
 
@@ -301,14 +301,14 @@ def fold(
     num_batches = torch.stack([o.num_batches for o in observers])
     momentum = _kept(tuple(o.config.momentum for o in observers), sums.dtype, sums.device)
     weight = torch.where(seen, (1 / (num_batches + 1)).maximum(momentum), 0.0)
-    _fold_sums(observers, sums, weight)
+    _update_sums(observers, sums, weight)
     if spectral:
         means = energy.div_(count[spectral_rows].clamp_min(1).unsqueeze(1))
         spectrums = [observers[i].running_spectrum for i in spectral]
         _lerp_rows_(spectrums, means, weight[spectral_rows])
     if ranged:
         old = [observers[i].running_extremes for i in ranged]
-        new = _fold_ranges([observers[i] for i in ranged], extremes, seen[ranged_rows])
+        new = _update_ranges([observers[i] for i in ranged], extremes, seen[ranged_rows])
         torch._foreach_copy_(old, list(new.unbind()))
         for i in ranged:
             observers[i].extremes.fill_(-torch.inf)
@@ -332,7 +332,7 @@ def _lerp_rows_(rows: list[Tensor], table: Tensor, weights: Tensor) -> None:
     torch._foreach_copy_(rows, list(new.unbind()))
 
 
-def _fold_ranges(observers: Sequence[InputObserver], extremes: Tensor, seen: Tensor) -> Tensor:
+def _update_ranges(observers: Sequence[InputObserver], extremes: Tensor, seen: Tensor) -> Tensor:
     """Running `(-min, max)` of observers after one more batch, `(len(observers), 2)`."""
     old = torch.stack([o.running_extremes for o in observers])
     newest = torch.where(seen.unsqueeze(1), extremes, old)  # an infinity times zero would be NaN
@@ -348,7 +348,7 @@ def _fold_ranges(observers: Sequence[InputObserver], extremes: Tensor, seen: Ten
     return torch.where(first.unsqueeze(1), newest, new)
 
 
-def _fold_sums(observers: Sequence[InputObserver], sums: Tensor, weight: Tensor) -> None:
+def _update_sums(observers: Sequence[InputObserver], sums: Tensor, weight: Tensor) -> None:
     """Running means of the sums; what only some samples hold starts with the first of these."""
     running = torch.stack([o.running_sums for o in observers])
     # One NaN in an input is no news about its quantizer: such sums are left out.

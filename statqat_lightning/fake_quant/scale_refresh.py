@@ -15,7 +15,7 @@ from torch import Tensor
 from statqat_lightning.error_analysis.spectrum import EnergySpectrum
 from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.fake_quant.input_sums import InputSums
-from statqat_lightning.fake_quant.observers import Reduce, fold, statistics_of
+from statqat_lightning.fake_quant.observers import Reduce, statistics_of, update_running
 from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.formats import BlockFormat, Format
 from statqat_lightning.quantizers import ErrorWeights, Statistics
@@ -117,10 +117,10 @@ def refresh_activations(
     reduce: Reduce | None = None,
     search: bool = False,
 ) -> Tensor:
-    """Fold what inputs have added into their statistics, and choose their scales anew.
+    """Let what inputs have added enter their statistics, and choose their scales anew.
 
     One reduction over ranks for all layers, one batched search for all layers of a kind, and no
-    read from the device once every quantizer is settled.
+    read from the device once every quantizer has decided.
 
     Args:
         quantizers: Input quantizers of one model, in the same order on every rank.
@@ -137,7 +137,7 @@ def refresh_activations(
     early = [q.observer.sums for q in quantizers if q.observer.added_up and not q.is_due]
     if early:
         torch._foreach_zero_([part for sums in early for part in InputSums(sums).parts[1]])
-    overflow = fold([q.observer for q in quantizers], statistics, reduce)
+    overflow = update_running([q.observer for q in quantizers], statistics, reduce)
     if not statistics:
         return overflow
     due = [q for q in quantizers if q.ready and (search or not q.skip_refresh())]
@@ -154,7 +154,7 @@ def refresh_activations(
     for sharing in _groups_of(undecided, quantizers):
         lowest = torch.stack([q.lowest for q in sharing]).amin()
         torch._foreach_copy_([q.lowest for q in sharing], [lowest] * len(sharing))
-    share_scales([q for q in quantizers if q.settle()], quantizers)
+    share_scales([q for q in quantizers if q.decide()], quantizers)
     return overflow
 
 

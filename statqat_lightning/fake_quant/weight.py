@@ -31,7 +31,7 @@ class WeightFakeQuantizer(FakeQuantizer):
         weighed: Whether the scale in force was chosen by what errors count. If it was not, it is no
             start for a search that knows better: the best by another measure may rest for good.
         trained: What tells the weight at the end of the training from another one, None if that is
-            not known; see `export.stale`.
+            not known; see `export.freezing.stale_scales`.
     """
 
     def __init__(

@@ -248,8 +248,8 @@ def refresh(
     Args:
         model: A model with quantizers.
         weights: Whether to choose the scales of weights anew.
-        inputs: Whether to fold what inputs and outputs have added; frozen ones keep statistics and
-            scale.
+        inputs: Whether what inputs and outputs have added enters their statistics; frozen ones keep
+            statistics and scale.
         reduce: Reduction over ranks, see `observers.Reduce`; None for a single process.
         search: Whether to choose all scales anew. In training they rest most of the time;
             statistics that end here, as in calibration, ask for a search.

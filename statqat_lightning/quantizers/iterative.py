@@ -143,7 +143,7 @@ class Iterative(Quantizer):
 
     def _search(self, rows: Tensor, fmt: Format, current_scale: Tensor | None) -> Tensor:
         curve = EnergySpectrum.of_rows(rows, keep=False, check=False).error_curve(fmt)
-        samples = Samples.condensed(rows, fold=fmt.is_symmetric)
+        samples = Samples.condensed(rows, ignore_signs=fmt.is_symmetric)
         size = _CONDENSED_LENGTH if samples.weights is not None else rows.shape[1]
         _, starts, first_parts, kept, parts, rounds = next(p for p in _PLANS if size <= p[0])
         likely = curve.errors.topk(starts, 1, largest=False, sorted=False).indices
@@ -206,7 +206,7 @@ class Iterative(Quantizer):
     def _affine_search(
         self, rows: Tensor, fmt: Format, current_scale: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        samples = Samples.condensed(rows, fold=False)
+        samples = Samples.condensed(rows, ignore_signs=False)
         levels = int(fmt.max - fmt.min) + 1
         curve_scales, curve = EnergySpectrum.of_rows(rows, keep=False, check=False).affine_curve(
             levels

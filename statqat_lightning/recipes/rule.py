@@ -25,8 +25,9 @@ def activation_spec(spec: str | TensorSpec | None, role: str) -> TensorSpec | No
     """A specification for inputs or outputs.
 
     The plain name of a signed integer format stands for its width: unsigned where nothing is
-    negative, and with a zero point where the data is skewed. So does that of a float of at most 4 bits, which gets a zero point there; wider ones,
-    which gain nothing by one in training, have it only where they are widened from such a name.
+    negative, and with a zero point where the data is skewed. So does that of a float of at most 4
+    bits, which gets a zero point where nothing is negative; wider ones, which gain nothing by one
+    in training, have it only where they are widened from such a name.
     """
     if not isinstance(spec, str):
         return _checked(role, spec)

@@ -17,8 +17,8 @@ class Target:
         title: As it is written.
         fused: Kinds of functions that it computes together with the layer before them, so that what
             they return is rounded and not what they take.
-        rounds_outputs: Whether a convolution runs in integers only if its output is rounded,
-            whoever reads it.
+        rounds_outputs: Whether a convolution, a sum, a product or a mean runs in integers only if
+            its result is rounded, whoever reads it.
         rounds_all: Whether that holds for linear layers, too, and for what the model returns.
         adds_codes: Whether biases are added to sums of products of codes, and so rounded to
             multiples of input scale times weight scale.

@@ -1,11 +1,11 @@
 """Where a runtime's integer kernels need quantizers, beside those of the layers' inputs.
 
-What differs from runtime to runtime is in `targets`. ONNX Runtime, for one, runs a convolution in
-integers only if its output is rounded to 8 bits, too, behind the BatchNorm that is folded into it
-and behind a ReLU; and a sum or a product only if all its terms and its result are. So those tensors
-are rounded in training as well: once each, where they are made, instead of at every layer that
-reads them. (Which patterns have kernels: ONNX Runtime's QDQ selectors; measured ratios are in
-docs/targets.md.)
+What differs from runtime to runtime is in the module of each beside this one, as flags that
+`places` goes by. ONNX Runtime, for one, runs a convolution in integers only if its output is
+rounded to 8 bits, too, behind the BatchNorm that is folded into it and behind a ReLU; and a sum or
+a product only if all its terms and its result are. So those tensors are rounded in training as
+well: once each, where they are made, instead of at every layer that reads them. (Which patterns
+have kernels: ONNX Runtime's QDQ selectors; measured ratios are in docs/targets.md.)
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ def test_without_observing_nothing_is_added() -> None:
     quantizer.observing = False
     quantizer(torch.randn(9))
     assert not quantizer.observer.sums.any()
-    assert not quantizer.settle()
+    assert not quantizer.decide()
 
 
 @pytest.mark.parametrize("wide", range(8))

@@ -18,8 +18,8 @@ from statqat_lightning.fake_quant.observers import (
     ObserverConfig,
     Reduce,
     add_up,
-    fold,
     statistics_of,
+    update_running,
 )
 from statqat_lightning.formats import get_format
 from statqat_lightning.numerics.qparams import QParams
@@ -72,7 +72,7 @@ def test_running_spectrum_is_the_mean_over_all_values_of_a_batch() -> None:
     x = torch.randn(50, 6)
     for part in torch.split(x, 20):  # a layer used three times in one step
         add(observer, part)
-    assert not fold([observer], statistics=True).any()
+    assert not update_running([observer], statistics=True).any()
     expected = EnergySpectrum.of(x.flatten())
     torch.testing.assert_close(observer.running_spectrum, expected.energy[0])
     assert observer.num_batches == 1
@@ -88,7 +88,7 @@ def test_weights_of_batches(momentum: float) -> None:
         x = torch.from_numpy(rng.normal(size=100) * (1 + number)).float()
         for observer in (spectra, extremes):
             add(observer, x)
-        fold([spectra, extremes], statistics=True)
+        update_running([spectra, extremes], statistics=True)
         weight = max(1 / (number + 1), momentum)
         power += weight * (float(x.double().square().mean()) - power)
         low, high = min(low, float(x.min())), max(high, float(x.max()))
@@ -112,7 +112,7 @@ def test_averaged_range_is_that_of_torch_ao() -> None:
         peer(x)
         for observer in observers:
             add(observer, x)
-        fold(observers, statistics=True)
+        update_running(observers, statistics=True)
     for observer, equal in zip(observers, (True, False, False), strict=True):
         expected = torch.stack([-peer.min_val, peer.max_val])
         assert torch.allclose(observer.running_extremes, expected, rtol=1e-5) == equal
@@ -122,11 +122,11 @@ def test_snr_starts_at_the_first_quantized_batch() -> None:
     observer, x = spectral(), torch.randn(200)
     for _ in range(5):
         add(observer, x)
-        fold([observer], statistics=True)
+        update_running([observer], statistics=True)
     sums = InputSums(observer.running_sums)
     assert [sums.signal, sums.noise, sums.quantized] == [0, 0, 0]
     add(observer, x, quantized=True)
-    fold([observer], statistics=True)
+    update_running([observer], statistics=True)
     error = fake_quantize(x, QParams(torch.tensor(0.1)), get_format("int4")) - x
     assert InputSums(observer.running_sums).signal.item() == pytest.approx(
         x.square().mean().item(), rel=1e-5
@@ -136,7 +136,7 @@ def test_snr_starts_at_the_first_quantized_batch() -> None:
     assert InputSums(observer.running_sums).quantized == 1
     # The next batch counts a seventh: it is the seventh that was folded in.
     add(observer, 2 * x, quantized=True)
-    fold([observer], statistics=True)
+    update_running([observer], statistics=True)
     expected = x.square().mean().item() * (1 + 3 / 7)
     assert InputSums(observer.running_sums).signal.item() == pytest.approx(expected, rel=1e-5)
 
@@ -146,11 +146,11 @@ def test_share_of_negative_values() -> None:
     x = torch.tensor([-1.0, -0.0, 0.0, 3.0, -1e-30])
     for scale in (None, torch.tensor(0.1)):  # passed on as it is, or quantized
         observer.add(x, get_format("uint4"), scale, statistics=True)
-        fold([observer], statistics=True)
+        update_running([observer], statistics=True)
         assert InputSums(observer.running_sums).negative.item() == pytest.approx(2 / 5)
     observer = spectral()
     add(observer, x)  # a signed format loses nothing of them
-    fold([observer], statistics=True)
+    update_running([observer], statistics=True)
     assert InputSums(observer.running_sums).negative == 0
 
 
@@ -159,14 +159,14 @@ def test_peaks_are_those_of_all_values_and_averaged() -> None:
     large, small, whole = torch.randn(5000), torch.rand(3000), torch.full((200,), 9.0)
     for x in (large, small, whole):  # a layer used often in one step; the last is no sample
         observer.add(x, fmt, None, statistics=True, peaks=True)
-    fold([observer], statistics=True)
+    update_running([observer], statistics=True)
     reaches = np.array([[large.max(), -large.min(), 5000], [small.max(), 0, 3000]])
     expected = reaches.mean(0)  # as many values were observed of each
     found = statistics_of([observer]).peaks
     assert found is not None
     np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-6)
     observer.add(torch.ones(200), fmt, None, statistics=True)
-    fold([observer], statistics=True)
+    update_running([observer], statistics=True)
     np.testing.assert_allclose(InputSums(observer.running_sums).peaks.numpy(), expected, rtol=1e-6)
 
 
@@ -174,12 +174,12 @@ def test_peaks_are_those_of_all_values_and_averaged() -> None:
 def test_peaks_of_a_bad_batch_do_not_count(bad: float) -> None:
     observer, fmt, x = spectral(max_observed=256), get_format("int8"), torch.randn(5000)
     observer.add(x, fmt, None, statistics=True, peaks=True)
-    fold([observer], statistics=True)
+    update_running([observer], statistics=True)
     before = [part.clone() for part in InputSums(observer.running_sums).parts[1]]
     harmed = x.clone()
     harmed[4999] = bad  # no sample shows it
     observer.add(harmed, fmt, None, statistics=True, peaks=True)
-    assert fold([observer], statistics=True).tolist() == [True]
+    assert update_running([observer], statistics=True).tolist() == [True]
     after = InputSums(observer.running_sums).parts[1]
     assert before[0].sum() > 5000
     assert all(map(torch.equal, after, before))
@@ -222,12 +222,12 @@ def test_a_bad_value_is_reported_and_leaves_statistics_unharmed(
     observer = make()
     clean = torch.randn(300, generator=torch.Generator().manual_seed(0))
     add(observer, clean, quantized=True)
-    assert fold([observer], statistics=True).tolist() == [False]
+    assert update_running([observer], statistics=True).tolist() == [False]
     before = {name: getattr(observer, name).clone() for name in observer.RUNNING}
     harmed = clean.clone()
     harmed[17] = bad
     add(observer, harmed, quantized=True)
-    assert fold([observer], statistics=True).tolist() == [True]
+    assert update_running([observer], statistics=True).tolist() == [True]
     for name in observer.RUNNING:
         assert getattr(observer, name).isfinite().all()
     for name in ("running_spectrum", "running_extremes", "running_sums"):
@@ -236,17 +236,17 @@ def test_a_bad_value_is_reported_and_leaves_statistics_unharmed(
             getattr(observer, name).sum(), before[name].sum(), rtol=0.03, atol=0
         )
     add(observer, clean, quantized=True)
-    assert fold([observer], statistics=True).tolist() == [False]
+    assert update_running([observer], statistics=True).tolist() == [False]
 
 
 @pytest.mark.parametrize("make", [spectral, ranged, averaged])
 def test_a_first_batch_of_nothing_finite_does_not_count(make: Callable[..., InputObserver]) -> None:
     observer = make()
     add(observer, torch.full((10,), torch.nan))
-    assert fold([observer], statistics=True).tolist() == [True]
+    assert update_running([observer], statistics=True).tolist() == [True]
     assert observer.num_batches == 0
     add(observer, torch.ones(10))
-    fold([observer], statistics=True)
+    update_running([observer], statistics=True)
     statistics = statistics_of([observer])
     if statistics.spectrum is not None:
         assert statistics.spectrum.power.item() == pytest.approx(1)
@@ -261,9 +261,9 @@ def test_no_input_no_news(make: Callable[..., InputObserver]) -> None:
     for _ in range(3):
         add(observer, torch.randn(40), quantized=True)
         add(observer, torch.empty(0, 4), quantized=True)
-        fold([observer, idle], statistics=True)
+        update_running([observer, idle], statistics=True)
     before = {name: getattr(observer, name).clone() for name in observer.RUNNING}
-    assert not fold([observer, idle], statistics=True).any()
+    assert not update_running([observer, idle], statistics=True).any()
     assert all(torch.equal(getattr(observer, name), before[name]) for name in observer.RUNNING)
     assert idle.num_batches == 0
     assert all(getattr(idle, name).count_nonzero() == 0 for name in idle.RUNNING)
@@ -273,10 +273,10 @@ def test_no_input_no_news(make: Callable[..., InputObserver]) -> None:
 def test_frozen_statistics_stay_and_the_snr_goes_on(make: Callable[..., InputObserver]) -> None:
     observer = make()
     add(observer, torch.randn(100), quantized=True)
-    fold([observer], statistics=True)
+    update_running([observer], statistics=True)
     before = {name: getattr(observer, name).clone() for name in observer.RUNNING}
     observer.add(torch.full((9,), 5.0), get_format("int4"), torch.tensor(0.1), statistics=False)
-    fold([observer], statistics=False)
+    update_running([observer], statistics=False)
     for name in ("running_spectrum", "running_extremes", "num_batches"):
         assert torch.equal(getattr(observer, name), before[name])
     # The second batch counts a half.
@@ -310,7 +310,7 @@ def test_sample_meets_every_index_of_every_dimension(
         add(observer, x.contiguous(memory_format=layout))
         add_up([observer])
         assert InputSums(observer.sums).count < x.numel() or x.numel() < 2 * 16384
-        fold([observer], statistics=True)
+        update_running([observer], statistics=True)
         # 1 024 runs of 16 values cannot meet 1 500 rows of 15; they miss none of the shorter ones.
         least = size if size <= 1024 else size // 2
         assert observer.running_spectrum.count_nonzero() >= least
@@ -342,7 +342,7 @@ def test_places_of_a_sample_move_on_with_every_batch(numel: int) -> None:
             add(copied, x)
             assert copied.pending[0].values.equal(sample.values)
         times[taken] += 1
-        fold([observer], statistics=True)
+        update_running([observer], statistics=True)
     # The share of a value is that of the places at which a run meets it.
     part = numel // 256
     span = part - 15
@@ -406,11 +406,11 @@ class TwoRanks:
 
         return reduced
 
-    def fold(self, observers: list[list[InputObserver]]) -> list[Tensor]:
+    def update(self, observers: list[list[InputObserver]]) -> list[Tensor]:
         found: dict[int, Tensor] = {}
 
         def run(rank: int) -> None:
-            found[rank] = fold(observers[rank], True, self.reduce(rank))
+            found[rank] = update_running(observers[rank], True, self.reduce(rank))
 
         threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
         for thread in threads:
@@ -432,9 +432,9 @@ def test_two_ranks_equal_the_pooled_data(bad: float | None) -> None:
             for observer in observers:
                 add(observer, part, quantized=step > 0)
         world = TwoRanks()
-        overflow = world.fold(ranks)
+        overflow = world.update(ranks)
         assert world.num_reductions == 2  # sums, and the range
-        expected = fold(pooled, statistics=True)
+        expected = update_running(pooled, statistics=True)
         assert torch.equal(overflow[0], overflow[1])
         assert torch.equal(overflow[0], expected)
     if bad is not None:
@@ -455,7 +455,7 @@ def test_one_reduction_serves_all_layers() -> None:
         return tensor
 
     observers = [spectral() for _ in range(5)]
-    fold(observers, True, reduce)
+    update_running(observers, True, reduce)
     assert calls == ["sum"]
 
 
@@ -478,7 +478,7 @@ def test_statistics_do_not_depend_on_the_default_dtype() -> None:
         try:
             observer = InputObserver(ObserverConfig(), needs_spectrum=True, needs_range=True)
             observer.add(x, get_format("int4"), torch.ones((), dtype=torch.float32), True)
-            fold([observer], statistics=True)
+            update_running([observer], statistics=True)
         finally:
             torch.set_default_dtype(torch.float32)
         folded.append(observer)
@@ -493,6 +493,6 @@ def test_a_lone_nan_in_data_is_noticed_however_large_the_data() -> None:
     x[1_234_567] = torch.nan
     observer = spectral()
     add(observer, x)
-    assert fold([observer], statistics=True).tolist() == [True]
+    assert update_running([observer], statistics=True).tolist() == [True]
     assert observer.running_spectrum.isfinite().all()
     assert observer.num_batches == 1
