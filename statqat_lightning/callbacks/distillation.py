@@ -24,9 +24,7 @@ from statqat_lightning.callbacks.input_warnings import StatQATWarning
 from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.callbacks.trial_copy import trial_copy
 from statqat_lightning.model.compensation import share_on_grid
-from statqat_lightning.model.distillation import (
-    OutputLoss,
-)
+from statqat_lightning.model.distillation import OutputLoss
 from statqat_lightning.model.insertion import remove
 from statqat_lightning.model.isolated_copy import CannotCopy
 

@@ -5,7 +5,6 @@ Lightning asks this entry point of every installed package for callbacks when a 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import weakref
@@ -16,6 +15,7 @@ import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from statqat_lightning._words import did_you_mean
 from statqat_lightning.callbacks.export import ExportCallback
 from statqat_lightning.callbacks.input_warnings import StatQATWarning
 from statqat_lightning.callbacks.loading import install
@@ -63,8 +63,7 @@ def callbacks_from_environment() -> list[Callback]:
     monitored, exported = entries.pop("snr_monitor", True), entries.pop("export", None)
     known = [*inspect.signature(StatQATCallback).parameters, "snr_monitor", "export"]
     if unknown := [name for name in entries if name not in known]:
-        near = difflib.get_close_matches(str(unknown[0]), known, n=2)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        hint = did_you_mean(unknown[0], known, most=2)
         raise ValueError(
             f"{VARIABLE}: {path}: got unknown entries {unknown}.{hint} Known: {', '.join(known)}."
         )

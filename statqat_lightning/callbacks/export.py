@@ -6,7 +6,6 @@ state of a run.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -236,8 +235,7 @@ class ExportCallback(Callback):
         names = [name for name, _ in pl_module.named_modules() if name]
         if not self.module or self.module in names:
             return
-        near = difflib.get_close_matches(self.module, names)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        hint = did_you_mean(self.module, names, most=3)
         raise ValueError(
             f"ExportCallback: {type(pl_module).__name__} has no submodule {self.module!r}.{hint} "
             f"Expected one of {', '.join(name for name, _ in pl_module.named_children())} or one "

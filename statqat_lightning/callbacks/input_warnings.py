@@ -10,10 +10,7 @@ from torch import Tensor, nn
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
 from statqat_lightning.formats import get_format
 from statqat_lightning.model.insertion_report import InsertionReport
-from statqat_lightning.model.quantized_model import (
-    activation_quantizers,
-    idle_activations,
-)
+from statqat_lightning.model.quantized_model import activation_quantizers, idle_activations
 from statqat_lightning.recipes.recipe import QuantRecipe
 
 _LITTLE = 0.5
@@ -67,7 +64,9 @@ class InputWarnings:
         """
         for quantizer in activation_quantizers(model):
             spec = quantizer.spec
-            if quantizer.below is None and not quantizer.fmt.is_signed and quantizer.negative_share:
+            if quantizer.zero_point is not None:
+                continue
+            if not quantizer.fmt.is_signed and quantizer.negative_share > 0:
                 # The sign follows the first batches, which held none.
                 signed = (
                     f"TensorSpec({spec.format!r}), without unsigned_if_nonnegative"

@@ -10,12 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from statqat_lightning.export.calls.dimensions import (
-    dimensions_of,
-)
-from statqat_lightning.export.calls.forward_call import (
-    outputs_of,
-)
+from statqat_lightning.export.calls.dimensions import dimensions_of
+from statqat_lightning.export.calls.forward_call import outputs_of
 from statqat_lightning.export.export_run import (
     ExportRun,
     Progress,

@@ -12,11 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning.export.calls.dimensions import (
-    Dynamic,
-    at_another_size,
-    second_example,
-)
+from statqat_lightning.export.calls.dimensions import Dynamic, at_another_size, second_example
 from statqat_lightning.export.calls.forward_call import (
     ForwardCall,
     few_rows,
@@ -24,9 +20,7 @@ from statqat_lightning.export.calls.forward_call import (
     outputs_of,
 )
 from statqat_lightning.export.files.onnx import ONNXExportError
-from statqat_lightning.export.files.registry import (
-    with_ending,
-)
+from statqat_lightning.export.files.registry import with_ending
 from statqat_lightning.export.files.tracing import ExportError
 from statqat_lightning.export.freezing.frozen import freeze_quietly
 from statqat_lightning.export.freezing.light_copy import light_copy

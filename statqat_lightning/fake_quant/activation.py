@@ -42,11 +42,12 @@ class ActivationFakeQuantizer(FakeQuantizer):
         recompute: Whether a layer quantizes its input again in the backward pass, and does not keep
             it quantized until then.
         lowest: Smallest value seen while deciding, or 0; float32 `()`.
-        below: Share of the levels that lie below zero, if the format gets a zero point; else None.
+        zero_point: Levels below zero in the width of the specification, if the data was found to
+            want so many; None for the levels that the sign gives.
     """
 
     batches_to_decide = 8
-    below: float | None = None
+    zero_point: int | None = None
 
     def __init__(
         self,
@@ -150,8 +151,8 @@ class ActivationFakeQuantizer(FakeQuantizer):
     def own_format(self) -> Format:
         """The format of the specification, with the sign or the zero point of the data."""
         fmt = get_format(self.spec.format)
-        if self.below is not None:
-            return IntFormat(fmt.bits, False, zero_point=round(self.below * (2**fmt.bits - 1)))
+        if self.zero_point is not None:
+            return IntFormat(fmt.bits, signed=False, zero_point=self.zero_point)
         if self.spec.unsigned_if_nonnegative and self.lowest.item() >= 0:
             return unsigned(fmt) or fmt
         return fmt
@@ -159,11 +160,11 @@ class ActivationFakeQuantizer(FakeQuantizer):
     @torch.no_grad()
     def _choose_zero_point(self) -> None:
         """Let as many levels lie below zero as its statistics want, where that gains enough."""
-        self.below = None
-        without, levels = self.own_format(), IntFormat(get_format(self.spec.format).bits, False)
+        self.zero_point = None
+        without = self.own_format()
         if not without.is_signed:
             return
-        statistics = statistics_of([self.observer])
+        levels, statistics = IntFormat(without.bits, signed=False), statistics_of([self.observer])
         plain = self.quantizer.from_statistics(statistics, without)
         scale, zero_point = self.quantizer.affine_from_statistics(statistics, levels)
         if (spectrum := statistics.spectrum) is not None:
@@ -171,7 +172,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
         else:  # of a range alone: steps that are finer by so much
             gain = (plain / scale).square()
         if gain.item() >= _WORTH_A_ZERO_POINT:
-            self.below = zero_point.item() / levels.max
+            self.zero_point = int(zero_point)
 
     @torch.no_grad()
     def _fit(self, fmt: Format) -> None:
@@ -207,8 +208,8 @@ class ActivationFakeQuantizer(FakeQuantizer):
             for name in self.observer.RUNNING
         }
         deciding = {"deciding": self.deciding, "lowest": self.lowest.detach().cpu().clone()}
-        below = {"below": self.below} if self.spec.zero_point else {}
-        return super().state_dict() | running | deciding | below
+        zero_point = {"zero_point": self.zero_point} if self.spec.zero_point else {}
+        return super().state_dict() | running | deciding | zero_point
 
     def check_state(self, state: dict[str, Any]) -> None:
         super().check_state(state)
@@ -226,7 +227,7 @@ class ActivationFakeQuantizer(FakeQuantizer):
         super().load_state_dict(state)
         self.deciding = bool(state["deciding"])
         self.lowest.copy_(state["lowest"])
-        self.below = state.get("below")
+        self.zero_point = state.get("zero_point")
         for name in self.observer.RUNNING:
             getattr(self.observer, name).copy_(state[name])
         self.observer.reset_accumulators()

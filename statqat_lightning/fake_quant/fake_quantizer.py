@@ -14,10 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
-from statqat_lightning.formats import (
-    Format,
-    get_format,
-)
+from statqat_lightning.formats import Format, get_format
 from statqat_lightning.numerics.granularity import Granularity
 from statqat_lightning.numerics.learned import learned_fake_quantize, positive
 from statqat_lightning.numerics.qparams import QParams

@@ -31,6 +31,7 @@ class InputSums:
         peaks: How far the input reaches above and below zero, and its number of values `(..., 3)`,
             times the number of values of samples that know it.
         peaked: Number of values of these samples; in running means 1 once there were some.
+        all_of_peaks: `peaks` and `peaked` as one view `(..., 4)`.
     """
 
     WIDTH = 10
@@ -42,6 +43,7 @@ class InputSums:
     quantized = _Columns(5)
     peaks = _Columns(slice(6, 9))
     peaked = _Columns(9)
+    all_of_peaks = _Columns(slice(6, 10))
     _errors = _Columns(slice(3, 5))
     _of_errors = _Columns(slice(5, 6))
     _of_peaks = _Columns(slice(9, 10))

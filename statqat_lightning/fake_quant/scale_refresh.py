@@ -136,7 +136,7 @@ def refresh_activations(
     # A compiled graph adds up the peaks of every batch; only those before a search count.
     early = [q.observer.sums for q in quantizers if q.observer.added_up and not q.is_due]
     if early:
-        torch._foreach_zero_([part for sums in early for part in InputSums(sums).parts[1]])
+        torch._foreach_zero_([InputSums(sums).all_of_peaks for sums in early])
     overflow = update_running([q.observer for q in quantizers], statistics, reduce)
     if not statistics:
         return overflow

@@ -180,7 +180,7 @@ class TensorSpec:
                 max_value=self.max_value,
                 shared=self.shared,
             )
-        zero_point = self.zero_point and isinstance(fmt, IntFormat)
+        zero_point = self.zero_point and isinstance(fmt, IntFormat) and fmt.signed
         granularity = None if isinstance(fmt, BlockFormat) else self.granularity
         return replace(
             self,

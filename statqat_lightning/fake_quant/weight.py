@@ -11,10 +11,7 @@ from statqat_lightning.fake_quant.fake_quantizer import WEIGHT, FakeQuantizer
 from statqat_lightning.fake_quant.input_moments import InputChannels, InputMoments
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
 from statqat_lightning.fake_quant.weights_together import WeightsTogether
-from statqat_lightning.formats import (
-    at_least_bits,
-    get_format,
-)
+from statqat_lightning.formats import at_least_bits, get_format
 from statqat_lightning.numerics.granularity import PerChannel, PerTensor
 from statqat_lightning.quantizers import ErrorWeights
 

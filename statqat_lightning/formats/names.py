@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from functools import lru_cache
 
+from statqat_lightning._words import did_you_mean
 from statqat_lightning.formats.base import Format
 from statqat_lightning.formats.blocks import E4M3, E8M0, BlockFormat
 from statqat_lightning.formats.codebooks import CodebookFormat, standard_codebook
@@ -101,8 +101,7 @@ def get_format(name: str) -> Format:
         return fmt
     key = canonical_name(name) if isinstance(name, str) else ""
     known = [*format_names(), *block_format_names()]
-    near = difflib.get_close_matches(key, [*known, *_ALIASES], n=3)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    hint = did_you_mean(key, [*known, *_ALIASES], most=3)
     raise ValueError(
         f"format: got {name!r}.{hint} Known formats: {', '.join(known)}; "
         "any fp{bits}_e{x}m{y} with bits = 1 + x + y of at most 8; levels:-1,-0.5,0,0.5,1 for "

@@ -14,12 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from statqat_lightning.fake_quant.fake_quantizer import WEIGHT
 from statqat_lightning.layers.forwards import quantizing_forward
-from statqat_lightning.layers.layer_kinds import (
-    RECURRENT,
-    LayerKind,
-    has_weights,
-    kind_of_class,
-)
+from statqat_lightning.layers.layer_kinds import RECURRENT, LayerKind, has_weights, kind_of_class
 from statqat_lightning.layers.layer_quantizers import LayerQuantizers
 
 

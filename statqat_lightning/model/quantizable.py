@@ -8,10 +8,7 @@ from torch import nn
 
 from statqat_lightning.layers.layer_kinds import RECURRENT
 from statqat_lightning.layers.module_names import plain_name
-from statqat_lightning.layers.quantized_layer import (
-    kind_of,
-    why_unsupported,
-)
+from statqat_lightning.layers.quantized_layer import kind_of, why_unsupported
 from statqat_lightning.recipes.rule import QuantRule
 
 _NORMALISATION = (

@@ -14,12 +14,7 @@ from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
 from statqat_lightning.layers.layer_quantizers import LayerQuantizers
 from statqat_lightning.layers.quantized_layer import base_class, learned_scales
 from statqat_lightning.model.insertion_report import LayerReport, float_row
-from statqat_lightning.model.quantizable import (
-    OWN_FORWARD,
-    has_own_forward,
-    is_lazy,
-    why_float,
-)
+from statqat_lightning.model.quantizable import OWN_FORWARD, has_own_forward, is_lazy, why_float
 from statqat_lightning.model.quantized_model import quantized_layers
 from statqat_lightning.recipes.rule import QuantRule
 
@@ -102,18 +97,15 @@ def _describe_all(quantizers: Iterable[FakeQuantizer]) -> str | None:
 
 def describe(quantizer: FakeQuantizer) -> str:
     """Format, granularity and quantizer of one tensor in a few words."""
-    fmt = quantizer.fmt.name
-    if quantizer.min_bits:  # for a phase of a schedule; the specification says what it comes to
-        fmt = quantizer.spec.format
-        if isinstance(quantizer, ActivationFakeQuantizer):
-            fmt = quantizer.own_format().name
-    if (
-        isinstance(quantizer, ActivationFakeQuantizer)
-        and not quantizer.ready
-        and (quantizer.spec.unsigned_if_nonnegative or quantizer.spec.zero_point)
-    ):
-        fmt = f"{fmt} or u{fmt.removesuffix('_full')}"
-    shared = "" if quantizer.spec.shared is None else f" shared:{quantizer.spec.shared}"
+    spec = quantizer.spec
+    # In a phase of a schedule it may be wider than what the specification comes to.
+    fmt = spec.format if quantizer.min_bits else quantizer.fmt.name
+    if isinstance(quantizer, ActivationFakeQuantizer):
+        if quantizer.ready:
+            fmt = quantizer.own_format().name if quantizer.min_bits else fmt
+        elif spec.unsigned_if_nonnegative or spec.zero_point:
+            fmt = f"{fmt} or u{fmt.removesuffix('_full')}"
+    shared = "" if spec.shared is None else f" shared:{spec.shared}"
     return f"{fmt} {quantizer.granularity} {quantizer.quantizer.name}{shared}"
 
 

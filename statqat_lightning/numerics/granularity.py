@@ -6,7 +6,6 @@ on) and as a `broadcastable` view (what fake quantization multiplies with).
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from abc import ABC, abstractmethod
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from statqat_lightning._words import did_you_mean
 
 
 class Granularity(ABC):
@@ -188,8 +189,7 @@ def get_granularity(name: str | Granularity, axis: int = 0) -> Granularity:
         size = int(match[2])
         return PerGroup(size) if match[1] == "group" else PerBlock(size, 1 if axis == 0 else 0)
     known = ["per_tensor", "per_channel", "per_group:32", "per_block:32"]
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, known)
     raise ValueError(
         f"granularity: got {name!r}.{hint} Expected per_tensor, per_channel, per_group:SIZE or "
         "per_block:SIZE."

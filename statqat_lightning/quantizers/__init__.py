@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import Any
 
+from statqat_lightning._words import did_you_mean
 from statqat_lightning.quantizers.analytic import Analytic as Analytic
 from statqat_lightning.quantizers.base import ErrorWeights as ErrorWeights
 from statqat_lightning.quantizers.base import Quantizer as Quantizer
@@ -54,8 +54,7 @@ def get_quantizer(name: str, **options: Any) -> Quantizer:
         ValueError: If there is no such quantizer, or an option is not its own.
     """
     if name not in _QUANTIZERS:
-        near = difflib.get_close_matches(str(name), _QUANTIZERS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, _QUANTIZERS)
         raise ValueError(
             f"quantizer: got {name!r}.{hint} Known quantizers: {', '.join(_QUANTIZERS)}."
         )

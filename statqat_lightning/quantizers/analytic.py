@@ -22,11 +22,7 @@ from statqat_lightning.quantizers.base import (
     Statistics,
     checked_tolerance,
 )
-from statqat_lightning.quantizers.row_search import (
-    by_parts,
-    errors_at,
-    least_squares_step,
-)
+from statqat_lightning.quantizers.row_search import by_parts, errors_at, least_squares_step
 from statqat_lightning.quantizers.scales import least, positive_or_one
 
 AUTO = "auto"

@@ -18,11 +18,7 @@ from statqat_lightning.quantizers.base import (
     Statistics,
     checked_tolerance,
 )
-from statqat_lightning.quantizers.row_search import (
-    by_parts,
-    errors_at,
-    least_squares_step,
-)
+from statqat_lightning.quantizers.row_search import by_parts, errors_at, least_squares_step
 from statqat_lightning.quantizers.scales import largest, least, near_one, positive_or_one
 
 _ROWS_AT_ONCE = 256

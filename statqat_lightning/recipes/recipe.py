@@ -183,8 +183,7 @@ class QuantRecipe:
         if unused:
             types = {f"type:{own_types(module)[0].__name__}" for module in layers.values()}
             others_names = [own for found in (aliases or {}).values() for own in found]
-            near = difflib.get_close_matches(unused[0], [*layers, *others_names, *types], n=3)
-            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            hint = did_you_mean(unused[0], [*layers, *others_names, *types], most=3)
             raise ValueError(
                 f"Patterns {unused} matched no layer.{hint} Fix or drop them. "
                 f"Layers: {', '.join(layers)}."

@@ -17,9 +17,7 @@ from torch import nn
 
 from statqat_lightning.formats import CodebookFormat, IntFormat, get_format
 from statqat_lightning.layers.module_names import modules_by_name
-from statqat_lightning.model.dataflow import (
-    Dataflow,
-)
+from statqat_lightning.model.dataflow import Dataflow
 from statqat_lightning.model.insertion import assigned_rules
 from statqat_lightning.model.recording import record
 from statqat_lightning.model.weight_reads import weight_reads
@@ -77,8 +75,8 @@ def _refuse_formats(rules: Mapping[str, QuantRule], target: str) -> None:
                     "the native and the .pt2 file hold any format."
                 )
             fmt = None if spec is None else get_format(spec.format)
-            unsigned = isinstance(fmt, IntFormat) and not fmt.signed
-            if fmt is not None and unsigned and not TARGETS[target].unsigned_codes:
+            signed_only = not TARGETS[target].unsigned_codes
+            if signed_only and isinstance(fmt, IntFormat) and not fmt.signed:
                 raise ValueError(
                     f"{name}: got {role}={spec.format!r}; {target} has signed integers only: "
                     f"use 'int{fmt.bits}'."

@@ -6,13 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from statqat_lightning.formats import IntFormat, get_format
-from statqat_lightning.model.dataflow import (
-    KEEPING,
-    NORMS,
-    OUTPUT_KIND,
-    Operation,
-    Value,
-)
+from statqat_lightning.model.dataflow import KEEPING, NORMS, OUTPUT_KIND, Operation, Value
 from statqat_lightning.recipes.recipe import TensorSpec
 from statqat_lightning.targets.base import LARGEST, Target
 

@@ -19,6 +19,8 @@ from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.fake_quant.observers import ObserverConfig
 from statqat_lightning.fake_quant.scale_refresh import refresh_activations
 from statqat_lightning.formats import IntFormat, at_least_bits, get_format, unsigned
+from statqat_lightning.model.quantized_model import activation_quantizers, refresh, set_observing
+from statqat_lightning.model.report_rows import describe
 
 SKEWED: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -218,8 +220,22 @@ def test_weights_have_none(weights: Any, message: str) -> None:
 def test_another_format_keeps_it_where_it_can() -> None:
     assert spec(8).with_format(get_format("int4")) == spec(4)
     assert not spec(8).with_format(get_format("fp8")).zero_point
+    assert not spec(8).with_format(get_format("uint4")).zero_point
 
 
-def test_the_report_names_what_was_chosen() -> None:
+def test_the_report_names_what_may_be_chosen_and_what_was() -> None:
     model = nn.Sequential(nn.SiLU(), nn.Linear(8, 8))
-    assert "int8 or uint8" in str(prepare(model, weights="int8", activations="int8").rows[-1].input)
+    (row,) = prepare(model, weights="int8", activations="int4", first_last_bits=None).rows
+    assert str(row.input).startswith("int4 or uint4 ")
+    (quantizer,) = activation_quantizers(model)
+    quantizer.widen(8)  # a first phase of more bits changes nothing of what it comes to
+    assert describe(quantizer).startswith("int4 or uint4 ")
+    set_observing(model, True)
+    torch.manual_seed(0)
+    model(torch.randn(512, 8))
+    set_observing(model, False)
+    refresh(model)
+    assert isinstance(quantizer.fmt, IntFormat)
+    assert quantizer.fmt.bits == 8
+    assert quantizer.fmt.zero_point == 17 * (quantizer.zero_point or 0) > 0  # 255 is 17 times 15
+    assert describe(quantizer).startswith(f"uint4_zp{quantizer.zero_point} ")

@@ -19,9 +19,7 @@ from statqat_lightning.export.files.reading import (
     read_checkpoint,
     read_tensors,
 )
-from statqat_lightning.export.freezing.frozen import (
-    drop_parametrization,
-)
+from statqat_lightning.export.freezing.frozen import drop_parametrization
 from statqat_lightning.export.freezing.stale_scales import remember_weights
 from statqat_lightning.export.wording import some
 from statqat_lightning.formats import at_least_bits, get_format

@@ -50,11 +50,7 @@ from statqat_lightning.export.files.onnx_graph import (
     tidy,
 )
 from statqat_lightning.export.files.onnx_linears import lay_out_linears
-from statqat_lightning.export.files.onnx_operators import (
-    FLOAT8,
-    is_table,
-    use_operators,
-)
+from statqat_lightning.export.files.onnx_operators import FLOAT8, is_table, use_operators
 from statqat_lightning.export.files.tracing import quietly, where_it_stopped
 from statqat_lightning.export.freezing.folding import fold_batch_norm
 from statqat_lightning.export.freezing.frozen import frozen_copy, frozen_layers, use_float_weights

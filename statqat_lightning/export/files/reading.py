@@ -1,4 +1,4 @@
-"""What native files and Lightning checkpoints hold, read and checked without a model."""
+"""What native files and Lightning checkpoints hold, read and checked."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from statqat_lightning.formats import get_format
 from statqat_lightning.layers.function_results import is_result
 from statqat_lightning.layers.layer_kinds import GATE
 from statqat_lightning.layers.quantized_layer import weight_of
-from statqat_lightning.model.quantized_model import (
-    QuantizedLayer,
-)
+from statqat_lightning.model.quantized_model import QuantizedLayer
 from statqat_lightning.numerics.granularity import get_granularity
 from statqat_lightning.numerics.qparams import QParams, dequantize
 from statqat_lightning.recipes.recipe import TensorSpec

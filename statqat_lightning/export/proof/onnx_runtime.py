@@ -22,10 +22,7 @@ from statqat_lightning.export.files.tracing import quietly, trace
 from statqat_lightning.export.freezing.frozen_layer import weight_key
 from statqat_lightning.export.freezing.light_copy import light_copy
 from statqat_lightning.export.proof.divergence import LayerOutputs, Roundings
-from statqat_lightning.export.proof.runtimes import (
-    Run,
-    Runtime,
-)
+from statqat_lightning.export.proof.runtimes import Run, Runtime
 
 _Key = TypeVar("_Key")
 _INTEGER_KERNELS = (
