@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +138,8 @@ def exported(tmp_path: Path, target: str | None, files: tuple[Any, ...]) -> tupl
 
 @pytest.mark.parametrize("target", [None, "onnxruntime", "openvino"])
 def test_files_compute_what_the_model_computes(target: str | None, tmp_path: Path) -> None:
-    if target == "openvino" and importlib.util.find_spec("openvino") is None:
-        pytest.skip("openvino is not installed")
+    if target == "openvino":
+        pytest.importorskip("openvino")
     module, report = exported(tmp_path, target, ("native", "onnx", "pt2"))
     assert any(map(has_zero_point, formats(module).values()))
     for artefact in (report.native, report.program):
@@ -167,8 +166,7 @@ def test_files_compute_what_the_model_computes(target: str | None, tmp_path: Pat
 
 
 def test_executorch_has_kernels_for_them(tmp_path: Path) -> None:
-    if importlib.util.find_spec("executorch") is None:
-        pytest.skip("executorch is not installed")
+    pytest.importorskip("executorch")
     module, report = exported(tmp_path, "executorch", ("pte",))
     assert any(map(has_zero_point, formats(module).values()))
     assert report.executorch.agreement == 1
