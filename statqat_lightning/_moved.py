@@ -20,7 +20,6 @@ MOVED = {
     "observers": "fake_quant.observers",
     "input_moments": "fake_quant.input_moments",
     "scale_refresh": "fake_quant.scale_refresh",
-    "weights_together": "fake_quant.weights_together",
     "layer_kinds": "layers.layer_kinds",
     "quantized_layer": "layers.quantized_layer",
     "attention": "layers.attention",

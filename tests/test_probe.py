@@ -153,9 +153,8 @@ def test_a_rounding_that_changes_nothing_is_none() -> None:
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4", "int2", "fp8_e4m3", "fp4", "nf4", "mxfp4"])
-@pytest.mark.parametrize("width", [32, 700])  # small layers are quantized together
-def test_quantized_layers_agree_with_the_report(weights: str, width: int) -> None:
-    model = nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 64), nn.Linear(64, 4))
+def test_quantized_layers_agree_with_the_report(weights: str) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 64), nn.Linear(64, 4))
     data = torch.randn(6, 32)
     rows = quantized(model, data, weights=weights, first_last_bits=None)
     probe = seen(model, data)

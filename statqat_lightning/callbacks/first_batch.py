@@ -16,7 +16,6 @@ from statqat_lightning.fake_quant.observers import Reduce
 from statqat_lightning.model.dataflow import Dataflow
 from statqat_lightning.model.insertion import assigned_rules
 from statqat_lightning.model.insertion_report import ROUNDED_BEFORE
-from statqat_lightning.model.quantized_model import quantized_layers
 from statqat_lightning.model.recording import Recording
 from statqat_lightning.model.weight_reads import Weight, weight_reads
 from statqat_lightning.recipes.recipe import QuantRecipe
@@ -141,9 +140,6 @@ class LiveRecording:
     """
 
     def __init__(self, pl_module: LightningModule) -> None:
-        for layer in quantized_layers(pl_module):
-            for weight in layer.quantizers.weights.values():
-                weight.together = None  # what is computed of many weights tells nothing of one
         with ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._recording = Recording(pl_module)

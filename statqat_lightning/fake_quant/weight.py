@@ -10,7 +10,6 @@ from torch import Tensor
 from statqat_lightning.fake_quant.fake_quantizer import WEIGHT, FakeQuantizer
 from statqat_lightning.fake_quant.input_moments import InputChannels, InputMoments
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
-from statqat_lightning.fake_quant.weights_together import WeightsTogether
 from statqat_lightning.formats import at_least_bits, get_format
 from statqat_lightning.numerics.granularity import PerChannel, PerTensor
 from statqat_lightning.quantizers import ErrorWeights
@@ -22,7 +21,6 @@ class WeightFakeQuantizer(FakeQuantizer):
     Attributes:
         read_by: Names of the modules that read the weight without calling its layer, see
             `weight_views`.
-        together: During a training step, the weights that are quantized with this one.
         input_moments: What the errors of its elements count for the layer's output; None where all
             count alike, or no scale depends on it.
         weighed: Whether the scale in force was chosen by what errors count. If it was not, it is no
@@ -45,7 +43,6 @@ class WeightFakeQuantizer(FakeQuantizer):
             super().__init__(layer, role, spec, granularity, quantizer, tuple(weight.shape))
         except ValueError as error:
             raise ValueError(f"{layer}/{role}: {error}") from error
-        self.together: WeightsTogether | None = None
         self.read_by: tuple[str, ...] = ()
         self.input_moments: InputMoments | None = None
         if channels is not None and spec.weighs:
@@ -63,10 +60,6 @@ class WeightFakeQuantizer(FakeQuantizer):
         return 16 if self.fmt.bits <= 4 else 64
 
     def __call__(self, weight: Tensor) -> Tensor:
-        if self.together is not None and self.enabled and self.ready:
-            quantized = self.together.take(self, weight)
-            if quantized is not None:
-                return quantized
         return self.quantize(weight)
 
     def error_weights(self, weight: Tensor) -> ErrorWeights | None:
@@ -103,9 +96,6 @@ class WeightFakeQuantizer(FakeQuantizer):
         if changed:
             self.fmt, self.ready = fmt, False  # the scale in force is no start for another format
         return changed
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"together": None}  # a copy's weight is another one
 
     def state_dict(self) -> dict[str, Any]:
         moments = self.input_moments

@@ -19,7 +19,6 @@ from statqat_lightning.fake_quant.scale_refresh import (
     share_scales,
 )
 from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
-from statqat_lightning.fake_quant.weights_together import WeightsTogether
 from statqat_lightning.layers.layer_quantizers import LayerQuantizers
 from statqat_lightning.layers.module_names import plain_name
 from statqat_lightning.layers.quantized_layer import attached, is_quantized, is_sharded, weight_of
@@ -82,13 +81,8 @@ def set_observing(model: nn.Module, observing: bool) -> None:
     """Switch observation of all activations on or off; switch it on anew for every training step.
 
     Moments of inputs, which weights are searched with, are observed where a search comes next.
-
-    While it is on, the weights of small layers are quantized together when the first of them runs.
-    One that is written to later is noticed by its version counter, which every in-place operation
-    moves but those on `weight.data`.
     """
-    weights = []
-    for module, quantizers in _quantized_modules(model):
+    for _, quantizers in _quantized_modules(model):
         quantizers.weighing = tuple(
             weight
             for weight in quantizers.weights.values()
@@ -96,14 +90,6 @@ def set_observing(model: nn.Module, observing: bool) -> None:
         )
         for activation in quantizers.activations():
             activation.observing = observing
-        for name, quantizer in quantizers.weights.items():
-            quantizer.together = None
-            weight = module._parameters.get(name)
-            if observing and weight is not None:
-                weights.append((quantizer, weight))
-    together = WeightsTogether(weights)
-    for quantizer, _ in weights:
-        quantizer.together = together
 
 
 def set_frozen(model: nn.Module, frozen: bool) -> None:

@@ -18,7 +18,6 @@ from statqat_lightning.fake_quant.observers import ObserverConfig
 from statqat_lightning.fake_quant.scale_refresh import refresh_weights
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
 from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
-from statqat_lightning.fake_quant.weights_together import WeightsTogether
 from statqat_lightning.formats import BlockFormat, block_format_names, get_format
 from statqat_lightning.numerics.granularity import PerBlock
 from statqat_lightning.numerics.qparams import quantize
@@ -356,15 +355,6 @@ def test_weights_of_layers(fmt: BlockFormat, shape: tuple[int, ...]) -> None:
         signal, noise = quantizer.energies(weight)
         measured = 10 * torch.log10(signal / noise)
         torch.testing.assert_close(measured, snr_db(weight.detach(), expected.detach()))
-    together = WeightsTogether(pairs)
-    for quantizer, weight in pairs:
-        own = quantizer(weight)
-        quantizer.together = together
-        shared = quantizer(weight)
-        assert torch.equal(shared, own)
-        upstream = torch.randn(shape)
-        gradients = [torch.autograd.grad(y, weight, upstream)[0] for y in (own, shared)]
-        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=0)
 
 
 def test_blocks_of_a_transposed_weight_lie_along_its_first_axis() -> None:
