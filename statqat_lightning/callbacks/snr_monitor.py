@@ -250,7 +250,8 @@ class SNRMonitor(Callback):
             rank_zero_warn(f"SNRMonitor: {text}", category=SNRMonitorWarning)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        log = EpochLog(trainer.loggers, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        last = max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        log = EpochLog(trainer.loggers, last)
         if not log.is_wanted or not quantized_layers(pl_module):
             return
         facts = tensor_facts(pl_module)

@@ -45,7 +45,8 @@ class TensorFacts:
         predicted_snr_db: The same as the energy spectrum predicts it.
         output_snr_db: SNR in dB of the layer's output if this weight alone is rounded; None for
             inputs, and where it is not known.
-        clipped: Share of the values that lie beyond the ends of the grid.
+        clipped: Share of the values that lie beyond the ends of the grid; of inputs and outputs as
+            far as the spectrum tells, which resolves 1/32 of a magnitude.
         grid_used: Share of the grid's values that occur.
         outer_energy: Share of the energy that is rounded to one of the ends of the grid.
     """
