@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
 from statqat_lightning.insight.layer_snr import LayerSNR
+from statqat_lightning.insight.undisturbed import undisturbed
 from statqat_lightning.model.quantized_model import QuantizedLayer, quantized_layers
 
 _LARGEST_SAMPLE = 1 << 18
@@ -105,7 +106,7 @@ class OutputComparison:
             for layer in self._found
         }
         self._float.clear()
-        with _undisturbed(self._model, self._found):
+        with undisturbed(self._model, self._found):
             self._run(run, quantized=False)
             self._run(run, quantized=True)
 
@@ -203,40 +204,3 @@ def _sample(output: Any) -> Tensor | None:
             every = -(-leaf.numel() // _LARGEST_SAMPLE)
             return leaf.detach().reshape(-1)[::every].to(torch.float32, copy=True)
     return None
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, layers: Sequence[QuantizedLayer]) -> Iterator[None]:
-    """Eval mode, nothing observed, and everything put back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    quantizers = [(q, q.enabled) for layer in layers for q in layer.quantizers.present()]
-    activations = [(q, q.observing) for layer in layers for q in layer.quantizers.activations()]
-    moments = [
-        (layer.quantizers, layer.quantizers.weighing, layer.quantizers.ran) for layer in layers
-    ]
-    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    with (
-        torch.random.fork_rng(devices=[*devices], enabled=True),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        try:
-            for module, _ in modes:
-                module.training = False
-            for activation, _ in activations:
-                activation.observing = False
-            for own, _, _ in moments:
-                own.weighing = ()
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
-            for quantizer, enabled in quantizers:
-                quantizer.enabled = enabled
-            for activation, observing in activations:
-                activation.observing = observing
-            for own, weighing, ran in moments:
-                own.weighing, own.ran = weighing, ran

@@ -1,0 +1,159 @@
+"""Every tensor of a model in every candidate format: quantizers with the scales they would have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
+from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
+from statqat_lightning.fake_quant.observers import statistics_of
+from statqat_lightning.fake_quant.scale_refresh import refresh_weights
+from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
+from statqat_lightning.formats import BlockFormat, get_format
+from statqat_lightning.layers.layer_quantizers import LayerQuantizers
+from statqat_lightning.layers.quantized_layer import kind_of, weight_of
+from statqat_lightning.model.quantized_model import QuantizedLayer, quantized_layers
+from statqat_lightning.recipes.rule import activation_spec, weight_spec
+
+Candidates = dict[str, dict[str, FakeQuantizer]]
+"""Quantizers by the names of the tensor, `{layer}/{role}`, and of the format."""
+
+
+@torch.no_grad()
+def candidate_quantizers(
+    model: nn.Module, weights: Sequence[str], inputs: Sequence[str]
+) -> Candidates:
+    """A quantizer for each weight and each input of a model in each format, with its scale.
+
+    Scales are those that a training would begin with: of weights from the weights and the moments
+    of their inputs, of inputs from the running statistics of the quantizers that the model has.
+    Signs and zero points of plain integer names are chosen by the same statistics.
+
+    Args:
+        model: A model with quantizers whose inputs have been observed.
+        weights: Names of formats for weights.
+        inputs: Names of formats for inputs; block formats have one scale a block, and no input is
+            quantized like that.
+
+    Raises:
+        ValueError: If a format is unknown, or a block format is meant for inputs.
+    """
+    for name in inputs:
+        if isinstance(get_format(name), BlockFormat):
+            raise ValueError(
+                f"candidate formats of inputs: got {name!r}; expected formats with one scale for "
+                "the tensor. Block formats are for weights."
+            )
+    found: Candidates = {}
+    for layer in layers_with_weights(model):
+        for role, own in layer.quantizers.weights.items():
+            found[own.name] = {name: _for_weight(layer, role, own, name) for name in weights}
+        for role, observed in layer.quantizers.inputs.items():
+            if observed.observer.num_batches > 0 and role in kind_of(layer.module).inputs:
+                found[observed.name] = {name: _for_input(observed, name) for name in inputs}
+    return found
+
+
+def layers_with_weights(model: nn.Module) -> list[QuantizedLayer]:
+    """The quantized layers that have parameters of their own."""
+    return [
+        layer
+        for layer in quantized_layers(model)
+        if any(True for _ in layer.module.parameters(recurse=False))
+    ]
+
+
+def _for_weight(
+    layer: QuantizedLayer, role: str, own: WeightFakeQuantizer, name: str
+) -> FakeQuantizer:
+    spec, weight = weight_spec(name), weight_of(layer.module, role)
+    assert spec is not None
+    kind = kind_of(layer.module)
+    channels = kind.channels(layer.module, role, tuple(weight.shape))
+    axis = kind.weights(layer.module)[role]
+    quantizer = WeightFakeQuantizer(layer.name, spec, weight, axis, role, channels)
+    if quantizer.input_moments is not None:
+        quantizer.input_moments = own.input_moments
+    refresh_weights([(quantizer, weight)], search=True)
+    return quantizer
+
+
+def _for_input(observed: ActivationFakeQuantizer, name: str) -> FakeQuantizer:
+    spec = activation_spec(name, "inputs")
+    assert spec is not None
+    device = observed.scale.device
+    quantizer = ActivationFakeQuantizer(
+        observed.layer, spec, observed.observer.config, device, observed.role
+    )
+    quantizer.observer, quantizer.lowest = observed.observer, observed.lowest
+    quantizer.decide()
+    return quantizer
+
+
+@torch.no_grad()
+def predicted_energies(
+    quantizer: FakeQuantizer, layer: QuantizedLayer
+) -> tuple[float, float, float | None]:
+    """Energies that a tensor has, and that its error would have with a quantizer.
+
+    Args:
+        quantizer: A candidate.
+        layer: Its layer.
+
+    Returns:
+        Energy of the tensor, energy of its error: of a weight measured, of an input predicted from
+        its spectrum; and the SNR in dB of the layer's output if this weight alone is rounded, None
+        for inputs and where it is not known.
+    """
+    if isinstance(quantizer, WeightFakeQuantizer):
+        weight = weight_of(layer.module, quantizer.role)
+        signal, noise = (float(energy) for energy in quantizer.energies(weight))
+        moments = quantizer.input_moments
+        if moments is None or not moments.known:
+            return signal, noise, None
+        of_output = [float(energy) for energy in quantizer.energies(weight, of_output=True)]
+        return signal, noise, decibels(*of_output)
+    assert isinstance(quantizer, ActivationFakeQuantizer)
+    spectrum = statistics_of([quantizer.observer]).spectrum
+    assert spectrum is not None, "candidates of inputs choose their scales by the spectrum"
+    noise = float(spectrum.mse(quantizer.fmt, quantizer.qparams.scale.reshape(1)))
+    return float(spectrum.power), noise, None
+
+
+def decibels(signal: float, noise: float) -> float:
+    """SNR in dB; infinite where nothing is lost, NaN where there is nothing."""
+    if not signal > 0:
+        return math.nan
+    return 10 * math.log10(signal / noise) if noise > 0 else math.inf
+
+
+@contextmanager
+def alone(quantizers: LayerQuantizers, candidate: FakeQuantizer) -> Iterator[None]:
+    """Quantize one tensor of a layer with a candidate, whatever its own quantizer does.
+
+    The other tensors of the layer are quantized as they are switched.
+    """
+    role, name = candidate.role, candidate.name
+    if isinstance(candidate, WeightFakeQuantizer):
+        before = quantizers.weights[role]
+        quantizers.weights[role] = candidate
+        short = quantizers.weight
+        quantizers.weight = candidate if short is before else short
+    else:
+        assert isinstance(candidate, ActivationFakeQuantizer), name
+        own = quantizers.inputs[role]
+        quantizers.inputs[role] = candidate
+        short_input = quantizers.input
+        quantizers.input = candidate if short_input is own else short_input
+    try:
+        yield
+    finally:
+        if isinstance(candidate, WeightFakeQuantizer):
+            quantizers.weights[role], quantizers.weight = before, short
+        else:
+            quantizers.inputs[role], quantizers.input = own, short_input
