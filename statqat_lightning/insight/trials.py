@@ -1,4 +1,4 @@
-"""`sensitivity`: what quantizing one layer does, by trial, for those who do not trust predictions."""
+"""`sensitivity`: what quantizing one layer does, by trial, for who does not trust predictions."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ class _Memory:
     def __init__(self, path: str | Path | None, layers: Sequence[str], baseline: float) -> None:
         self._path = None if path is None else Path(path)
         self._values: dict[str, float] = {}
-        self._about = {"version": _VERSION, "layers": [*layers], "baseline": baseline}
+        self._about: dict[str, Any] = {"version": _VERSION, "layers": [*layers], "baseline": baseline}
         self.baseline = baseline
         if self._path is not None and self._path.exists():
             self._read(self._path)
@@ -250,7 +250,7 @@ class _Memory:
 
 
 def _bar(total: int, shown: bool) -> Any:
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # Lightning depends on it
 
     return tqdm(total=total, desc="sensitivity", leave=False, disable=not shown)
 
