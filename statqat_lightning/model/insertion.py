@@ -194,14 +194,18 @@ def assigned_rules(model: nn.Module, recipe: QuantRecipe) -> dict[str, QuantRule
     Raises:
         ValueError: If a pattern matches nothing.
     """
+    return {name: r for name, r in all_rules(model, recipe).items() if r and r.quantizes}
+
+
+def all_rules(model: nn.Module, recipe: QuantRecipe) -> dict[str, QuantRule | None]:
+    """The rule of each layer of a model that can be quantized, see `QuantRecipe.assign`."""
     modules = modules_by_name(model)
     unsupported = why_left_in_float(modules)
-    assigned = recipe.assign(
+    return recipe.assign(
         {name: module for name, module in modules.items() if not unsupported[name]},
         {name: module for name, module in modules.items() if unsupported[name]},
         aliases_by_name(model),
     )
-    return {name: rule for name, rule in assigned.items() if rule and rule.quantizes}
 
 
 def is_prepared_by(model: nn.Module, recipe: QuantRecipe) -> bool:

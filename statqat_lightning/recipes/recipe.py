@@ -134,12 +134,15 @@ class QuantRecipe:
                 f"got {void} beside recipe=...; the recipe alone says what layers get. Put them "
                 "into its rules (`extends` in YAML for a preset), or leave out the recipe."
             )
-        if str(recipe) in PRESETS and not Path(recipe).exists():  # type: ignore[arg-type]
+        if isinstance(recipe, QuantRecipe):
+            return recipe
+        name = str(recipe)
+        if name in PRESETS and not Path(recipe).exists():
             raise ValueError(
-                f"recipe: got {str(recipe)!r}, which names a preset; expected preset={recipe!r}, a "
+                f"recipe: got {name!r}, which names a preset; expected preset={name!r}, a "
                 "QuantRecipe or the path of one."
             )
-        return recipe if isinstance(recipe, QuantRecipe) else cls.from_yaml(recipe)
+        return cls.from_yaml(recipe)
 
     def assign(
         self,

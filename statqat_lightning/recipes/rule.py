@@ -203,14 +203,14 @@ class QuantRule:
 
     def __repr__(self) -> str:
         arguments = [repr(self.pattern)]
-        arguments += [f"{role}={given!r}" for role, given in self._given().items()]
+        arguments += [f"{role}={given!r}" for role, given in self.given().items()]
         arguments += ["optional=True"] * self.optional
         return f"QuantRule({', '.join(arguments)})"
 
     def _repr_html_(self) -> str:
         return html_table(rule_cells([self]))
 
-    def _given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, Any]:
         """What there is for each role and for results, the plain name of a format where one does.
 
         Plain names mean another thing for inputs than for weights.
