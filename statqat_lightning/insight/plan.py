@@ -23,6 +23,8 @@ from statqat_lightning.recipes.recipe import QuantRecipe
 from statqat_lightning.targets.placement import place_in
 from statqat_lightning.targets.registry import check_target
 
+_USUAL = {"weight": (" per_channel", " analytic")}
+"""Granularity and quantizer that go without saying; those of inputs and outputs are others."""
 _NEVER_RAN = {"weight": None, "input": None, "output": None, "reason": "never ran"}
 
 
@@ -277,8 +279,10 @@ def compare_recipes(
 
 def _cut(change: LayerChange) -> tuple[str, ...]:
     """A row of a table of 80 columns, without what goes without saying."""
-    usual = {"weight": " per_channel analytic"}.get(change.tensor, " per_tensor iterative")
-    first, second = (text.removesuffix(usual) for text in (change.first, change.second))
+    sharing, rule = _USUAL.get(change.tensor, (" per_tensor", " iterative"))
+    first, second = (
+        text.removesuffix(rule).removesuffix(sharing) for text in (change.first, change.second)
+    )
     layer = change.layer or "(model)"
     layer = layer if len(layer) <= 22 else f"...{layer[-19:]}"
     cells = (text if len(text) <= 23 else f"{text[:20]}..." for text in (first, second))
