@@ -19,6 +19,7 @@ from statqat_lightning.callbacks.input_warnings import StatQATWarning
 from statqat_lightning.callbacks.loading import install
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.callbacks.snr_monitor import SNRMonitor
+from statqat_lightning.recipes.reading import named_in
 from statqat_lightning.recipes.yaml_file import YamlFile, read_yaml
 
 VARIABLE = "STATQAT_CONFIG"
@@ -77,7 +78,9 @@ def callbacks_from_environment() -> list[Callback]:
         if exported is not None:
             callbacks.append(ExportCallback(exported))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{VARIABLE}: {path}: {error}") from error
+        keys = named_in(error, entries)
+        where = file.at(*keys) if keys else f"{path}: "
+        raise ValueError(f"{VARIABLE}: {where}{error}") from error
     if monitored and not any(isinstance(callback, SNRMonitor) for callback in given):
         callbacks.append(SNRMonitor())
     _made.update(callbacks)

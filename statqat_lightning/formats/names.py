@@ -156,7 +156,8 @@ def _parse(name: str) -> Format | None:
         try:
             return CodebookFormat(tuple(map(float, key.removeprefix("levels:").split(","))))
         except ValueError as error:
-            raise ValueError(f"format: got {name!r}: {error}") from error
+            said = str(error) if len(str(error)) <= 200 else f"{str(error)[:197]}..."
+            raise ValueError(f"format: got {short(name)}: {said}") from error
     return standard_codebook(key) if key in _CODEBOOKS else _BLOCKS.get(key)
 
 

@@ -34,7 +34,11 @@ def default_rules(
         first_last_bits = 8
     if weights is None and activations is None:
         raise ValueError("got weights=None and activations=None; expected at least one format.")
-    weight, inputs = weight_spec(weights), activation_spec(activations, "activations")
+    try:
+        weight = weight_spec(weights)
+    except ValueError as error:
+        raise ValueError(f"weights: {error}") from error
+    inputs = activation_spec(activations, "activations")
     rules = [QuantRule(pattern) for pattern in exclude]
     if first_last_bits is not None:
         wide = [

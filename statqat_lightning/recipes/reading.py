@@ -15,6 +15,8 @@ from statqat_lightning.recipes.yaml_file import YamlFile, read_yaml
 
 At = Callable[..., str]
 """From the keys that lead to an entry to where it stands, `recipe.yaml:7: `; empty outside files"""
+_LONGEST = 200
+"""Characters of a name or a number in a rule, but for patterns and levels; none needs as many."""
 _RULE = ("pattern", *ROLES, "results", "optional")
 
 
@@ -99,6 +101,11 @@ def _rule(number: int, entry: Any, at: At) -> QuantRule:
             f"{here('results')}{name}, results: got {short(results)}; expected formats by name, as "
             "in {add: int8}."
         )
+    if unclear := [n for n in results if not isinstance(n, str) or len(n) > _LONGEST]:
+        raise ValueError(
+            f"{here('results')}{name}, results: got {short(unclear[0])}; expected the name of a "
+            "function, such as add."
+        )
     named: Any = {
         n: _spec(f"{name}, {n}", "results", s, here, "results", n) for n, s in results.items()
     }
@@ -106,7 +113,7 @@ def _rule(number: int, entry: Any, at: At) -> QuantRule:
     try:
         rule = QuantRule(entry["pattern"], **specs, results=named, optional=optional)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{here(*_named_in(error, entry))}{name}: {error}") from error
+        raise ValueError(f"{here(*named_in(error, entry))}{name}: {error}") from error
     return rule.found_at(here())
 
 
@@ -115,21 +122,28 @@ def _spec(where: str, role: str, entry: Any, at: At, *keys: str) -> TensorSpec |
     if isinstance(entry, Mapping):
         if "format" not in entry:
             raise ValueError(f"{at(*keys)}{where}: got {short(entry)}; expected an entry 'format'.")
-        inner = [key for key in entry if not isinstance(key, str)]
-        if inner:
-            raise ValueError(f"{at(*keys)}{where}: got the entry {short(inner[0])}; expected text.")
+        for key, value in entry.items():
+            if not isinstance(key, str) or len(key) > _LONGEST:
+                raise ValueError(
+                    f"{at(*keys)}{where}: got the entry {short(key)}; expected the name of one."
+                )
+            if key != "format" and len(repr(value)) > _LONGEST:
+                raise ValueError(
+                    f"{at(*keys, key)}{where}: got {key}={short(value)}; expected a short value."
+                )
     elif entry is not None and not isinstance(entry, str):
         raise ValueError(
             f"{at(*keys)}{where}: got {short(entry)}; expected a format name or a mapping."
         )
     try:
         spec = TensorSpec(**entry) if isinstance(entry, Mapping) else entry
-        return weight_spec(spec) if role == "weights" else activation_spec(spec, role)
+        return weight_spec(spec) if role == "weights" else activation_spec(spec, where)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{at(*keys, *_named_in(error, entry))}{where}: {error}") from error
+        named = "" if str(error).startswith(where) else f"{where}: "
+        raise ValueError(f"{at(*keys, *named_in(error, entry))}{named}{error}") from error
 
 
-def _named_in(error: Exception, entry: Any) -> list[str]:
+def named_in(error: Exception, entry: Any) -> list[str]:
     """The entry of a mapping that an error names first, in a list; empty if it names none."""
     if not isinstance(entry, Mapping):
         return []

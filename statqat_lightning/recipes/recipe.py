@@ -186,13 +186,13 @@ class QuantRecipe:
                     matched[rule].append(taken_by)
         unused = [rule for rule, takers in matched.items() if not takers and not rule.optional]
         if unused:
-            patterns = [rule.pattern for rule in unused]
+            patterns = [short(rule.pattern, 100) for rule in unused]
             types = {f"type:{own_types(module)[0].__name__}" for module in layers.values()}
             others_names = [own for found in (aliases or {}).values() for own in found]
-            hint = did_you_mean(patterns[0], [*layers, *others_names, *types], most=3)
+            hint = did_you_mean(unused[0].pattern, [*layers, *others_names, *types], most=3)
             raise ValueError(
-                f"{_sources(unused)}Patterns {patterns} matched no layer.{hint} Fix or drop them. "
-                f"Layers: {', '.join(layers)}."
+                f"{_sources(unused)}Patterns [{', '.join(patterns)}] matched no layer.{hint} Fix "
+                f"or drop them. Layers: {', '.join(layers)}."
             )
         for rule, takers in matched.items():
             _refuse_shadowed(rule, takers)
@@ -247,10 +247,10 @@ def _refuse_shadowed(rule: QuantRule, taken_by: Sequence[QuantRule]) -> None:
     is_said_twice = any(all(_same(rule, t, role) for role in roles) for t in taken_by)
     if rule.optional or means_the_rest or is_said_twice:
         return
-    earlier = ", ".join(dict.fromkeys(repr(t.pattern) for t in taken_by))
+    earlier = ", ".join(dict.fromkeys(short(t.pattern, 100) for t in taken_by))
     raise ValueError(
-        f"{_sources([rule])}Pattern {rule.pattern!r} matches only layers that an earlier rule has "
-        f"taken: {earlier}. "
+        f"{_sources([rule])}Pattern {short(rule.pattern, 100)} matches only layers that an earlier "
+        f"rule has taken: {earlier}. "
         "The first match wins; put the rule for fewer layers first, or drop it."
     )
 

@@ -32,7 +32,10 @@ def activation_spec(spec: str | TensorSpec | None, role: str) -> TensorSpec | No
     """
     if not isinstance(spec, str):
         return _checked(role, spec)
-    fmt = get_format(spec)
+    try:
+        fmt = get_format(spec)
+    except ValueError as error:
+        raise ValueError(f"{role}: {error}") from error
     adapts = unsigned(fmt) is not None and (isinstance(fmt, IntFormat) or fmt.bits <= 4)
     skewed = isinstance(fmt, IntFormat) and fmt.signed
     return _checked(role, TensorSpec(spec, unsigned_if_nonnegative=adapts, zero_point=skewed))
@@ -109,14 +112,16 @@ class QuantRule:
             "position:last",
         ):
             raise ValueError(
-                f"QuantRule: got pattern {self.pattern!r}; "
+                f"QuantRule: got pattern {short(self.pattern)}; "
                 "expected position:first or position:last."
             )
         if self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])
             except re.error as error:
-                raise ValueError(f"QuantRule: got pattern {self.pattern!r}: {error}.") from error
+                raise ValueError(
+                    f"QuantRule: got pattern {short(self.pattern)}: {error}."
+                ) from error
         object.__setattr__(self, "results", _results_of(self.results))
         for role in ROLES:
             _check_role(role, getattr(self, role))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from statqat_lightning import StatQATCallback, get_format, list_presets, prepare
-from statqat_lightning.export import load_compressed, save_compressed, save_native
+from statqat_lightning.export import load_compressed, load_quantized, save_compressed, save_native
 from statqat_lightning.export.files.tracing import ExportError
 from statqat_lightning.formats import list_formats
 from statqat_lightning.model.quantized_model import quantized_layers, refresh, set_observing
@@ -165,3 +166,20 @@ def test_a_training_with_a_preset() -> None:
     assert callback.report is not None
     rows = {row.name: row.weight for row in callback.report.rows if row.weight}
     assert rows["net.3"] == "int4 per_channel analytic"
+
+
+def test_a_training_with_a_recipe_that_extends_another_and_its_checkpoint() -> None:
+    """A rule of the base that no layer has is none of an error, when it is read again either."""
+    Path("base.yaml").write_text("extends: w4a4\nrules: [{pattern: tail, weights: int2}]")
+    Path("recipe.yaml").write_text("extends: base.yaml\nrules: [{pattern: net.3, weights: int3}]")
+    callback = StatQATCallback(recipe="recipe.yaml", verbose=False)
+    trainer = make_trainer(callback, limit_train_batches=2)
+    trainer.fit(module := DigitsModule(), loader(), held_out())
+    trainer.save_checkpoint("run.ckpt")
+    again = StatQATCallback(recipe="recipe.yaml", verbose=False)
+    trainer = make_trainer(again, limit_train_batches=2, max_epochs=2)
+    trainer.fit(resumed := DigitsModule(), loader(), held_out(), ckpt_path="run.ckpt")
+    loaded = load_quantized(DigitsModule(), "run.ckpt")
+    for model in (module, resumed, loaded):
+        weights = [layer.quantizers.weight for layer in quantized_layers(model)]
+        assert [q.fmt.name for q in weights if q] == ["int8", "int3", "int8"]

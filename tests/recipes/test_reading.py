@@ -131,7 +131,7 @@ rules:
         (LONG.format("granularty: per_tensor"), 9, "rule 1, inputs: .*Did you mean 'granularity'"),
         (LONG.format("granularity: per_channel"), 7, "rule 1: QuantRule: got granularity"),
         (LONG.format("quantizer: iteratve"), 9, "quantizer: got 'iteratve'"),
-        (LONG.format("5: per_tensor"), 7, "rule 1, inputs: got the entry 5; expected text"),
+        (LONG.format("5: per_tensor"), 7, "rule 1, inputs: got the entry 5; expected the"),
         (LONG.format("format: int8"), 9, "got the entry 'format' twice, first on line 8"),
         ("rules:\n- pattern: 5\n  weights: int4", 2, "pattern 5; expected a text .* is '5'"),
         ("rules:\n- weights: int4\n  pattern: no", 3, "rule 0: QuantRule: got pattern False"),
@@ -215,6 +215,33 @@ def test_messages_cut_what_was_given(data: Any) -> None:
     with pytest.raises(ValueError, match=r"\.\.\.") as caught:
         QuantRecipe.from_dict(data)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- {pattern: LONG}",
+        "- {pattern: 're:LONG('}",
+        "- {pattern: 'position:LONG'}",
+        "- {pattern: a, weights: LONG}",
+        "- {pattern: a, weights: 'levels:LONG'}",
+        "- {pattern: a, outputs: {format: LONG}}",
+        "- {pattern: a, inputs: {format: int4, granularity: LONG}}",
+        "- {pattern: a, inputs: {format: int4, quantizer: LONG}}",
+        "- {pattern: a, inputs: {format: int4, ? LONG : 1}}",
+        "- {pattern: a, inputs: {format: int4, max_value: 9999}}",
+        "- {pattern: a, results: {? LONG : int4}}",
+        "- {pattern: a, results: {add: LONG}}",
+        "- {pattern: a, ? LONG : int4}",
+        "- {pattern: a, optional: LONG}",
+        "- {pattern: '*', weights: int4}\n- {pattern: '[s]tem?????????LONG*'}",
+    ],
+)
+def test_messages_cut_long_values_of_a_file(text: str) -> None:
+    long = text.replace("LONG", "x" * 9000).replace("9999", "9" * 4000)
+    with pytest.raises(ValueError, match=r"\.\.\.") as caught:
+        recipe_in(f"rules:\n{long}\n").assign(LAYERS)
+    assert len(str(caught.value)) < 1200  # with the names of all formats
 
 
 def test_a_file_as_data() -> None:
