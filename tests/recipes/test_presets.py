@@ -183,3 +183,19 @@ def test_a_training_with_a_recipe_that_extends_another_and_its_checkpoint() -> N
     for model in (module, resumed, loaded):
         weights = [layer.quantizers.weight for layer in quantized_layers(model)]
         assert [q.fmt.name for q in weights if q] == ["int3", "int4", "int8"]
+
+
+def test_a_run_resumes_with_the_same_rules_in_a_file_that_extends_another() -> None:
+    """Rules that were taken over are optional, and give layers the same."""
+    rules = [QuantRule("net.3", "int2", "int8"), QuantRule("*", "int4", "int8")]
+    trainer = make_trainer(StatQATCallback(recipe=QuantRecipe(rules), verbose=False))
+    trainer.fit(DigitsModule(), loader(), held_out())
+    trainer.save_checkpoint("run.ckpt")
+    QuantRecipe(rules).to_yaml("base.yaml")
+    Path("recipe.yaml").write_text("extends: base.yaml")
+    again = StatQATCallback(recipe="recipe.yaml", verbose=False)
+    assert [rule.optional for rule in again.recipe.rules] == [True, False]
+    trainer = make_trainer(again, max_epochs=2)
+    trainer.fit(resumed := DigitsModule(), loader(), held_out(), ckpt_path="run.ckpt")
+    weights = [layer.quantizers.weight for layer in quantized_layers(resumed)]
+    assert [q.fmt.name for q in weights if q] == ["int4", "int2", "int4"]
