@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from statqat_lightning.recipes import QuantRule as QuantRule
     from statqat_lightning.recipes import QuantSchedule as QuantSchedule
     from statqat_lightning.recipes import TensorSpec as TensorSpec
+    from statqat_lightning.recipes import list_presets as list_presets
     from statqat_lightning.targets import place as place
 
 serve_old_names()
@@ -54,6 +55,7 @@ _HOMES = {
     "QuantRule": "recipes",
     "TensorSpec": "recipes",
     "QuantSchedule": "recipes",
+    "list_presets": "recipes",
 }
 __all__ = [*_HOMES]
 _ROOMS = (

@@ -17,3 +17,9 @@ def did_you_mean(given: Any, known: Iterable[str], most: int = 1) -> str:
     """
     near = difflib.get_close_matches(str(given), [*known], n=most)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def short(value: Any, most: int = 60) -> str:
+    """The `repr` of a value that was given, cut to `most` characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -1,7 +1,8 @@
-"""`statqat`: export a checkpoint, look into a file, compare two files, list the formats.
+"""`statqat`: export a checkpoint, look into files, list formats and presets, plan a recipe.
 
 Each command is a function: `export_checkpoint`, `inspect_file` and `compare_files` of
-`statqat_lightning.export`, and `list_formats` of `statqat_lightning`.
+`statqat_lightning.export`, `list_formats` and `list_presets` of `statqat_lightning`, `plan_recipe`
+and `compare_recipes` of `statqat_lightning.insight`.
 """
 
 from __future__ import annotations
@@ -14,29 +15,36 @@ from typing import Any
 
 import torch
 
-from statqat_lightning.export.checkpoints import export_checkpoint
+from statqat_lightning.export.calls.forward_call import ForwardCall
+from statqat_lightning.export.checkpoints import export_checkpoint, module_of
 from statqat_lightning.export.file_comparison import compare_files
 from statqat_lightning.export.files.native import library_version
 from statqat_lightning.export.files.registry import DEFAULT, FILE_TYPES
 from statqat_lightning.export.inspection import inspect_file
 from statqat_lightning.formats import list_formats
+from statqat_lightning.insight.plan import compare_recipes, plan_recipe
+from statqat_lightning.recipes.presets import PRESETS, list_presets
+from statqat_lightning.recipes.recipe import QuantRecipe
 from statqat_lightning.targets.registry import TARGETS
 
 NAMES = [each.name for each in FILE_TYPES]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; an error is one line and exit code 2."""
+    """Run a command; an error is one line and exit code 2.
+
+    Returns:
+        The exit code: what the command returns, 0 for None.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
-    command: Callable[[argparse.Namespace], None] = options.command
+    command: Callable[[argparse.Namespace], int | None] = options.command
     try:
-        command(options)
+        return command(options) or 0
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         text = " ".join(str(error).split())
         print(f"statqat: {text or type(error).__name__}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,16 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="part of the model to write",
     )
-    example = export.add_mutually_exclusive_group()
-    example.add_argument(
-        "--input",
-        type=Path,
-        metavar="FILE",
-        help="a batch of inputs, saved by torch.save (default: the module's example_input_array)",
-    )
-    example.add_argument(
-        "--input-shape", metavar="N,C,H,W", help="random numbers of this shape as input"
-    )
+    _add_example(export)
     export.add_argument(
         "--target",
         choices=tuple(TARGETS),
@@ -120,7 +119,21 @@ def _parser() -> argparse.ArgumentParser:
 
     formats = commands.add_parser("formats", help="number formats: names, bits, largest values")
     formats.set_defaults(command=lambda o: print(list_formats()))
+    _add_recipes(commands)
     return parser
+
+
+def _add_example(parser: argparse.ArgumentParser) -> None:
+    example = parser.add_mutually_exclusive_group()
+    example.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="a batch of inputs, saved by torch.save (default: the module's example_input_array)",
+    )
+    example.add_argument(
+        "--input-shape", metavar="N,C,H,W", help="random numbers of this shape as input"
+    )
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -173,6 +186,51 @@ def _example(options: argparse.Namespace) -> Any:
         raise ValueError(
             f"--input-shape: got {options.input_shape!r}; expected sizes such as 8,3,32,32."
         ) from error
+
+
+def _add_recipes(commands: Any) -> None:
+    """The commands about recipes: presets, plan, diff."""
+    presets = commands.add_parser("presets", help="recipes that have a name")
+    presets.set_defaults(command=lambda o: print(list_presets()))
+
+    what = "package.Module, or package:factory for a function without arguments"
+    plan = commands.add_parser("plan", help="what a recipe would do to each layer")
+    plan.add_argument("module", help=what)
+    recipe = plan.add_mutually_exclusive_group()
+    recipe.add_argument("--recipe", type=Path, metavar="FILE", help="a recipe in YAML")
+    recipe.add_argument("--preset", default="w8a8", metavar="NAME", help="default: %(default)s")
+    _add_example(plan)
+    plan.add_argument("--target", choices=tuple(TARGETS), help="the runtime to train for")
+    plan.add_argument("--all", action="store_true", help="a line for each layer")
+    plan.set_defaults(command=_plan)
+
+    diff = commands.add_parser("diff", help="rules that differ; exit code 1 if any does")
+    diff.add_argument("a", metavar="A", help="a recipe in YAML, or a preset")
+    diff.add_argument("b", metavar="B", help="another one")
+    diff.add_argument("--module", help=f"name the layers that get another format; {what}")
+    diff.set_defaults(command=_diff)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    given = options.recipe is not None
+    chosen = QuantRecipe.choose(options.recipe, preset=None if given else options.preset)
+    model, example = module_of(options.module), _example(options)
+    example = getattr(model, "example_input_array", None) if example is None else example
+    call = None if example is None else ForwardCall.of(example)
+    plan = plan_recipe(model, chosen, None if call is None else call.run, options.target)
+    print(plan.table() if options.all else plan)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    names = options.a, options.b
+    a, b = (
+        QuantRecipe.preset(name) if name in PRESETS else QuantRecipe.from_yaml(name)
+        for name in names
+    )
+    model = None if options.module is None else module_of(options.module)
+    compared = compare_recipes(a, b, model, names)
+    print(compared)
+    return 0 if compared.equal else 1
 
 
 if __name__ == "__main__":

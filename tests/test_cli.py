@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from statqat_lightning import list_formats
+from statqat_lightning import QuantRecipe, list_formats, list_presets
 from statqat_lightning.cli import main
 from statqat_lightning.export import (
     compare_files,
@@ -25,6 +25,7 @@ from statqat_lightning.export import (
 )
 from statqat_lightning.export.freezing.frozen import freeze, frozen_layers
 from statqat_lightning.export.proof.onnx_runtime import onnx_session
+from statqat_lightning.insight import plan_recipe
 from statqat_lightning.insight.snr import snr_by_tensor
 from statqat_lightning.layers.quantized_layer import weight_of
 from tests.callbacks.digits import DigitsModule, digits, held_out, loader, make_trainer, statqat
@@ -337,6 +338,88 @@ def test_unknown_commands_exit_with_2() -> None:
     with pytest.raises(SystemExit) as caught:
         main(["transmogrify"])
     assert caught.value.code == 2
+
+
+def test_presets_prints_the_table_of_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == 0
+    assert capsys.readouterr().out == f"{list_presets()}\n"
+
+
+RECIPE = "extends: w4a8\nrules:\n- {pattern: net.3, weights: int2, inputs: int8}\n"
+
+
+def test_plan_says_what_layers_get(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("r.yaml").write_text(RECIPE)
+    module = "tests.test_cli:sized"
+    assert main(["plan", module, "--recipe", "r.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert out == f"{plan_recipe(sized(), QuantRecipe.from_yaml('r.yaml'))}\n"
+    rows = {line.split()[0]: line.split()[3:] for line in out.splitlines()[1:7]}
+    assert rows["net.3"] == ["int2", "int8|uint8"]
+    assert rows["net.8.0"] == ["int4", "int8|uint8"]
+    assert max(map(len, out.splitlines())) <= 80
+    # Inputs of random numbers, and a runtime that wants more than inputs rounded.
+    arguments = ["--preset", "w8a8", "--input-shape", "2,1,8,8", "--target", "onnxruntime", "--all"]
+    assert main(["plan", module, *arguments]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][-2:] == ["output", "remark"]
+    table = {line[0]: " ".join(line) for line in lines[1:] if line}
+    assert table["net.0"].startswith("net.0 Conv2d")
+    assert table["net.5"].startswith("net.5 ReLU 0 float float int8_full or uint8")
+
+
+class WithExample(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(4, 4), nn.Linear(2, 2)
+        self.example_input_array = {"x": torch.zeros(3, 4)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.used(x)
+        return out
+
+
+def test_plan_takes_the_example_of_the_module(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tests.test_cli.WithExample"]) == 0
+    assert "idle Linear (6): never ran" in capsys.readouterr().out
+    said = fails(capsys, "plan", "tests.test_cli.WithExample", "--input-shape", "1,2")
+    assert "WithExample fails on the input: RuntimeError" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["tests.test_cli:sized", "--recipe", "none.yaml"], "none.yaml"),
+        (["tests.test_cli:sized", "--recipe", "w4a8"], "names a preset; expected preset='w4a8'"),
+        (["tests.test_cli:sized", "--recipe", "heads.yaml"], "heads.yaml:1: Patterns ['heads']"),
+        (["tests.test_cli:sized", "--preset", "w4"], "preset: got 'w4'. Did you mean"),
+        (["tests.test_cli.Sized"], "Sized cannot be called without arguments: Sized.__init__()"),
+        (["tests.test_cli:sized", "--target", "onnxruntime"], "without an input: what a target"),
+        (["no_such.Thing"], "No module named 'no_such'"),
+    ],
+)
+def test_bad_plans_are_one_line(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("heads.yaml").write_text("rules: [{pattern: heads}]")
+    assert expected in fails(capsys, "plan", *arguments)
+
+
+def test_diff_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("r.yaml").write_text(RECIPE)
+    assert main(["diff", "r.yaml", "r.yaml"]) == 0
+    assert capsys.readouterr().out == "The recipes have the same rules.\n"
+    assert main(["diff", "w4a8", "r.yaml", "--module", "tests.test_cli:sized"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["--- w4a8", "+++ r.yaml"]
+    changed = [line for line in lines[2:] if line[0] in "+-"]
+    assert changed == ["+{pattern: net.3, weights: int2, inputs: int8}"]
+    assert [line.split() for line in lines[-2:]] == [
+        ["layer", "tensor", "first", "second"],
+        ["net.3", "weight", "int4", "int2"],
+    ]
+    assert "none.yaml" in fails(capsys, "diff", "w4a8", "none.yaml")
+    assert "no layer" in fails(capsys, "diff", "w8a8", "r.yaml", "--module", "torch.nn.Identity")
 
 
 def test_formats_prints_the_table_of_formats(capsys: pytest.CaptureFixture[str]) -> None:

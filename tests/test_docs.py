@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 import yaml
 
 import statqat_lightning
-from statqat_lightning import prepare
+from statqat_lightning import list_presets, prepare
+from statqat_lightning.cli import main
 from statqat_lightning.model.quantized_model import quantized_layers
 from tests.export.fresh import REPOSITORY, run_fresh
 
@@ -66,10 +68,7 @@ def test_commands_of_the_readme_run() -> None:
     assert {tuple(command[:2]) for command in commands} == {
         ("statqat", name) for name in ("export", "inspect", "compare")
     }
-    source = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
-    module = source[source.index("class Classifier") : source.index("def callbacks")]
-    imports = "import lightning as L\nimport torch\nfrom torch import nn\n\n\n"
-    Path("classifier.py").write_text(imports + module)
+    write_classifier()
     run_fresh(TRAIN)
     run_fresh(COMMANDS, json.dumps([command[1:] for command in commands]))
     report = json.loads(Path("exported/all.export.json").read_text())
@@ -77,6 +76,39 @@ def test_commands_of_the_readme_run() -> None:
         assert report[kind]["agreement"] == 1
     module = torch.export.load("exported/all.pt2").module()
     assert module(torch.randn(3, 16)).shape == (3, 4)
+
+
+def write_classifier() -> None:
+    """The module of the README, for commands."""
+    readme = (REPOSITORY / "README.md").read_text()
+    source = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
+    module = source[source.index("class Classifier") : source.index("def callbacks")]
+    imports = "import lightning as L\nimport torch\nfrom torch import nn\n\n\n"
+    Path("classifier.py").write_text(imports + module)
+
+
+def test_commands_and_files_of_the_page_on_recipes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (DOCS / "recipes.md").read_text()
+    write_classifier()
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    Path("recipe.yaml").write_text(recipe)
+    (commands, shown) = re.findall(r"```sh\n(.*?)```\n```text\n(.*?)```", page, re.DOTALL)[0]
+    monkeypatch.syspath_prepend(Path.cwd())
+    codes = [main(shlex.split(command)[1:]) for command in commands.splitlines()]
+    sys.modules.pop("classifier")
+    assert codes == [0, 1]
+    assert capsys.readouterr().out == shown
+
+
+def test_the_page_on_recipes_has_every_preset() -> None:
+    page = (DOCS / "recipes.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `?(\w+)`? \| (.+) \|$", page, re.MULTILINE)
+    found = [(*row[:3], re.sub(r"\[(\w+)\]\(.*?\)", r"\1", row[3])) for row in rows]
+    assert found == [
+        (row.name, row.weights, row.activations or "float", row.about) for row in list_presets()
+    ]
 
 
 def python_of(page: Path) -> str:

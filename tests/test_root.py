@@ -20,7 +20,7 @@ ROOT = Path(statqat_lightning.__file__)
 PUBLIC = (
     *("StatQATCallback", "SNRMonitor", "ExportCallback", "DistillationCallback"),
     *("QuantRecipe", "QuantRule", "TensorSpec", "QuantSchedule"),
-    *("get_format", "list_formats", "fake_quantize", "snr_db", "compensate"),
+    *("get_format", "list_formats", "list_presets", "fake_quantize", "snr_db", "compensate"),
     *("prepare", "remove", "freeze", "load_quantized", "quantized_loading", "place"),
 )
 

@@ -114,13 +114,18 @@ def read_entry(
     if not entry.get("zero_points", False):
         # Plain names of integers had none when it was written, and its run goes on without them.
         recipe = recipe.around_zero()
-    if placed_for["recipe"] != recipe.to_dict():
+    if _for_layers(placed_for["recipe"]) != _for_layers(recipe.to_dict()):
         raise ValueError(
             "StatQATCallback: the checkpoint was made with another recipe. Use that recipe, or "
             "load only the weights (they are those of the float model). Checkpoint (-) and "
             f"callback (+):\n{difference(placed_for['recipe'], recipe.to_dict())}"
         )
     return entry
+
+
+def _for_layers(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What layers get by a recipe, which is the same for rules that are optional."""
+    return [{k: v for k, v in rule.items() if k != "optional"} for rule in recipe["rules"]]
 
 
 def target_in(entry: Mapping[str, Any]) -> str | None:

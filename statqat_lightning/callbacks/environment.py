@@ -9,18 +9,18 @@ import inspect
 import os
 import weakref
 from pathlib import Path
-from typing import Any
 
-import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from statqat_lightning._words import did_you_mean
+from statqat_lightning._words import did_you_mean, short
 from statqat_lightning.callbacks.export import ExportCallback
 from statqat_lightning.callbacks.input_warnings import StatQATWarning
 from statqat_lightning.callbacks.loading import install
 from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.callbacks.snr_monitor import SNRMonitor
+from statqat_lightning.recipes.reading import named_in
+from statqat_lightning.recipes.yaml_file import YamlFile, read_yaml
 
 VARIABLE = "STATQAT_CONFIG"
 
@@ -39,8 +39,7 @@ def callbacks_from_environment() -> list[Callback]:
     that list is given to the next Trainer, too, the callbacks of the earlier one leave it.
 
     Example of a file:
-        weights: int4
-        activations: int4
+        preset: w4a8
         schedule: {activations_at: 1 epoch}
         export: exported/model.onnx
 
@@ -51,7 +50,8 @@ def callbacks_from_environment() -> list[Callback]:
     path = os.environ.get(VARIABLE, "")
     if not path:
         return []
-    entries = _read(Path(path))
+    file = _read(Path(path))
+    entries = dict(file.data or {})
     given = _callbacks_given()
     _drop(given)
     if any(isinstance(callback, StatQATCallback) for callback in given):
@@ -65,18 +65,22 @@ def callbacks_from_environment() -> list[Callback]:
     if unknown := [name for name in entries if name not in known]:
         hint = did_you_mean(unknown[0], known, most=2)
         raise ValueError(
-            f"{VARIABLE}: {path}: got unknown entries {unknown}.{hint} Known: {', '.join(known)}."
+            f"{VARIABLE}: {file.at(unknown[0])}got unknown entries {short(unknown)}.{hint} Known: "
+            f"{', '.join(known)}."
         )
     if not isinstance(monitored, bool):
         raise ValueError(
-            f"{VARIABLE}: {path}: got snr_monitor={monitored!r}; expected true or false."
+            f"{VARIABLE}: {file.at('snr_monitor')}got snr_monitor={short(monitored)}; expected "
+            "true or false."
         )
     try:
         callbacks: list[Callback] = [StatQATCallback(**entries)]
         if exported is not None:
             callbacks.append(ExportCallback(exported))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{VARIABLE}: {path}: {error}") from error
+        keys = named_in(error, entries)
+        where = file.at(*keys) if keys else f"{path}: "
+        raise ValueError(f"{VARIABLE}: {where}{error}") from error
     if monitored and not any(isinstance(callback, SNRMonitor) for callback in given):
         callbacks.append(SNRMonitor())
     _made.update(callbacks)
@@ -108,19 +112,17 @@ def _drop(callbacks: list[Callback]) -> None:
     callbacks[:] = [callback for callback in callbacks if callback not in _made]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> YamlFile:
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        file = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{VARIABLE}: {path} cannot be read ({error}). Expected the path of a YAML file, "
             "relative to the directory the training is started in, or an empty value."
         ) from error
-    if entries is None:
-        return {}
-    if not isinstance(entries, dict):
+    if file.data is not None and not isinstance(file.data, dict):
         raise ValueError(
-            f"{VARIABLE}: {path}: got a {type(entries).__name__}; expected entries such as "
+            f"{VARIABLE}: {file.at()}got a {type(file.data).__name__}; expected entries such as "
             "`weights: int4`."
         )
-    return entries
+    return file

@@ -150,6 +150,8 @@ class StatQATCallback(Callback):
             better model. This takes some more passes over these batches and, for each layer, a
             matrix of the size of its inputs. A teacher of `DistillationCallback` stays the float
             model. A resumed run, or a second fit, keeps its weights.
+        preset: Name of a preset such as `"w4a8"`, in place of `weights` and `activations`, see
+            `list_presets`.
 
     Attributes:
         compensation: What was done to which weight for `compensate`; None before, and without.
@@ -181,6 +183,7 @@ class StatQATCallback(Callback):
         verbose: bool = True,
         target: str | None = AUTO,
         compensate: bool = False,
+        preset: str | None = None,
     ) -> None:
         if isinstance(weights, QuantRecipe):
             raise TypeError("StatQATCallback: got a QuantRecipe as weights; pass it as recipe=....")
@@ -200,7 +203,9 @@ class StatQATCallback(Callback):
             )
         if isinstance(schedule, dict):
             schedule = QuantSchedule.from_dict(schedule)
-        self.recipe = QuantRecipe.choose(recipe, weights, activations, exclude, first_last_bits)
+        self.recipe = QuantRecipe.choose(
+            recipe, weights, activations, exclude, first_last_bits, preset
+        )
         self.target = target if target == AUTO else check_target(target)
         self._effective_target = None if target == AUTO else target
         if self._effective_target is not None and self._learns_scales():

@@ -50,8 +50,7 @@ def export_checkpoint(
     if not checkpoint.exists():
         raise FileNotFoundError(f"{checkpoint}: no such file.")
     state = read_checkpoint(checkpoint, trust)
-    make = _found(module) if isinstance(module, str) else module
-    model = _made(make, state)
+    model = module_of(module, state)
     load_checkpoint(model, state, str(checkpoint))
     example = getattr(model, "example_input_array", None) if example is None else example
     recipe = QuantRecipe.from_dict(state[KEY]["recipe"])
@@ -61,6 +60,21 @@ def export_checkpoint(
     options = {"target": state[KEY].get("placed_for", {}).get("target")} | options
     where = checkpoint.with_suffix("") if path is None else path
     return export_model(model, where, example, module=submodule, recipe=recipe, **options)
+
+
+def module_of(
+    module: str | Callable[..., nn.Module], checkpoint: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The model that a class or a function makes.
+
+    Args:
+        module: See `export_checkpoint`.
+        checkpoint: What was read of a checkpoint, for hyper-parameters; None to call it without.
+
+    Raises:
+        ValueError: If it is not there, or cannot be called like this; the message names it.
+    """
+    return _made(_found(module) if isinstance(module, str) else module, checkpoint)
 
 
 def _found(name: str) -> Callable[..., nn.Module]:
@@ -83,10 +97,11 @@ def _found(name: str) -> Callable[..., nn.Module]:
     return found  # type: ignore[no-any-return]
 
 
-def _made(make: Callable[..., nn.Module], checkpoint: Mapping[str, Any]) -> nn.Module:
+def _made(make: Callable[..., nn.Module], checkpoint: Mapping[str, Any] | None) -> nn.Module:
     parameters = inspect.signature(make).parameters
-    given = dict(checkpoint.get("hyper_parameters") or {})
-    whole = checkpoint.get("hparams_name")
+    state = checkpoint or {}
+    given = dict(state.get("hyper_parameters") or {})
+    whole = state.get("hparams_name")
     if whole in parameters and whole != "kwargs":
         given = {whole: given}
     elif not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -94,8 +109,14 @@ def _made(make: Callable[..., nn.Module], checkpoint: Mapping[str, Any]) -> nn.M
     try:
         model = make(**given)
     except TypeError as error:
+        name = getattr(make, "__name__", make)
+        if checkpoint is None:
+            raise ValueError(
+                f"module: {name} cannot be called without arguments: {error}. Give a function that "
+                "can (package:factory)."
+            ) from error
         raise ValueError(
-            f"module: {getattr(make, '__name__', make)} cannot be made from the hyper-parameters "
+            f"module: {name} cannot be made from the hyper-parameters "
             f"of the checkpoint, {[*given]}: {error}. Call save_hyperparameters() in it, or give a "
             "function without arguments (package:factory)."
         ) from error

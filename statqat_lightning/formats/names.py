@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from statqat_lightning._words import did_you_mean
+from statqat_lightning._words import did_you_mean, short
 from statqat_lightning.formats.base import Format
 from statqat_lightning.formats.blocks import E4M3, E8M0, BlockFormat
 from statqat_lightning.formats.codebooks import CodebookFormat, standard_codebook
@@ -47,6 +47,8 @@ _ALIASES = {
     "mxfp4_e2m1": "mxfp4",
     "nvfp4_e2m1": "nvfp4",
 }
+_IN_FLOAT = ("none", "null", "float", "full", "half", "fp32", "fp16", "bf16", "bfloat16", "tf32")
+"""What people write for no format, beside `float16` and the like."""
 _WIDTHS = range(2, 9)
 _INTS = [
     *(f"int{width}" for width in _WIDTHS),
@@ -101,13 +103,27 @@ def get_format(name: str) -> Format:
         return fmt
     key = canonical_name(name) if isinstance(name, str) else ""
     known = [*format_names(), *block_format_names()]
+    if meant := _meant(key):
+        raise ValueError(f"format: got {short(name)}.{meant}")
     hint = did_you_mean(key, [*known, *_ALIASES], most=3)
     raise ValueError(
-        f"format: got {name!r}.{hint} Known formats: {', '.join(known)}; "
+        f"format: got {short(name)}.{hint} Known formats: {', '.join(known)}; "
         "any fp{bits}_e{x}m{y} with bits = 1 + x + y of at most 8; levels:-1,-0.5,0,0.5,1 for "
         "levels of your own. Signed integers are symmetric, int4 from -7 to 7; int4_full has -8, "
         "and uint4_zp3 is -3 to 12."
     )
+
+
+def _meant(key: str) -> str:
+    """What whoever wrote something that is no format is likely to want; empty if nobody knows."""
+    if key in _IN_FLOAT or re.fullmatch(r"float\d+", key):
+        return " None in place of a format (null in YAML) leaves a tensor in float."
+    if match := re.fullmatch(r"w(\d+)a(\d+)", key):
+        weights, inputs = (f"'int{n}'" if int(n) in _WIDTHS else "None" for n in match.groups())
+        return f" Expected weights={weights}, activations={inputs}, or a preset (list_presets())."
+    if key.endswith("weight_only"):
+        return f" Expected preset={key!r}, if list_presets() has it, or the format alone."
+    return ""
 
 
 def canonical_name(name: str) -> str:
@@ -140,7 +156,8 @@ def _parse(name: str) -> Format | None:
         try:
             return CodebookFormat(tuple(map(float, key.removeprefix("levels:").split(","))))
         except ValueError as error:
-            raise ValueError(f"format: got {name!r}: {error}") from error
+            said = str(error) if len(str(error)) <= 200 else f"{str(error)[:197]}..."
+            raise ValueError(f"format: got {short(name)}: {said}") from error
     return standard_codebook(key) if key in _CODEBOOKS else _BLOCKS.get(key)
 
 

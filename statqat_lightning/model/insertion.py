@@ -62,6 +62,7 @@ def prepare(
     first_last_bits: int | Default | None = DEFAULT,
     observer: ObserverConfig | None = None,
     run: Callable[[], Any] | None = None,
+    preset: str | None = None,
 ) -> InsertionReport:
     """Give the layers of a model their fake quantizers, in place.
 
@@ -84,16 +85,18 @@ def prepare(
         run: Runs the model once, on any input: `lambda: model(example)`. It shows which weights are
             read without calling their layers; those are quantized where they are read, see
             `weight_views`. `StatQATCallback` looks at the first training batch for that.
+        preset: Name of a preset such as `w4a8`, in place of `weights` and `activations`, see
+            `list_presets`.
 
     Returns:
         What was done to every layer with parameters, and what was left in float and why.
 
     Raises:
         ValueError: If no layer is quantized, if a pattern matches nothing, if a layer that would be
-            quantized is not initialised yet, or if a recipe comes beside arguments that describe
-            another. The model is unchanged then.
+            quantized is not initialised yet, or if a recipe or a preset comes beside arguments
+            that describe another. The model is unchanged then.
     """
-    recipe = QuantRecipe.choose(recipe, weights, activations, exclude, first_last_bits)
+    recipe = QuantRecipe.choose(recipe, weights, activations, exclude, first_last_bits, preset)
     refuse_converted(model)
     modules = modules_by_name(model)
     unsupported = why_left_in_float(modules)
@@ -191,14 +194,18 @@ def assigned_rules(model: nn.Module, recipe: QuantRecipe) -> dict[str, QuantRule
     Raises:
         ValueError: If a pattern matches nothing.
     """
+    return {name: r for name, r in all_rules(model, recipe).items() if r and r.quantizes}
+
+
+def all_rules(model: nn.Module, recipe: QuantRecipe) -> dict[str, QuantRule | None]:
+    """The rule of each layer of a model that can be quantized, see `QuantRecipe.assign`."""
     modules = modules_by_name(model)
     unsupported = why_left_in_float(modules)
-    assigned = recipe.assign(
+    return recipe.assign(
         {name: module for name, module in modules.items() if not unsupported[name]},
         {name: module for name, module in modules.items() if unsupported[name]},
         aliases_by_name(model),
     )
-    return {name: rule for name, rule in assigned.items() if rule and rule.quantizes}
 
 
 def is_prepared_by(model: nn.Module, recipe: QuantRecipe) -> bool:

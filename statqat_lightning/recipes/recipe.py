@@ -6,28 +6,20 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any
 
 import yaml
 from torch import nn
 
 from statqat_lightning._tables import html_table
-from statqat_lightning._words import did_you_mean
+from statqat_lightning._words import did_you_mean, short
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec as TensorSpec
-from statqat_lightning.formats import at_least_bits, get_format
-from statqat_lightning.recipes.rule import (
-    ROLES,
-    QuantRule,
-    activation_spec,
-    is_opt_in,
-    own_types,
-    rule_cells,
-    weight_spec,
-)
-
-Default = Literal["default"]
-DEFAULT: Final = "default"
-"""Stands for an argument that nobody gave: what it means depends on what comes beside it."""
+from statqat_lightning.recipes.defaults import DEFAULT as DEFAULT
+from statqat_lightning.recipes.defaults import Default as Default
+from statqat_lightning.recipes.defaults import check_exclude, default_rules
+from statqat_lightning.recipes.presets import PRESETS, get_preset
+from statqat_lightning.recipes.reading import read_rules, rules_from
+from statqat_lightning.recipes.rule import ROLES, QuantRule, is_opt_in, own_types, rule_cells
 
 
 @dataclass(frozen=True)
@@ -74,30 +66,26 @@ class QuantRecipe:
             first_last_bits: Least width of the first and last layer, 8 by default; None treats them
                 like the others.
         """
-        _check_exclude(exclude)
-        weights = "int8" if weights == DEFAULT else weights
-        activations = "int8" if activations == DEFAULT else activations
-        if isinstance(first_last_bits, str):
-            if first_last_bits != DEFAULT:
-                raise ValueError(
-                    f"first_last_bits: got {first_last_bits!r}; expected a number of bits, None or "
-                    f"{DEFAULT!r}.{did_you_mean(first_last_bits, [DEFAULT])}"
-                )
-            first_last_bits = 8
-        if weights is None and activations is None:
-            raise ValueError("got weights=None and activations=None; expected at least one format.")
-        weight, inputs = weight_spec(weights), activation_spec(activations, "activations")
-        rules = [QuantRule(pattern) for pattern in exclude]
-        if first_last_bits is not None:
-            wide = [
-                spec and spec.with_format(at_least_bits(get_format(spec.format), first_last_bits))
-                for spec in (weight, inputs)
-            ]
-            if wide != [weight, inputs]:
-                rules += [
-                    QuantRule(f"position:{place}", wide[0], wide[1]) for place in ("first", "last")
-                ]
-        return cls([*rules, QuantRule("*", weight, inputs)])
+        return cls(default_rules(weights, activations, exclude, first_last_bits))
+
+    @classmethod
+    def preset(
+        cls,
+        name: str,
+        exclude: Sequence[str] = (),
+        first_last_bits: int | Default | None = DEFAULT,
+    ) -> QuantRecipe:
+        """The recipe of a name, such as `w4a8`; `list_presets` shows all of them.
+
+        Args:
+            name: Its name.
+            exclude: Patterns of layers that stay in float.
+            first_last_bits: See `default`.
+
+        Raises:
+            ValueError: If there is no such preset; the message lists near misses.
+        """
+        return cls(get_preset(name).rules(exclude, first_last_bits))
 
     @classmethod
     def choose(
@@ -107,6 +95,7 @@ class QuantRecipe:
         activations: str | TensorSpec | None = DEFAULT,
         exclude: Sequence[str] = (),
         first_last_bits: int | Default | None = DEFAULT,
+        preset: str | None = None,
     ) -> QuantRecipe:
         """The recipe that a caller gave, or the default one from the arguments beside it.
 
@@ -116,28 +105,44 @@ class QuantRecipe:
             activations: Likewise.
             exclude: Likewise.
             first_last_bits: Likewise.
+            preset: Name of a preset, in place of `weights` and `activations`, see `list_presets`.
 
         Raises:
-            ValueError: If a recipe comes beside arguments that it would silently replace, be they
-                those that would be the default.
+            ValueError: If a recipe or a preset comes beside arguments that it would silently
+                replace, be they those that would be the default.
         """
-        _check_exclude(exclude)
-        if recipe is None:
+        check_exclude(exclude)
+        formats = {"weights": (weights, DEFAULT), "activations": (activations, DEFAULT)}
+        if recipe is None and preset is None:
             return cls.default(weights, activations, exclude, first_last_bits)
+        if recipe is None and preset is not None:
+            if void := _given(formats):
+                raise ValueError(
+                    f"got {void} beside preset={preset!r}, which names the formats of both. Leave "
+                    "out one of the two; exclude and first_last_bits may stay."
+                )
+            return cls.preset(preset, exclude, first_last_bits)
         if not isinstance(recipe, (QuantRecipe, str, Path)):
             raise TypeError(f"recipe: got {recipe!r}; expected a QuantRecipe or the path of one.")
-        given = {
-            "weights": (weights, DEFAULT),
-            "activations": (activations, DEFAULT),
+        others = {
             "exclude": (list(exclude), []),
             "first_last_bits": (first_last_bits, DEFAULT),
+            "preset": (preset, None),
         }
-        if void := [f"{name}={v!r}" for name, (v, default) in given.items() if v != default]:
+        if void := _given(formats | others):
             raise ValueError(
-                f"got {', '.join(void)} beside recipe=...; the recipe alone says what layers get. "
-                "Put them into its rules, or leave out the recipe."
+                f"got {void} beside recipe=...; the recipe alone says what layers get. Put them "
+                "into its rules (`extends` in YAML for a preset), or leave out the recipe."
             )
-        return recipe if isinstance(recipe, QuantRecipe) else cls.from_yaml(recipe)
+        if isinstance(recipe, QuantRecipe):
+            return recipe
+        name = str(recipe)
+        if name in PRESETS and not Path(recipe).exists():
+            raise ValueError(
+                f"recipe: got {name!r}, which names a preset; expected preset={name!r}, a "
+                "QuantRecipe or the path of one."
+            )
+        return cls.from_yaml(recipe)
 
     def assign(
         self,
@@ -156,8 +161,8 @@ class QuantRecipe:
                 one of them matches the module.
 
         Raises:
-            ValueError: If a rule matches no layer at all, or none that an earlier rule has not
-                taken; the message names near misses and the layers there are.
+            ValueError: If a rule that is not optional matches no layer at all, or none that an
+                earlier rule has not taken; the message names near misses and the layers there are.
         """
         ordered = [name for name, module in layers.items() if not is_opt_in(module)]
         positions = {name: position for position, name in enumerate(ordered)}
@@ -179,14 +184,15 @@ class QuantRecipe:
                     taken_by = assigned[name]
                     assert taken_by is not None
                     matched[rule].append(taken_by)
-        unused = [rule.pattern for rule, takers in matched.items() if not takers]
+        unused = [rule for rule, takers in matched.items() if not takers and not rule.optional]
         if unused:
+            patterns = [short(rule.pattern, 100) for rule in unused]
             types = {f"type:{own_types(module)[0].__name__}" for module in layers.values()}
             others_names = [own for found in (aliases or {}).values() for own in found]
-            hint = did_you_mean(unused[0], [*layers, *others_names, *types], most=3)
+            hint = did_you_mean(unused[0].pattern, [*layers, *others_names, *types], most=3)
             raise ValueError(
-                f"Patterns {unused} matched no layer.{hint} Fix or drop them. "
-                f"Layers: {', '.join(layers)}."
+                f"{_sources(unused)}Patterns [{', '.join(patterns)}] matched no layer.{hint} Fix "
+                f"or drop them. Layers: {', '.join(layers)}."
             )
         for rule, takers in matched.items():
             _refuse_shadowed(rule, takers)
@@ -207,23 +213,7 @@ class QuantRecipe:
         Raises:
             ValueError: If an entry is missing or unknown.
         """
-        _expect_keys("recipe", data, {"rules"}, required={"rules"})
-        if not isinstance(data["rules"], Sequence) or isinstance(data["rules"], str):
-            raise ValueError(f"recipe: got rules={data['rules']!r}; expected a list of rules.")
-        rules = []
-        for number, entry in enumerate(data["rules"]):
-            known = {"pattern", *ROLES, "results"}
-            _expect_keys(f"rule {number}", entry, known, required={"pattern"})
-            specs = {role: _spec_from(f"rule {number}, {role}", entry.get(role)) for role in ROLES}
-            results = entry.get("results") or {}
-            if not isinstance(results, Mapping):
-                raise ValueError(
-                    f"rule {number}, results: got {results!r}; expected formats by name, as in "
-                    "{add: int8}."
-                )
-            named: Any = {n: _spec_from(f"rule {number}, {n}", s) for n, s in results.items()}
-            rules.append(QuantRule(entry["pattern"], **specs, results=named))
-        return cls(rules)
+        return cls(rules_from(data))
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the recipe to a YAML file."""
@@ -233,14 +223,18 @@ class QuantRecipe:
     def from_yaml(cls, path: str | Path) -> QuantRecipe:
         """Read a recipe from a YAML file.
 
+        Its entries are `rules`, as `to_dict` writes them, and `extends`: a preset, or the path of
+        another recipe relative to this one. What it extends comes after the rules of its own, and
+        its rules are optional from then on, because those of the file may have replaced them.
+
         Raises:
-            ValueError: If the file does not hold a recipe; the message names the file.
+            OSError: If the file cannot be read.
+            ValueError: If the file does not hold a recipe; the message names file and line.
         """
-        text = Path(path).read_text(encoding="utf-8")
-        try:
-            return cls.from_dict(yaml.safe_load(text))
-        except (ValueError, TypeError, yaml.YAMLError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        rules = read_rules(path)
+        if not rules:
+            raise ValueError(f"{path}: got no rules; expected at least one.")
+        return cls(rules)
 
 
 def _refuse_shadowed(rule: QuantRule, taken_by: Sequence[QuantRule]) -> None:
@@ -250,11 +244,13 @@ def _refuse_shadowed(rule: QuantRule, taken_by: Sequence[QuantRule]) -> None:
     """
     means_the_rest = rule.pattern == "*" or rule.pattern.startswith("position:")
     roles = (*ROLES, "results")
-    if means_the_rest or any(all(_same(rule, t, role) for role in roles) for t in taken_by):
+    is_said_twice = any(all(_same(rule, t, role) for role in roles) for t in taken_by)
+    if rule.optional or means_the_rest or is_said_twice:
         return
-    earlier = ", ".join(dict.fromkeys(repr(t.pattern) for t in taken_by))
+    earlier = ", ".join(dict.fromkeys(short(t.pattern, 100) for t in taken_by))
     raise ValueError(
-        f"Pattern {rule.pattern!r} matches only layers that an earlier rule has taken: {earlier}. "
+        f"{_sources([rule])}Pattern {short(rule.pattern, 100)} matches only layers that an earlier "
+        f"rule has taken: {earlier}. "
         "The first match wins; put the rule for fewer layers first, or drop it."
     )
 
@@ -271,30 +267,12 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "\n".join(difflib.unified_diff(before, after, lineterm="", n=1))
 
 
-def _check_exclude(exclude: Sequence[str]) -> None:
-    if isinstance(exclude, str):
-        raise TypeError(f"exclude: got {exclude!r}; expected a list of patterns: [{exclude!r}].")
+def _given(arguments: Mapping[str, tuple[Any, Any]]) -> str:
+    """The arguments that differ from their defaults, as they are written; empty without one."""
+    return ", ".join(f"{n}={short(v)}" for n, (v, default) in arguments.items() if v != default)
 
 
-def _spec_from(where: str, entry: Any) -> TensorSpec | str | None:
-    if isinstance(entry, Mapping):
-        if "format" not in entry:
-            raise ValueError(f"{where}: got {dict(entry)!r}; expected an entry 'format'.")
-        try:
-            return TensorSpec(**entry)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{where}: {error}") from error
-    if entry is None or isinstance(entry, str):
-        return entry
-    raise ValueError(f"{where}: got {entry!r}; expected a format name or a mapping.")
-
-
-def _expect_keys(where: str, data: Any, known: set[str], required: set[str]) -> None:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{where}: got {data!r}; expected a mapping with {sorted(known)}.")
-    if unknown := set(data) - known:
-        raise ValueError(
-            f"{where}: got unknown entries {sorted(unknown)}; expected {sorted(known)}."
-        )
-    if missing := required - set(data):
-        raise ValueError(f"{where}: entries {sorted(missing)} are missing.")
+def _sources(rules: Sequence[QuantRule]) -> str:
+    """Where rules were read, to begin a message with; empty if they were not."""
+    found = [rule.source for rule in rules if rule.source]
+    return f"{', '.join(found)}: " if found else ""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from torch import nn
 
 from statqat_lightning._tables import html_table
+from statqat_lightning._words import short
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec as TensorSpec
-from statqat_lightning.formats import IntFormat, get_format, unsigned
+from statqat_lightning.formats import BlockFormat, IntFormat, get_format, unsigned
 from statqat_lightning.layers.function_results import is_result
 from statqat_lightning.layers.layer_kinds import KINDS
 
@@ -31,10 +32,13 @@ def activation_spec(spec: str | TensorSpec | None, role: str) -> TensorSpec | No
     """
     if not isinstance(spec, str):
         return _checked(role, spec)
-    fmt = get_format(spec)
+    try:
+        fmt = get_format(spec)
+    except ValueError as error:
+        raise ValueError(f"{role}: {error}") from error
     adapts = unsigned(fmt) is not None and (isinstance(fmt, IntFormat) or fmt.bits <= 4)
     skewed = isinstance(fmt, IntFormat) and fmt.signed
-    return TensorSpec(spec, unsigned_if_nonnegative=adapts, zero_point=skewed)
+    return _checked(role, TensorSpec(spec, unsigned_if_nonnegative=adapts, zero_point=skewed))
 
 
 def weight_spec(spec: str | TensorSpec | None) -> TensorSpec | None:
@@ -43,9 +47,19 @@ def weight_spec(spec: str | TensorSpec | None) -> TensorSpec | None:
 
 
 def _checked(role: str, spec: Any) -> TensorSpec | None:
-    if spec is None or isinstance(spec, TensorSpec):
-        return spec
-    raise TypeError(f"{role}: got {spec!r}; expected a format name, a TensorSpec or None.")
+    if spec is None:
+        return None
+    if not isinstance(spec, TensorSpec):
+        raise TypeError(f"{role}: got {short(spec)}; expected a format name, a TensorSpec or None.")
+    if role != "weights":
+        fmt = get_format(spec.format)
+        if isinstance(fmt, BlockFormat):
+            raise ValueError(
+                f"{role}: got {fmt.name!r}. Block formats are for weights: they need a scale for "
+                "each block of values, and inputs and outputs have one for the tensor. Use "
+                f"{fmt.element.name!r}, the format of its elements, or None for float."
+            )
+    return spec
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,11 @@ class QuantRule:
             `{"add": "int8", "cat_1": "int8"}` for the first sum and the second concatenation in it.
             Those of a child that runs several times are `relu_call`, `relu_call_1` and so on. A
             rule with these alone matches modules by their full name or their type.
+        optional: Whether it may match no layer, or only layers that an earlier rule has taken. That
+            is an error otherwise, because it is how a misspelt pattern shows.
+
+    Attributes:
+        source: File and line that it was read from; empty for others.
     """
 
     pattern: str
@@ -79,8 +98,11 @@ class QuantRule:
     outputs: TensorSpec | str | None = None
     gates: TensorSpec | str | None = None
     results: Mapping[str, TensorSpec | str] | Results = ()
+    optional: bool = False
+    source: str = field(default="", init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        _check_types(self.pattern, self.optional)
         object.__setattr__(self, "weights", weight_spec(self.weights))
         object.__setattr__(self, "inputs", activation_spec(self.inputs, "inputs"))
         object.__setattr__(self, "outputs", activation_spec(self.outputs, "outputs"))
@@ -90,14 +112,16 @@ class QuantRule:
             "position:last",
         ):
             raise ValueError(
-                f"QuantRule: got pattern {self.pattern!r}; "
+                f"QuantRule: got pattern {short(self.pattern)}; "
                 "expected position:first or position:last."
             )
         if self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])
             except re.error as error:
-                raise ValueError(f"QuantRule: got pattern {self.pattern!r}: {error}.") from error
+                raise ValueError(
+                    f"QuantRule: got pattern {short(self.pattern)}: {error}."
+                ) from error
         object.__setattr__(self, "results", _results_of(self.results))
         for role in ROLES:
             _check_role(role, getattr(self, role))
@@ -155,7 +179,19 @@ class QuantRule:
         """The same rule without zero points that data chooses."""
         specs = {role: _around_zero(getattr(self, role)) for role in ROLES}
         results = tuple((name, _around_zero(spec)) for name, spec in self.by_result.items())
-        return QuantRule(self.pattern, **specs, results=results)
+        rule = QuantRule(self.pattern, **specs, results=results, optional=self.optional)
+        return rule.found_at(self.source)
+
+    def taken_over(self) -> QuantRule:
+        """The same rule as part of a recipe that extends its own: it need not match a layer."""
+        is_never_unused = self.pattern == "*" or self.pattern.startswith("position:")
+        return replace(self, optional=not is_never_unused).found_at(self.source)
+
+    def found_at(self, source: str) -> QuantRule:
+        """The same rule with another `source`, such as `recipe.yaml:7`."""
+        rule = replace(self)
+        object.__setattr__(rule, "source", source.rstrip(": "))
+        return rule
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -166,17 +202,20 @@ class QuantRule:
                 entries[role] = spec.to_dict()
         if self.results:
             entries["results"] = {name: spec.to_dict() for name, spec in self.by_result.items()}
+        if self.optional:
+            entries["optional"] = True
         return entries
 
     def __repr__(self) -> str:
         arguments = [repr(self.pattern)]
-        arguments += [f"{role}={given!r}" for role, given in self._given().items()]
+        arguments += [f"{role}={given!r}" for role, given in self.given().items()]
+        arguments += ["optional=True"] * self.optional
         return f"QuantRule({', '.join(arguments)})"
 
     def _repr_html_(self) -> str:
         return html_table(rule_cells([self]))
 
-    def _given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, Any]:
         """What there is for each role and for results, the plain name of a format where one does.
 
         Plain names mean another thing for inputs than for weights.
@@ -247,6 +286,18 @@ def _around_zero(spec: Any) -> Any:
 def full_name(name: str) -> str:
     """The pattern that matches the layer of a name and no other."""
     return f"re:{re.escape(name)}" if any(sign in name for sign in "*?[:") else name
+
+
+def _check_types(pattern: Any, optional: Any) -> None:
+    if not isinstance(pattern, str):
+        number = isinstance(pattern, int) and not isinstance(pattern, bool)
+        hint = f" The layer of that name is {str(pattern)!r}." if number else ""
+        raise TypeError(
+            f"QuantRule: got pattern {short(pattern)}; expected a text in quotes, such as "
+            f"'layer1.*'.{hint}"
+        )
+    if not isinstance(optional, bool):
+        raise TypeError(f"QuantRule: got optional={short(optional)}; expected True or False.")
 
 
 def _check_role(role: str, spec: TensorSpec | str | None) -> None:

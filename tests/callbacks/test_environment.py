@@ -12,7 +12,7 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 
-from statqat_lightning import ExportCallback, SNRMonitor, StatQATCallback
+from statqat_lightning import ExportCallback, QuantRecipe, SNRMonitor, StatQATCallback
 from statqat_lightning.callbacks.environment import callbacks_from_environment
 from statqat_lightning.model.quantized_model import quantized_layers
 from tests.callbacks.digits import DigitsModule, held_out, loader, make_trainer
@@ -53,6 +53,13 @@ def test_a_trainer_that_knows_nothing_of_it(config: Path, tmp_path: Path) -> Non
     assert (tmp_path / "model.safetensors").exists()
 
 
+def test_a_preset(config: Path) -> None:
+    config.write_text("preset: w4a8\nexclude: [head]\n")
+    callback, _ = callbacks_from_environment()
+    assert isinstance(callback, StatQATCallback)
+    assert callback.recipe == QuantRecipe.default("int4", "int8", ["head"])
+
+
 def test_an_empty_file_takes_the_defaults_and_the_monitor_can_be_left_out(config: Path) -> None:
     config.write_text("")
     assert [type(c) for c in callbacks_from_environment()] == [StatQATCallback, SNRMonitor]
@@ -63,11 +70,17 @@ def test_an_empty_file_takes_the_defaults_and_the_monitor_can_be_left_out(config
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("weihgts: int4", r"qat\.yaml: got unknown entries \['weihgts'\]. Did you mean 'weights'"),
-        ("weights: int44", r"qat\.yaml: format: got 'int44'"),
-        ("- int4", r"qat\.yaml: got a list"),
+        (
+            "weihgts: int4",
+            r"qat\.yaml:1: got unknown entries .*. Did you mean 'weights'",
+        ),
+        ("weights: int44", r"qat\.yaml:1: weights: format: got 'int44'"),
+        ("- int4", r"qat\.yaml:1: got a list"),
         ("weights: [", r"qat\.yaml cannot be read"),
-        ("snr_monitor: 3", r"qat\.yaml: got snr_monitor=3"),
+        ("export: a\nsnr_monitor: 3", r"qat\.yaml:2: got snr_monitor=3"),
+        ("weights: int4\nweights: int8", r"qat\.yaml:2: got the entry 'weights' twice, first on"),
+        ("preset: w4a9", r"qat\.yaml:1: preset: got 'w4a9'. Did you mean 'w4a8'"),
+        ("preset: fp8\nweights: int4", "got weights='int4' beside preset='fp8'"),
         ("schedule: {freze: 1}", r"qat\.yaml: QuantSchedule: got unknown entries"),
     ],
 )

@@ -367,7 +367,7 @@ def test_the_command_line_takes_plain_arguments(monkeypatch: pytest.MonkeyPatch)
             "fit",
             *arguments,
             "--trainer.callbacks=statqat_lightning.StatQATCallback",
-            "--trainer.callbacks.weights=fp4_e2m1",
+            "--trainer.callbacks.preset=fp4",
             "--trainer.callbacks.freeze_at=2 epochs",
         ],
         monkeypatch,

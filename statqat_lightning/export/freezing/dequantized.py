@@ -13,7 +13,7 @@ from statqat_lightning.export.freezing.light_copy import light_copy
 from statqat_lightning.fake_quant.fake_quantizer import WEIGHT
 from statqat_lightning.formats import Format, IntFormat
 from statqat_lightning.layers.layer_kinds import RECURRENT
-from statqat_lightning.numerics.granularity import PerBlock, PerGroup
+from statqat_lightning.numerics.granularity import Granularity, PerBlock, PerGroup
 
 WeightOf = Callable[[str, FrozenLayer, str], Tensor]
 
@@ -55,15 +55,20 @@ def plain_model(frozen: nn.Module, weight_of: WeightOf | None = None) -> nn.Modu
 
 
 def integer_linears(frozen: nn.Module) -> list[Frozen]:
-    """Linear layers of a frozen model whose weight has signed integers and no blocks."""
+    """Linear layers of a frozen model whose weight has signed integers in rows of whole groups."""
     return [
         entry
         for entry in frozen_layers(frozen)
         if isinstance(entry.layer, nn.Linear)
         and (tensor := entry.layer.frozen_weights.get(WEIGHT)) is not None
         and is_signed_integer(tensor.fmt)
-        and not isinstance(tensor.granularity, PerBlock)
+        and not _has_short_blocks(entry.layer, tensor.granularity)
     ]
+
+
+def _has_short_blocks(linear: nn.Linear, granularity: Granularity) -> bool:
+    """Whether a weight has other blocks than groups of its rows: the last one of a row is short."""
+    return isinstance(granularity, PerBlock) and linear.in_features % granularity.size > 0
 
 
 def is_signed_integer(fmt: Format) -> bool:
@@ -76,7 +81,7 @@ def integers_and_scales(layer: FrozenLayer) -> tuple[Tensor, Tensor]:
     tensor = layer.frozen_weights[WEIGHT]
     codes = tensor.fmt.decode(layer.get_buffer(codes_name(WEIGHT))).to(torch.int8)
     scale = layer.get_buffer(scale_name(WEIGHT)).detach()
-    if isinstance(tensor.granularity, PerGroup):
+    if isinstance(tensor.granularity, (PerGroup, PerBlock)):
         return codes, scale.squeeze(-1).contiguous()
     # One scale for all rows is the same scale for each.
     return codes, scale.reshape(-1, 1).expand(len(codes), 1).contiguous()
