@@ -16,11 +16,9 @@ from statqat_lightning.export.files.native import KEY, read_header
 from statqat_lightning.export.files.on_disk import size_of
 from statqat_lightning.export.files.reading import file_kind, read_checkpoint
 from statqat_lightning.export.proof.onnx_runtime import require_onnx
-from statqat_lightning.fake_quant.fake_quantizer import OUTPUT
 from statqat_lightning.fake_quant.input_sums import InputSums
 from statqat_lightning.formats import BlockFormat, get_format
-from statqat_lightning.layers.function_results import is_result
-from statqat_lightning.layers.layer_kinds import INPUT_ROLES
+from statqat_lightning.insight.report_data import column_of as column_of
 from statqat_lightning.numerics.granularity import (
     Granularity,
     PerBlock,
@@ -123,13 +121,6 @@ def _in_words(tensors: Mapping[str, TensorEntry], column: str) -> str:
     return ", ".join(dict.fromkeys(found)) or "float"
 
 
-def column_of(role: str) -> str:
-    """The column of a table that a tensor of this role belongs to."""
-    if role == OUTPUT or is_result(role):
-        return "output"
-    return "input" if role in INPUT_ROLES else "weight"
-
-
 def inspect_file(path: str | Path, trust: bool = False) -> Inspection:
     """What a native file, an `.onnx` file or a Lightning checkpoint holds.
 
@@ -178,7 +169,7 @@ def _inspect_checkpoint(path: Path, trust: bool) -> Inspection:
         granularity: Granularity = PerTensor()
         if column_of(role) == "weight":
             weight = weight_in(checkpoint["state_dict"], layer, role)
-            granularity = _granularity_of(state, weight)
+            granularity = granularity_of(state, weight)
             if weight is not None and state["ready"]:
                 decibels = float(snr_db(weight.float(), quantized_weight(weight, state).float()))
         elif (sums := state.get("running_sums")) is not None and InputSums(sums).noise > 0:
@@ -196,7 +187,7 @@ def weight_in(state: Mapping[str, Tensor], layer: str, role: str) -> Tensor | No
     return state.get(f"{layer}.{role}" if layer else role)
 
 
-def _granularity_of(state: Mapping[str, Any], weight: Tensor | None) -> Granularity:
+def granularity_of(state: Mapping[str, Any], weight: Tensor | None) -> Granularity:
     """Which elements share a scale, from the shape of the scale."""
     fmt, shape = get_format(state["format"]), tuple(state["scale"].shape)
     if isinstance(fmt, BlockFormat):
@@ -233,7 +224,7 @@ def _blocks_of(fmt: BlockFormat, weight: Tensor | None, scale: Tensor) -> Granul
 
 def quantized_weight(weight: Tensor, state: Mapping[str, Any]) -> Tensor:
     """A weight on the grid of a quantizer whose state a checkpoint holds."""
-    qparams = QParams(state["scale"], None, _granularity_of(state, weight))
+    qparams = QParams(state["scale"], None, granularity_of(state, weight))
     return fake_quantize(weight, qparams, get_format(state["format"]))
 
 
