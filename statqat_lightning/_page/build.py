@@ -15,7 +15,6 @@ from urllib.parse import quote
 
 _COLUMNS = ("weight", "input", "output")
 _NUM_WORST = 10
-_NUM_ALTERNATIVES = 4
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 Data = Mapping[str, Any]
@@ -150,7 +149,8 @@ def _tensors(data: Data) -> Iterator[tuple[Data, Data]]:
 
 
 def _name(layer: Data) -> str:
-    return escape(layer["name"] or "(model)")
+    """The name of a layer, which may break behind its dots."""
+    return escape(layer["name"] or "(model)").replace(".", ".<wbr>")
 
 
 # The worst tensors
@@ -165,52 +165,63 @@ def _worst(data: Data) -> str:
     found.sort(key=lambda pair: pair[1]["snr_db"])
     if not found:
         return ""
-    most, rows = _most(data), []
-    for layer, tensor in found[:_NUM_WORST]:
-        link = f'<a href="#layer={escape(quote(layer["name"]))}">{_name(layer)}</a>'
-        name = f"{link} <small>{escape(tensor['role'])}</small>"
-        rows.append(
-            f'<tr><th scope="row">{name}</th>'
-            f"<td>{escape(tensor['format'])} <small>{escape(tensor['granularity'])}</small></td>"
-            f"<td>{_bar(tensor['snr_db'], most)}</td><td>{_helps(tensor)}</td></tr>"
-        )
-    heads = ("tensor", "format", "SNR", "what would help, by predicted gain")
-    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
+    most, found = _most(data), found[:_NUM_WORST]
+    costs: dict[str, float] = {}
+    for _, tensor in found:
+        for each in tensor["alternatives"]:
+            costs.setdefault(_change(each), each["extra_bits"])
+    changes = sorted(costs, key=lambda change: (costs[change], change))
+    heads = ("tensor", "format", "SNR", *changes)
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
+    rows = "".join(_worst_row(layer, tensor, changes, most) for layer, tensor in found)
     note = (
-        "Gains are predicted from the spectrum of the tensor as it is now, each format with scales "
-        "of least error; what training makes of a format is not in them. The first one gains most "
-        "for each bit that it costs."
+        "What each change would gain in dB, as predicted from the spectrum of the tensor as it is "
+        "now, with scales of least error; what training makes of it is not in there. In bold and "
+        "with a \u25c6: what gains most for each bit that it costs, in the arithmetic that the "
+        "layer has. In brackets: what takes the layer out of integer arithmetic."
     )
     return (
         f'<p class="note">{note}</p><div class="wide"><table class="worst"><thead><tr>{head}</tr>'
-        f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"</thead><tbody>{rows}</tbody></table></div>"
     )
 
 
-def _helps(tensor: Data) -> str:
-    """The most helpful alternative first, then others by their gain."""
-    every = tensor["alternatives"]
-    first = tensor.get("helpful")
-    finite = [k for k, each in enumerate(every) if not isinstance(each["gain_db"], str)]
-    good = [k for k in finite if every[k]["gain_db"] > 0 and k != first]
-    chosen = [k for k in (first, *good) if k is not None][:_NUM_ALTERNATIVES]
-    items = []
-    for k in chosen:
-        kind = ' class="first"' if k == first else ""
-        items.append(f"<li{kind}>{alternative(every[k], tensor)}</li>")
-    items += [f"<li>{alternative(each, tensor)}</li>" for each in every if each["gain_db"] == "inf"]
-    return f'<ul class="helps">{"".join(items)}</ul>'
+def _change(found: Data) -> str:
+    """What a column of changes is called."""
+    return str(found["format"] if found["change"] == "same width" else found["change"])
 
 
-def alternative(found: Data, tensor: Data) -> str:
-    """One alternative in words, as HTML."""
-    gain = "no error" if isinstance(found["gain_db"], str) else f"{found['gain_db']:+.1f} dB"
-    what = found["format"] if found["format"] != tensor["format"] else found["granularity"]
+def _worst_row(layer: Data, tensor: Data, changes: Sequence[str], most: float) -> str:
+    link = f'<a href="#layer={escape(quote(layer["name"]))}">{_name(layer)}</a>'
+    cells = [
+        f'<th scope="row">{link} <small>{escape(tensor["role"])}</small></th>',
+        f"<td>{escape(tensor['format'])} <small>{escape(tensor['granularity'])}</small></td>",
+        f"<td>{_bar(tensor['snr_db'], most)}</td>",
+    ]
+    known = {_change(each): (k, each) for k, each in enumerate(tensor["alternatives"])}
+    for change in changes:
+        number, each = known.get(change, (None, None))
+        if each is None:
+            cells.append('<td class="empty"></td>')
+            continue
+        helpful = number == tensor.get("helpful")
+        label = f'data-label="{escape(change)}"{" class=helpful" if helpful else ""}'
+        cells.append(f"<td {label}>{_gain(each, helpful)}</td>")
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _gain(found: Data, helpful: bool) -> str:
+    """The gain of an alternative in dB, and what it costs where that is no whole number of bits."""
+    if isinstance(found["gain_db"], str):
+        text = "exact"
+    else:
+        text = f"{found['gain_db']:+.1f}".replace("-", "\u2212")
+    if not found["keeps_kernels"]:
+        text = f"({text})"
     cost = found["extra_bits"]
-    price = "no more bits" if cost <= 0 else f"{cost:.2g} more bit{'s' if cost != 1 else ''}"
-    change = escape(found["change"])
-    detail = change if found["gain_db"] == "inf" else f"{escape(what)}: {change}"
-    return f"<b>{gain}</b> {detail} <small>{price}</small>"
+    part = "" if isinstance(cost, int) else f" <small>+{cost:.2g} bit</small>"
+    mark = '\u25c6 <span class="hidden-text">most for each bit: </span>' if helpful else ""
+    return f"<span>{mark}{text}{part}</span>"
 
 
 # Exported files
@@ -221,7 +232,7 @@ def _files(data: Data) -> str:
     head = "".join(f'<th scope="col">{escape(key)}</th>' for key in keys)
     rows = []
     for row in data["files"]:
-        cells = [escape(str(row.get(key, ""))) for key in keys]
+        cells = [escape(str(row.get(key, ""))).replace("inf dB", "exact") for key in keys]
         first = f'<th scope="row">{cells[0]}</th>'
         rows.append(f"<tr>{first}{''.join(f'<td>{cell}</td>' for cell in cells[1:])}</tr>")
     notes = _list(data["file_notes"]) if data["file_notes"] else ""
@@ -238,7 +249,8 @@ def _layers(data: Data) -> str:
     columns = [c for c in _COLUMNS if any(t["column"] == c for _, t in _tensors(data))]
     more = [*dict.fromkeys(key for layer in data["layers"] for key in layer["more"])]
     helps = any(tensor.get("alternatives") for _, tensor in _tensors(data))
-    heads = [("layer", "order"), ("type", "type"), ("parameters", "parameters")]
+    typed = any(layer["type"] for layer in data["layers"])
+    heads = [("layer", "order"), *[("type", "type")] * typed, ("parameters", "parameters")]
     heads += [(column, column) for column in columns]
     heads += [("would help", "help")] * helps + [(key, f"more-{i}") for i, key in enumerate(more)]
     head = "".join(
@@ -247,7 +259,7 @@ def _layers(data: Data) -> str:
     )
     most = _most(data)
     rows = "\n".join(
-        _row(number, layer, columns, helps, more, most)
+        _row(number, layer, columns, (typed, helps), more, most)
         for number, layer in enumerate(data["layers"])
     )
     return (
@@ -261,15 +273,17 @@ def _row(
     number: int,
     layer: Data,
     columns: Sequence[str],
-    helps: bool,
+    shown: tuple[bool, bool],
     more: Sequence[str],
     most: float,
 ) -> str:
+    """A row of the table; `shown` says whether there are columns of types and of help."""
+    typed, helps = shown
     name = _name(layer)
     kind = f'<small class="under">{escape(layer["type"])}</small>' if layer["type"] else ""
     cells = [
         f'<th scope="row" class="order"><span class="name">{name}</span>{kind}</th>',
-        f'<td class="type">{escape(layer["type"])}</td>',
+        *[f'<td class="type">{escape(layer["type"])}</td>'] * typed,
         f'<td class="parameters" data-v="{layer["parameters"]}">{count(layer["parameters"])}</td>',
     ]
     if not layer["tensors"]:

@@ -39,6 +39,7 @@ function picture(height, title, draw) {
     draw(root, now);
     holder.replaceChildren(root);
   };
+  setTimeout(redraw);
   // In a frame of its own: what is drawn may change the size that is observed.
   new ResizeObserver(() => requestAnimationFrame(redraw)).observe(holder);
   return holder;
@@ -91,7 +92,7 @@ function tensorPicture(tensor) {
   const high = Math.max(end, chart.highest_clip, chart.clip) + 0.25;
   const low = Math.max(Math.min(chart.lowest, lowClip), high - 24);
   return picture(height, title, (root, width) => {
-    const left = 84, right = width - 14;
+    const left = 96, right = width - 14;
     const at = (u) => left + (Math.min(Math.max(u, low), high) - low) / (high - low) *
       (right - left);
     const every = [1, 2, 4, 8].find((k) => (high - low) / k <= (right - left) / 34) || 8;
@@ -125,14 +126,14 @@ function tensorPicture(tensor) {
 
     formats.forEach((format, k) => {
       const y = floor + 8 + k * row, color = COLORS[k % 6];
-      const bar = (from, to, opacity) => svg("rect", {x: at(from), y: y + 2, height: 9,
+      const bar = (from, to, opacity) => svg("rect", {x: at(from), y: y + 1, height: 11,
         width: Math.max(at(to) - at(from), 0), style: `fill:${color};opacity:${opacity}`});
       root.append(bar(format.zero, format.normal, 0.3), bar(format.normal, format.clip, 0.85));
       root.append(label(left - 6, y + 11, format.format, "end", k ? "" : "strong"));
       const text = decibels(format.snr_db), x = at(format.clip) + 5;
       const inside = x + 44 > right;
-      root.append(label(inside ? at(format.zero) - 5 : x, y + 11, text,
-        inside ? "end" : "start", "strong"));
+      root.append(label(inside ? x - 9 : x, y + (inside ? 10.5 : 11), text,
+        inside ? "end" : "start", inside ? "on-bar" : "strong"));
     });
 
     const known = formats.flatMap((f) => f.curve).filter(number);
@@ -166,7 +167,12 @@ function historyPicture(title, unit, steps, lines, height = 130) {
     const values = lines.flatMap((each) => each.values || [...each.low, ...each.high])
       .filter(number);
     let low = Math.min(...values), high = Math.max(...values);
-    if (high - low < 1e-9 || !values.length) [low, high] = [low - 1, high + 1];
+    if (!values.length) return;
+    if (unit === "dB" && high - low < 1) {
+      [low, high] = [(low + high) / 2 - 0.5, (low + high) / 2 + 0.5];
+    }
+    const room = high - low < 1e-9 ? Math.max(Math.abs(high) / 10, 1e-9) : (high - low) / 16;
+    [low, high] = [low - room, high + room];
     const first = steps[0], last = steps[steps.length - 1];
     const across = (step) => left + (step - first) / Math.max(last - first, 1) * (right - left);
     const up = (y) => base - (y - low) / (high - low) * (base - top);
@@ -181,7 +187,7 @@ function historyPicture(title, unit, steps, lines, height = 130) {
     for (const each of lines) {
       if (each.values) {
         const points = each.values.map((y, i) => [across(steps[i]), number(y) ? up(y) : null]);
-        root.append(path(points, {"stroke-width": 1.8, "stroke-dasharray": each.dash || "",
+        root.append(path(points, {"stroke-width": each.width || 1.8,
           style: `stroke:${each.color || "var(--accent)"}`}));
         if (points.length === 1 && points[0][1] !== null) {
           root.append(svg("circle", {cx: points[0][0], cy: points[0][1], r: 3,
@@ -206,12 +212,19 @@ function quantile(sorted, share) {
   return sorted[k] + (place - k) * (next - sorted[k]);
 }
 
+// Every tensor as a thin line, or their quantiles where they are too many to be told apart.
 function spread(history, names, change = (x) => x) {
   const columns = history.steps.map((_, i) => names.map((name) => history.values[name])
     .map((row) => change(row[i], row)).filter(number).sort((a, b) => a - b));
   const at = (share) => columns.map((row) => (row.length ? quantile(row, share) : null));
+  const median = {values: at(.5), width: 2.6};
+  if (names.length <= 60) {
+    const thin = {width: 0.8, color: "var(--fill)"};
+    return [...names.map((name) => ({...thin, values: history.values[name].map((x, i, row) =>
+      change(x, row))})), median];
+  }
   return [{low: at(0), high: at(1), style: "band"}, {low: at(.25), high: at(.75), style: "inner"},
-    {values: at(.5)}];
+    median];
 }
 
 function figure(holder, title, note, content) {
@@ -219,5 +232,7 @@ function figure(holder, title, note, content) {
     html("br"), html("small", {}, note)), content));
 }
 
-return {html, number, digits, decibels, percent, tensorPicture, historyPicture, spread};
+return {
+  html, number, digits, decibels, percent, tensorPicture, historyPicture, spread, figure,
+};
 })();

@@ -2,21 +2,23 @@
 // Sorting, filtering and details on demand. The data is in the page; nothing is loaded.
 (() => {
 const data = JSON.parse(document.getElementById("report-data").textContent);
-const {html, number, digits, decibels, percent, tensorPicture, historyPicture, spread} = charts;
+const {html, number, digits, decibels, percent} = charts;
+const {tensorPicture, historyPicture, spread, figure} = charts;
 
 // The run
 
 function timeline(holder) {
   const columns = {};
   for (const layer of data.layers) for (const t of layer.tensors) columns[t.name] = t.column;
-  const note = "median, middle half and range over tensors";
+  const few = "each tensor, and their median", many = "median, middle half and range of tensors";
   for (const [key, what] of [["snr_db", "SNR"], ["output_snr_db", "SNR of outputs by"]]) {
     const history = data.histories[key];
     if (!history) continue;
     for (const column of ["weight", "input", "output"]) {
       const names = Object.keys(history.values).filter((name) => columns[name] === column);
       if (!names.length) continue;
-      const lines = spread(history, names), middle = lines[2].values.filter(number);
+      const lines = spread(history, names), note = names.length <= 60 ? few : many;
+      const middle = lines[lines.length - 1].values.filter(number);
       const text = key === "snr_db" ? `SNR of ${column}s` : "SNR at outputs, weights rounded";
       const title = `${what} ${column}s in dB: median from ${digits(middle[0])} to ` +
         digits(middle[middle.length - 1]);
@@ -28,7 +30,8 @@ function timeline(holder) {
   const names = Object.keys(scales.values);
   const last = (row) => row.filter(number).pop();
   const octaves = (x, row) => (number(x) ? Math.log2(x / last(row)) : null);
-  figure(holder, "Scales", `octaves from where they end; ${note}`, historyPicture(
+  const note = `octaves from where they end; ${names.length <= 60 ? few : many}`;
+  figure(holder, "Scales", note, historyPicture(
     "Scales over the run, in octaves from where they end", "oct.", scales.steps,
     spread(scales, names, octaves)));
   const moved = scales.steps.map((_, i) => (i === 0 ? null : names.filter((name) => {
@@ -67,14 +70,21 @@ function alternatives(tensor) {
   const rows = tensor.alternatives.map((each, k) => {
     const to = each.format === tensor.format ? each.granularity : each.format;
     const sign = each.gain_db > 0 ? "+" : "";
-    const gain = number(each.gain_db) ? `${sign}${each.gain_db.toFixed(1)} dB` : "no error";
-    const mark = k === tensor.helpful ? " (most per bit)" : "";
+    const gain = number(each.gain_db) ? sign + decibels(each.gain_db) : "exact";
+    const out = each.keeps_kernels ? "" : " \u2020";
+    const mark = k === tensor.helpful ? " \u25c6" : each.gain_db === "inf" ? "" : out;
     return html("tr", k === tensor.helpful ? {class: "first"} : {},
       html("th", {scope: "row"}, each.change + mark),
       ...[to, `${each.extra_bits > 0 ? "+" : ""}${digits(each.extra_bits)}`,
         decibels(each.snr_db), gain].map((text) => html("td", {}, text)));
   });
-  return html("table", {}, html("thead", {}, head), html("tbody", {}, ...rows));
+  const said = [];
+  if ("helpful" in tensor) said.push("\u25c6 gains most for each bit");
+  if (tensor.alternatives.some((each) => !each.keeps_kernels && each.gain_db !== "inf")) {
+    said.push("\u2020 leaves integer arithmetic");
+  }
+  return html("div", {}, html("table", {}, html("thead", {}, head), html("tbody", {}, ...rows)),
+    html("small", {}, said.join("; ")));
 }
 
 function tensorDetail(layer, tensor) {
@@ -110,10 +120,11 @@ function toggle(button, row, layer, columns) {
     button.setAttribute("aria-expanded", "false");
     return;
   }
-  const cell = html("td", {colspan: columns});
+  const cell = html("td", {colspan: columns, role: "cell"});
   if (layer.remark) cell.append(html("p", {class: "note"}, layer.remark));
   cell.append(...layer.tensors.map((tensor) => tensorDetail(layer, tensor)));
-  row.after(html("tr", {class: "detail", id: button.getAttribute("aria-controls")}, cell));
+  const id = button.getAttribute("aria-controls");
+  row.after(html("tr", {class: "detail", role: "row", id}, cell));
   button.setAttribute("aria-expanded", "true");
 }
 
@@ -128,6 +139,15 @@ function openLinked() {
   if (open) open();
 }
 
+// Narrow screens lay tables out as blocks, which takes their roles away in some browsers.
+function keepRoles(table) {
+  const roles = {TABLE: "table", THEAD: "rowgroup", TBODY: "rowgroup", TR: "row", TD: "cell"};
+  for (const element of [table, ...table.querySelectorAll("thead, tbody, tr, td, th")]) {
+    const head = element.scope === "row" ? "rowheader" : "columnheader";
+    element.setAttribute("role", roles[element.tagName] || head);
+  }
+}
+
 function layerTable(table) {
   const body = table.tBodies[0], rows = [...body.rows];
   const heads = [...table.tHead.rows[0].cells];
@@ -135,7 +155,7 @@ function layerTable(table) {
     const layer = data.layers[row.dataset.i], name = row.querySelector(".name");
     if (!layer.tensors.length) continue;
     const button = html("button", {class: "name-button", type: "button", "aria-expanded": "false",
-      "aria-controls": `detail-${row.dataset.i}`}, name.textContent);
+      "aria-controls": `detail-${row.dataset.i}`}, ...name.childNodes);
     button.addEventListener("click", () => toggle(button, row, layer, heads.length));
     openers.set(layer.name, () => {
       row.hidden = false;
@@ -210,6 +230,7 @@ function tools(rows) {
   filter();
 }
 
+document.querySelectorAll("table.worst, table.layers").forEach(keepRoles);
 layerTable(document.getElementById("layer-table"));
 const holder = document.getElementById("timeline-charts");
 if (holder) timeline(holder);

@@ -24,10 +24,11 @@ from statqat_lightning.export.freezing.frozen_layer import codes_name, scale_nam
 from statqat_lightning.export.inspection import granularity_of, quantized_weight, weight_in
 from statqat_lightning.export.proof.report import ArtefactReport, ExportReport
 from statqat_lightning.fake_quant.input_sums import InputSums
-from statqat_lightning.formats import get_format
+from statqat_lightning.formats import Format, get_format
 from statqat_lightning.insight.alternatives import some_rows
-from statqat_lightning.insight.model_report import recipe_text, tensor_entry
+from statqat_lightning.insight.model_report import multiplies_integers, recipe_text, tensor_entry
 from statqat_lightning.insight.report_data import (
+    Column,
     History,
     LayerEntry,
     ReportData,
@@ -118,6 +119,11 @@ def _checkpoint(path: Path, trust: bool) -> ReportData:
     used["output"] = used["input"]
     tensors: dict[str, list[TensorEntry]] = {}
     reasons: dict[str, str] = {}
+    formats: dict[str, dict[Column, Format]] = {}
+    for name, state in entry["quantizers"].items():
+        layer, _, role = name.rpartition("/")
+        if state["ready"] and used[column_of(role)]:
+            formats.setdefault(layer, {})[column_of(role)] = get_format(state["format"])
     for name, state in entry["quantizers"].items():
         layer, _, role = name.rpartition("/")
         tensors.setdefault(layer, [])
@@ -126,7 +132,11 @@ def _checkpoint(path: Path, trust: bool) -> ReportData:
         elif not state.get("ran", True):
             reasons[layer] = "never ran"
         else:
-            tensors[layer].append(_of_state(name, state, weight_in(weights, layer, role)))
+            weight, in_integers = (
+                weight_in(weights, layer, role),
+                multiplies_integers(formats[layer]),
+            )
+            tensors[layer].append(_of_state(name, state, weight, in_integers))
     sizes = {key: x.numel() for key, x in weights.items() if isinstance(x, Tensor)}
     return ReportData(
         path.name,
@@ -137,11 +147,16 @@ def _checkpoint(path: Path, trust: bool) -> ReportData:
     )
 
 
-def _of_state(name: str, state: Mapping[str, Any], weight: Tensor | None) -> TensorEntry:
+def _of_state(
+    name: str, state: Mapping[str, Any], weight: Tensor | None, in_integers: bool
+) -> TensorEntry:
     """A tensor from the state of its quantizer and, for a weight, its values."""
     fmt, scale = get_format(state["format"]), state["scale"]
     role = name.rpartition("/")[2]
-    known: dict[str, Any] = {"refreshes": state.get("num_refreshes")}
+    known: dict[str, Any] = {
+        "refreshes": state.get("num_refreshes"),
+        "in_integers": in_integers,
+    }
     if column_of(role) == "weight":
         granularity, spectrum = granularity_of(state, weight), None
         if weight is not None:

@@ -34,6 +34,7 @@ WORTH_IT_DB = 1.0
 """A gain below this is within what a refresh of the scale or another batch changes."""
 LEAST_ERROR = ("analytic", "iterative", "octav", "mse_grid", "lsq", "block")
 """Quantizers whose scales are those of least error, or nearly so."""
+_NEARLY_AS_GOOD = 0.9
 _SAME_WIDTH = {
     4: ("int4", "fp4_e2m1", "nf4"),
     5: ("int5", "fp5_e2m2"),
@@ -59,6 +60,8 @@ class Alternative:
         extra_bits: Bits per value more than now, the share of the scales included.
         snr_db: Predicted SNR in dB, with scales of least error; infinite in float.
         gain_db: How much that is above the format in force, with scales of least error, too.
+        keeps_kernels: Whether it runs in the same kernels: False where it takes a layer out of
+            integer arithmetic.
     """
 
     change: str
@@ -67,6 +70,7 @@ class Alternative:
     extra_bits: float
     snr_db: float
     gain_db: float
+    keeps_kernels: bool = True
 
 
 def alternatives(
@@ -76,6 +80,7 @@ def alternatives(
     quantizer: str,
     scale: Tensor | None = None,
     weight: Tensor | None = None,
+    in_integers: bool = False,
 ) -> list[Alternative]:
     """What one tensor would gain from other formats, and from scales of fewer elements.
 
@@ -89,6 +94,7 @@ def alternatives(
         quantizer: Name of the rule that chooses scales, empty where it is not known.
         scale: The scale in force of an input or output, float32 `()`.
         weight: The weight, None for inputs and outputs.
+        in_integers: Whether the layer multiplies integers, which needs both its factors in them.
     """
     if not float(spectrum.power.sum()) > 0:
         return []
@@ -97,23 +103,29 @@ def alternatives(
     else:
         now = best_snr_db(spectrum, fmt)
         found = [
-            Alternative(change, other.name, str(granularity), other.bits - fmt.bits, db, db - now)
+            Alternative(
+                *(change, other.name, str(granularity), other.bits - fmt.bits, db, db - now),
+                keeps_kernels=not in_integers or isinstance(other, IntFormat),
+            )
             for change, other in candidate_formats(fmt, spectrum, weight is not None)
             for db in [best_snr_db(spectrum, other)]
         ]
         if weight is not None:
-            found += _finer(weight, fmt, granularity, now)
+            found += _finer(weight, fmt, granularity, now, in_integers)
         elif scale is not None and quantizer and quantizer not in LEAST_ERROR:
             there = float(spectrum.predicted_snr_db(fmt, scale))
             change = "scale of least error"
             found.append(Alternative(change, fmt.name, str(granularity), 0, now, now - there))
     found = [each for each in found if not math.isnan(each.gain_db)]
-    left = Alternative("leave in float", "float32", "", 32 - fmt.bits, math.inf, math.inf)
+    left = Alternative("leave in float", "float32", "", 32 - fmt.bits, math.inf, math.inf, False)
     return [*sorted(found, key=lambda each: -each.gain_db), left]
 
 
 def most_helpful(found: Sequence[Alternative], least: float = WORTH_IT_DB) -> Alternative | None:
     """The alternative that gains most for each bit that it costs; what costs none comes first.
+
+    Of those that are within a tenth of that, the cheapest. Those that take a layer out of integer
+    arithmetic are no help.
 
     Args:
         found: What `alternatives` returned.
@@ -122,11 +134,13 @@ def most_helpful(found: Sequence[Alternative], least: float = WORTH_IT_DB) -> Al
     Returns:
         None where nothing but float gains so much.
     """
-    worth = [each for each in found if each.gain_db >= least and math.isfinite(each.gain_db)]
+    worth = [each for each in found if each.keeps_kernels and least <= each.gain_db < math.inf]
     free = [each for each in worth if each.extra_bits <= 0]
     if free:
         return max(free, key=lambda each: each.gain_db)
-    return max(worth, key=lambda each: each.gain_db / each.extra_bits, default=None)
+    most = max((each.gain_db / each.extra_bits for each in worth), default=0.0)
+    near = [each for each in worth if each.gain_db >= _NEARLY_AS_GOOD * most * each.extra_bits]
+    return min(near, key=lambda each: each.extra_bits, default=None)
 
 
 def best_snr_db(spectrum: EnergySpectrum, fmt: Format) -> float:
@@ -171,7 +185,7 @@ def candidate_formats(
 
 
 def _finer(
-    weight: Tensor, fmt: Format, granularity: Granularity, now: float
+    weight: Tensor, fmt: Format, granularity: Granularity, now: float, in_integers: bool
 ) -> Iterator[Alternative]:
     """The same format with scales of fewer elements."""
     finer: Granularity
@@ -181,14 +195,15 @@ def _finer(
         length = weight[0].numel()
         if length % _GROUP or length <= _GROUP:
             return
-        finer, change = PerGroup(_GROUP), f"scale per {_GROUP} values"
+        finer, change = PerGroup(_GROUP), f"scale per {_GROUP}"
     else:
         return
     rows = finer.rows(weight.detach().to(torch.float32))
     spectrum = EnergySpectrum.of_rows(some_rows(rows), check=False)
     bits = _SCALE_BITS * (len(rows) - _number_of_scales(granularity, weight)) / weight.numel()
     db = best_snr_db(spectrum, fmt)
-    yield Alternative(change, fmt.name, str(finer), bits, db, db - now)
+    keeps = not in_integers or isinstance(finer, PerChannel)
+    yield Alternative(change, fmt.name, str(finer), bits, db, db - now, keeps)
 
 
 def _of_blocks(weight: Tensor, fmt: BlockFormat, granularity: Granularity) -> Iterator[Alternative]:

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 
 from statqat_lightning.error_analysis.spectrum import EnergySpectrum
 from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
-from statqat_lightning.formats import BlockFormat, Format, get_format
+from statqat_lightning.formats import BlockFormat, Format, IntFormat, get_format
 from statqat_lightning.insight.alternatives import Alternative, alternatives
-from statqat_lightning.insight.report_data import History, LayerEntry, ReportData, TensorEntry
+from statqat_lightning.insight.report_data import (
+    Column,
+    History,
+    LayerEntry,
+    ReportData,
+    TensorEntry,
+    column_of,
+)
 from statqat_lightning.insight.tensor_chart import (
     TensorChart,
     chart_of_spectrum,
@@ -92,7 +99,9 @@ def _layers(model: nn.Module, report: InsertionReport | None) -> tuple[LayerEntr
         if spectrum is not None and spectrum[0] == name:
             own, spectrum = spectrum[1], next(spectra, None)
         weight = weight_of(layer.module, fact.role) if fact.parameters else None
-        entries.setdefault(layer.name, []).append(_tensor(fact, quantizer, own, weight))
+        formats = {column_of(q.role): q.fmt for q in layer.quantizers.present() if q.enabled}
+        entry = _tensor(fact, quantizer, own, weight, multiplies_integers(formats))
+        entries.setdefault(layer.name, []).append(entry)
     found = []
     for name, module in _modules(model):
         row = said.get(name)
@@ -126,6 +135,7 @@ def _tensor(
     quantizer: FakeQuantizer,
     spectrum: EnergySpectrum | None,
     weight: Tensor | None,
+    in_integers: bool,
 ) -> TensorEntry:
     return tensor_entry(
         fact.name,
@@ -136,12 +146,19 @@ def _tensor(
         quantizer.qparams.scale,
         weight,
         spectrum,
+        in_integers,
         snr_db=fact.snr_db,
         output_snr_db=fact.output_snr_db,
         clipped=_known(fact.clipped),
         grid_used=_known(fact.grid_used),
         refreshes=quantizer.num_refreshes,
     )
+
+
+def multiplies_integers(formats: Mapping[Column, Format]) -> bool:
+    """Whether a layer's weights and inputs are both integers, by the formats of its tensors."""
+    factors = formats.get("weight"), formats.get("input")
+    return all(isinstance(fmt, IntFormat) for fmt in factors)
 
 
 def _known(number: float) -> float | None:
@@ -157,6 +174,7 @@ def tensor_entry(
     scale: Tensor,
     weight: Tensor | None,
     spectrum: EnergySpectrum | None,
+    in_integers: bool = False,
     **known: Any,
 ) -> TensorEntry:
     """One tensor with its chart and its alternatives.
@@ -170,12 +188,15 @@ def tensor_entry(
         scale: Scales in force, float32.
         weight: The weight; None for inputs and outputs, or where only its codes are known.
         spectrum: Rows that share scales, as `tensor_spectra` gives them; None where not known.
+        in_integers: Whether the layer multiplies integers, see `alternatives`.
         **known: Other fields of `TensorEntry`.
     """
     chart: TensorChart | None = None
     others: tuple[Alternative, ...] = ()
     if spectrum is not None:
-        others = tuple(alternatives(spectrum, fmt, granularity, quantizer, scale, weight))
+        others = tuple(
+            alternatives(spectrum, fmt, granularity, quantizer, scale, weight, in_integers)
+        )
         formats = _drawn(fmt, others, granularity)
         if weight is None:
             chart = chart_of_spectrum(spectrum, scale, formats)

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from statqat_lightning.model.quantized_model import refresh, set_observing
 from statqat_lightning.numerics.granularity import PerChannel, PerTensor
 from statqat_lightning.recipes.recipe import QuantRecipe
 
-VOID = {"meta", "link", "br", "input", "img", "hr"}
+VOID = {"meta", "link", "br", "wbr"}
 
 
 class Parsed(HTMLParser):
@@ -165,6 +167,33 @@ def test_three_hundred_layers_are_below_three_megabytes() -> None:
     histories = dict.fromkeys(("snr_db", "output_snr_db", "scale"), rows)
     dataclasses.replace(found, histories=histories).to_html("page.html")
     assert Path("page.html").stat().st_size < 3e6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no browser")
+def test_a_browser_draws_the_page_without_an_error(data: ReportData) -> None:
+    data.to_html("page.html")
+    page = Path("page.html").resolve().as_uri()
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
+    quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
+    done = subprocess.run(
+        [
+            *("chromium", *options, *quiet, "--user-data-dir=profile", "--enable-logging=stderr"),
+            *("--virtual-time-budget=5000", "--dump-dom", f"{page}#layer=3"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr
+    # The history of weights, and for both tensors of the layer a chart, and a history of one.
+    titles = re.findall(r"<svg[^>]*role=\"img\"[^>]*><title>([^<]+)", done.stdout)
+    assert len(titles) == 5
+    assert sum(title.startswith("3/weight: energy spectrum") for title in titles) == 1
+    assert 'aria-expanded="true"' in done.stdout
+    assert 'aria-sort="ascending"' in done.stdout
+    assert "2 of 3 layers" in done.stdout
 
 
 def test_further_columns_are_in_the_table() -> None:
@@ -350,8 +379,23 @@ def test_what_gains_most_for_a_bit_is_named() -> None:
     found = alternatives(spectrum, get_format("int4"), PerTensor(), "iterative", torch.tensor(0.3))
     helpful = most_helpful(found)
     assert helpful is not None
-    rates = [each.gain_db / each.extra_bits for each in found if each.extra_bits > 0]
-    assert helpful.gain_db / helpful.extra_bits == max(r for r in rates if math.isfinite(r))
+    # Each bit is worth about 6 dB: where that is all there is, one bit is the cheapest.
+    assert helpful.format == "int5"
+
+
+def test_what_leaves_integer_arithmetic_is_no_help() -> None:
+    # A few large values: codebooks and floats are far better than integers there.
+    x = torch.distributions.StudentT(3.0).sample((20000,))
+    spectrum, fmt = EnergySpectrum.of(x), get_format("int4")
+    arguments: Any = (spectrum, fmt, PerTensor(), "analytic", None, x)
+    free, bound = (alternatives(*arguments, in_integers=k) for k in (False, True))
+    best, within = most_helpful(free), most_helpful(bound)
+    assert best is not None
+    assert within is not None
+    assert best.format in ("nf4", "fp4_e2m1")
+    assert within.format in ("int5", "int8")
+    left = {each.format for each in bound if not each.keeps_kernels}
+    assert left == {"nf4", "fp4_e2m1", "float32"}
 
 
 def test_a_tensor_of_zeros_has_no_chart_and_no_advice() -> None:
