@@ -118,6 +118,14 @@ def add_trainer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--wandb", choices=("off", "offline", "online"), default="off", help="log to W&B"
     )
+    group.add_argument(
+        "--snr-output-every",
+        type=positive,
+        help="steps between two comparisons of every layer's output with the float network",
+    )
+    group.add_argument(
+        "--snr-alert-db", type=float, help="alert when the SNR of a tensor falls by more"
+    )
     group.add_argument("--wandb-project", default="statqat-lightning", help="project in W&B")
 
 
@@ -177,6 +185,7 @@ def quantization_callbacks(
     weights: str | TensorSpec | None,
     activations: str | TensorSpec | None,
     export_path: Path,
+    monitor: SNRMonitor | None = None,
     **options: Any,
 ) -> Quantization:
     """The callbacks that turn a float run into a QAT run.
@@ -185,10 +194,11 @@ def quantization_callbacks(
         weights: Format of weights, or None.
         activations: Format of layer inputs, or None.
         export_path: The `.onnx` file to write.
+        monitor: Watches the SNR; None for one with the defaults.
         options: Further arguments of `StatQATCallback`.
     """
     qat = StatQATCallback(weights, activations, **options)
-    return Quantization(qat, SNRMonitor(), ExportCallback(str(export_path)))
+    return Quantization(qat, monitor or SNRMonitor(), ExportCallback(str(export_path)))
 
 
 def make_logger(
@@ -378,6 +388,11 @@ def train_and_report(
         args.weights,
         args.activations,
         run / "model.onnx",
+        SNRMonitor(
+            output_every=args.snr_output_every,
+            alert_db=args.snr_alert_db,
+            log_files=args.wandb != "off",
+        ),
         first_last_bits=args.first_last_bits,
         target=None if args.target == "none" else args.target,
     )

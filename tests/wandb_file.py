@@ -20,11 +20,13 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 class Run(NamedTuple):
-    """What a run holds: a row for each step, the summary and the configuration."""
+    """What a run holds: a row for each step, summary, configuration, alerts, names of artifacts."""
 
     history: list[dict[str, Any]]
     summary: dict[str, Any]
     config: dict[str, Any]
+    alerts: list[str]
+    artifacts: list[str]
 
 
 def read_finished_run(path: Path, patience: float = 60.0) -> Run:
@@ -53,7 +55,7 @@ def _read(path: Path) -> tuple[Run, bool]:
     from wandb.proto import wandb_internal_pb2
 
     new_record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined, unused-ignore]
-    run, finished = Run([], {}, {}), False
+    run, finished = Run([], {}, {}, [], []), False
     for data in _records(path.read_bytes()):
         record = new_record()
         record.ParseFromString(data)
@@ -64,6 +66,10 @@ def _read(path: Path) -> tuple[Run, bool]:
             run.summary.update(_values(record.summary.update))
         elif kind == "config":
             run.config.update(_values(record.config.update))
+        elif kind == "alert":
+            run.alerts.append(record.alert.text)
+        elif kind == "artifact":
+            run.artifacts.append(record.artifact.name)
         finished = finished or kind == "exit"
     return run, finished
 

@@ -296,8 +296,10 @@ def _row(
         cells += [_cell(column, layer, most) for column in columns]
         cells += [_help_cell(layer)] * helps
     for i, key in enumerate(more):
-        value = escape(str(layer["more"].get(key, "")))
-        cells.append(f'<td class="more-{i}" data-v="{value}">{value}</td>')
+        value = layer["more"].get(key, "")
+        text = escape("exact" if value == "inf" else str(value))
+        place = "1e6" if value == "inf" else text
+        cells.append(f'<td class="more-{i}" data-v="{place}">{text}</td>')
     state = "quantized" if layer["tensors"] else "float"
     return f'<tr data-i="{number}" data-state="{state}">{"".join(cells)}</tr>'
 

@@ -188,6 +188,7 @@ function historyPicture(title, unit, steps, lines, height = 130) {
       if (each.values) {
         const points = each.values.map((y, i) => [across(steps[i]), number(y) ? up(y) : null]);
         root.append(path(points, {"stroke-width": each.width || 1.8,
+          "stroke-dasharray": each.dash || "",
           style: `stroke:${each.color || "var(--accent)"}`}));
         if (points.length === 1 && points[0][1] !== null) {
           root.append(svg("circle", {cx: points[0][0], cy: points[0][1], r: 3,

@@ -113,6 +113,20 @@ function tensorDetail(layer, tensor) {
     html("small", {}, tensor.role)), html("div", {class: "columns"}, pictures, aside));
 }
 
+// The error of a layer's output against the float network, where it was compared.
+function outputErrors(layer) {
+  const kinds = [["made_db", "made here", ""], ["inherited_db", "inherited", "7 3"],
+    ["total_db", "in all", "2 3"]];
+  const known = kinds.filter(([key]) => (data.histories[key] || {values: {}}).values[layer.name]);
+  if (!known.length) return [];
+  const lines = known.map(([key, , dash], k) => ({dash, color: `var(--c${k + 1})`,
+    values: data.histories[key].values[layer.name]}));
+  const named = known.map(([, name], k) => `${["solid", "dashed", "dotted"][k]}: ${name}`);
+  const title = `${layer.name}: SNR of the output against the float network`;
+  return [html("h4", {}, `SNR of the output against the float network (${named.join(", ")})`),
+    historyPicture(title, "dB", data.histories[known[0][0]].steps, lines)];
+}
+
 function toggle(button, row, layer, columns) {
   const opened = row.nextElementSibling;
   if (opened && opened.classList.contains("detail")) {
@@ -122,6 +136,7 @@ function toggle(button, row, layer, columns) {
   }
   const cell = html("td", {colspan: columns, role: "cell"});
   if (layer.remark) cell.append(html("p", {class: "note"}, layer.remark));
+  cell.append(...outputErrors(layer));
   cell.append(...layer.tensors.map((tensor) => tensorDetail(layer, tensor)));
   const id = button.getAttribute("aria-controls");
   row.after(html("tr", {class: "detail", role: "row", id}, cell));
@@ -169,7 +184,7 @@ function layerTable(table) {
     if (key === "order") return Number(row.dataset.i);
     const cell = row.querySelector(`td.${key}`);
     if (!cell) return Infinity;
-    if (cell.dataset.v === undefined) return key === "type" ? cell.textContent : Infinity;
+    if (!cell.dataset.v) return key === "type" ? cell.textContent : Infinity;
     return Number.isNaN(Number(cell.dataset.v)) ? cell.dataset.v : Number(cell.dataset.v);
   };
   const compare = (a, b) => (number(a) && number(b) ? a - b : String(a).localeCompare(String(b)));

@@ -11,19 +11,24 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
 from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.callbacks.trial_copy import running, trial_copy
+from statqat_lightning.callbacks.trial_run import (
+    AT_END,
+    FAILED,
+    CannotCalibrate,
+    next_step,
+    run_isolated,
+    step_arguments,
+)
 from statqat_lightning.fake_quant.observers import Reduce
 from statqat_lightning.model.compensation import CompensationReport, compensate
 from statqat_lightning.model.dataflow import Dataflow
 from statqat_lightning.model.insertion import remove
-from statqat_lightning.model.isolated_copy import CannotCopy, ReachesOriginal
 from statqat_lightning.model.quantized_model import (
     load_quantizer_state,
     quantized_layers,
@@ -33,10 +38,6 @@ from statqat_lightning.model.quantized_model import (
     set_observing,
 )
 from statqat_lightning.model.recording import record
-
-
-class CannotCalibrate(Exception):
-    """Calibration ahead of training is impossible; the message is the reason."""
 
 
 def calibrate(
@@ -59,7 +60,7 @@ def calibrate(
     Raises:
         CannotCalibrate: With the reason; nothing has changed then.
     """
-    _run_isolated(trainer, pl_module, lambda: _calibrate(trainer, pl_module, num_batches, reduce))
+    run_isolated(trainer, pl_module, lambda: _calibrate(trainer, pl_module, num_batches, reduce))
 
 
 def compensate_weights(
@@ -101,7 +102,7 @@ def compensate_weights(
         found.append(report)
         return None
 
-    _run_isolated(trainer, pl_module, run)
+    run_isolated(trainer, pl_module, run)
     return found[0]
 
 
@@ -151,10 +152,10 @@ def record_batch(
                 return
             yield
 
-        status, failure = _next_step(trainer, recorded(), reduce)
-        return CannotCalibrate("there is no batch") if status == _AT_END else failure
+        status, failure = next_step(trainer, recorded(), reduce)
+        return CannotCalibrate("there is no batch") if status == AT_END else failure
 
-    _run_isolated(trainer, pl_module, run)
+    run_isolated(trainer, pl_module, run)
     return found[0]
 
 
@@ -176,30 +177,7 @@ def reestimate_batch_norm(
     Raises:
         CannotCalibrate: With the reason; nothing has changed then.
     """
-    _run_isolated(trainer, pl_module, lambda: _reestimate(trainer, pl_module, num_batches, reduce))
-
-
-def _run_isolated(
-    trainer: Trainer, pl_module: LightningModule, run: Callable[[], Exception | None]
-) -> None:
-    if not is_a(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
-        raise CannotCalibrate(f"{type(trainer.strategy).__name__} shards the module")
-    with isolate_rng():
-        try:
-            failure = run()  # past an exception, `isolate_rng` restores nothing
-        except CannotCopy as error:
-            failure = error
-    if isinstance(failure, CannotCalibrate):
-        raise failure
-    if isinstance(failure, (CannotCopy, ReachesOriginal)):
-        raise CannotCalibrate(str(failure)) from failure
-    if failure is not None:
-        raise CannotCalibrate(
-            f"a batch could not be run outside training ({type(failure).__name__}: {failure})"
-        ) from failure
-
-
-_GO_ON, _AT_END, _FAILED = range(3)
+    run_isolated(trainer, pl_module, lambda: _reestimate(trainer, pl_module, num_batches, reduce))
 
 
 def _calibrate(
@@ -229,33 +207,13 @@ def _run_all(
     """
     num_done = 0
     while True:
-        status, failure = _next_step(trainer, steps, reduce)
-        if status == _FAILED:
+        status, failure = next_step(trainer, steps, reduce)
+        if status == FAILED:
             return failure
-        if status == _AT_END:
+        if status == AT_END:
             return None if num_done else CannotCalibrate("there is no batch")
         after()
         num_done += 1
-
-
-def _next_step(
-    trainer: Trainer, steps: Iterator[None], reduce: Reduce | None
-) -> tuple[int, Exception | None]:
-    """Run one more batch on every rank; how that went on the rank where it went worst."""
-    failure: Exception | None = None
-    status = _GO_ON
-    try:
-        next(steps)
-    except StopIteration:
-        status = _AT_END
-    except Exception as error:
-        failure, status = error, _FAILED
-    if reduce is not None:
-        own = torch.tensor(float(status), device=trainer.strategy.root_device)
-        status = int(reduce(own, "max"))
-    if status == _FAILED and failure is None:
-        failure = CannotCalibrate("it failed on another rank")
-    return status, failure
 
 
 def _reestimate(
@@ -330,12 +288,6 @@ def _transferred(trainer: Trainer, trial: LightningModule, batch: Any) -> Any:
         owner = trial if is_module else copies.setdefault(id(owner), copy.copy(owner))
         batch = getattr(owner, hook)(batch, *arguments)
     return batch
-
-
-def step_arguments(trial: LightningModule, batch: Any, index: int) -> list[Any]:
-    """`training_step` may take `batch`, or `batch` and `batch_idx`; Lightning's own rule."""
-    takes_index = is_param_in_hook_signature(trial.training_step, "batch_idx", min_args=2)
-    return [batch, index] if takes_index else [batch]
 
 
 def _batches(trainer: Trainer, pl_module: LightningModule, trial: LightningModule) -> Iterator[Any]:

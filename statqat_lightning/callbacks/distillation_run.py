@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from statqat_lightning.callbacks.calibration import step_arguments
 from statqat_lightning.callbacks.trial_copy import running
+from statqat_lightning.callbacks.trial_run import step_arguments
 from statqat_lightning.export.wording import first_lines
 from statqat_lightning.layers.module_names import plain_name
 from statqat_lightning.model.distillation import (

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from statqat_lightning.callbacks.averaging import Averaging
 from statqat_lightning.callbacks.calibration import (
-    CannotCalibrate,
     calibrate,
     compensate_weights,
     reestimate_batch_norm,
@@ -42,6 +41,7 @@ from statqat_lightning.callbacks.lightning_names import overrides
 from statqat_lightning.callbacks.phases import Phases, is_last_batch
 from statqat_lightning.callbacks.ranks import reduction_over_ranks, share_batch_norm
 from statqat_lightning.callbacks.refusals import refuse_trainer
+from statqat_lightning.callbacks.trial_run import CannotCalibrate
 from statqat_lightning.export.freezing.stale_scales import remember_weights
 from statqat_lightning.fake_quant.observers import ObserverConfig
 from statqat_lightning.layers.module_names import modules_by_name, plain_name

@@ -14,7 +14,8 @@ from statqat_lightning.callbacks.qat import StatQATCallback
 from statqat_lightning.callbacks.snr_monitor import SNRMonitor
 from statqat_lightning.export.files.on_disk import check_writable
 from statqat_lightning.insight.model_report import model_report
-from statqat_lightning.insight.report_data import History, ReportData
+from statqat_lightning.insight.report_data import ReportData, error_histories
+from statqat_lightning.insight.snr import History
 from statqat_lightning.layers.quantized_layer import is_sharded
 from statqat_lightning.model.insertion import recipe_of
 from statqat_lightning.model.quantized_model import quantized_layers
@@ -120,5 +121,6 @@ def _histories(monitor: SNRMonitor) -> dict[str, History]:
     return {
         "snr_db": monitor.history,
         "output_snr_db": monitor.output_history,
-        "scale": getattr(monitor, "scale_history", ()),
+        "scale": monitor.scale_history,
+        **error_histories(monitor.error_history),
     }

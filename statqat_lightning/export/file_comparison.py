@@ -17,7 +17,6 @@ from statqat_lightning.export.files.reading import file_kind, native_weights, re
 from statqat_lightning.export.freezing.frozen_layer import weight_key
 from statqat_lightning.export.inspection import (
     Inspection,
-    column_of,
     inspect_file,
     load_onnx_model,
     metadata_of,
@@ -25,6 +24,7 @@ from statqat_lightning.export.inspection import (
     weight_in,
 )
 from statqat_lightning.export.proof.onnx_runtime import constant_weights
+from statqat_lightning.insight.snr import tensor_column
 from statqat_lightning.numerics.snr import snr_db
 
 
@@ -87,7 +87,7 @@ def _weight_entry(inspection: Inspection, name: str) -> str:
         weight_key(layer, role): tensor
         for layer, tensors in inspection.layers.items()
         for role, tensor in tensors.items()
-        if column_of(role) == "weight"
+        if tensor_column(role) == "weight"
     }
     known = _match(name, entries)
     return str(entries[known]) if known is not None else "float"
@@ -174,7 +174,7 @@ def _weights(path: Path, trust: bool) -> dict[str, Tensor]:
     found = {}
     for name, state in checkpoint[KEY]["quantizers"].items():
         layer, _, role = name.rpartition("/")
-        if column_of(role) == "weight" and state["ready"]:
+        if tensor_column(role) == "weight" and state["ready"]:
             weight = weight_in(checkpoint["state_dict"], layer, role)
             if weight is not None:
                 found[weight_key(layer, role)] = quantized_weight(weight, state)

@@ -25,17 +25,17 @@ from statqat_lightning.export.inspection import granularity_of, quantized_weight
 from statqat_lightning.export.proof.report import ArtefactReport, ExportReport
 from statqat_lightning.fake_quant.input_sums import InputSums
 from statqat_lightning.formats import Format, get_format
-from statqat_lightning.insight.alternatives import some_rows
 from statqat_lightning.insight.model_report import multiplies_integers, recipe_text, tensor_entry
+from statqat_lightning.insight.output_errors import OutputErrors
 from statqat_lightning.insight.report_data import (
-    Column,
-    History,
     LayerEntry,
     ReportData,
     TensorEntry,
-    column_of,
+    error_histories,
+    latest_errors,
 )
-from statqat_lightning.insight.tensor_facts import grid_of_spectrum
+from statqat_lightning.insight.snr import History, tensor_column
+from statqat_lightning.insight.tensor_facts import evenly_spread, grid_of_spectrum
 from statqat_lightning.numerics.granularity import PerTensor, get_granularity
 from statqat_lightning.recipes.recipe import TensorSpec
 
@@ -119,15 +119,15 @@ def _checkpoint(path: Path, trust: bool) -> ReportData:
     used["output"] = used["input"]
     tensors: dict[str, list[TensorEntry]] = {}
     reasons: dict[str, str] = {}
-    formats: dict[str, dict[Column, Format]] = {}
+    formats: dict[str, dict[str, Format]] = {}
     for name, state in entry["quantizers"].items():
         layer, _, role = name.rpartition("/")
-        if state["ready"] and used[column_of(role)]:
-            formats.setdefault(layer, {})[column_of(role)] = get_format(state["format"])
+        if state["ready"] and used[tensor_column(role)]:
+            formats.setdefault(layer, {})[tensor_column(role)] = get_format(state["format"])
     for name, state in entry["quantizers"].items():
         layer, _, role = name.rpartition("/")
         tensors.setdefault(layer, [])
-        if not (state["ready"] and used[column_of(role)]):
+        if not (state["ready"] and used[tensor_column(role)]):
             reasons[layer] = "switched off" if state["ready"] else "no statistics"
         elif not state.get("ran", True):
             reasons[layer] = "never ran"
@@ -138,10 +138,11 @@ def _checkpoint(path: Path, trust: bool) -> ReportData:
             )
             tensors[layer].append(_of_state(name, state, weight, in_integers))
     sizes = {key: x.numel() for key, x in weights.items() if isinstance(x, Tensor)}
+    histories = _histories(checkpoint.get("callbacks", {}))
     return ReportData(
         path.name,
-        _layers(tensors, reasons, sizes),
-        _histories(checkpoint.get("callbacks", {})),
+        _layers(tensors, reasons, sizes, latest_errors(histories)),
+        histories,
         recipe_text(entry["recipe"]),
         notes=[_AVERAGED] * bool(entry.get("averaged")),
     )
@@ -157,11 +158,13 @@ def _of_state(
         "refreshes": state.get("num_refreshes"),
         "in_integers": in_integers,
     }
-    if column_of(role) == "weight":
+    if tensor_column(role) == "weight":
         granularity, spectrum = granularity_of(state, weight), None
         if weight is not None:
             weight = weight.float()
-            spectrum = EnergySpectrum.of_rows(some_rows(granularity.rows(weight)), check=False)
+            rows = granularity.rows(weight)
+            few = evenly_spread(len(rows), rows.device)
+            spectrum = EnergySpectrum.of_rows(rows[few], check=False)
             error = weight - quantized_weight(weight, state)
             known["snr_db"] = _decibels(weight.square().sum(), error.square().sum())
         return tensor_entry(name, role, fmt, granularity, "", scale, weight, spectrum, **known)
@@ -187,11 +190,15 @@ def _histories(callbacks: Mapping[str, Any]) -> dict[str, History]:
     names = {"history": "snr_db", "output_history": "output_snr_db", "scale_history": "scale"}
     for key, state in callbacks.items():
         if str(key).startswith("SNRMonitor") and isinstance(state, Mapping):
+            errors = [
+                (int(step), {layer: OutputErrors(*own) for layer, own in row.items()})
+                for step, row in state.get("error_history", ())
+            ]
             return {
                 title: [(int(step), dict(row)) for step, row in state[name]]
                 for name, title in names.items()
                 if state.get(name)
-            }
+            } | error_histories(errors)
     return {}
 
 
@@ -228,7 +235,7 @@ def _native(path: Path) -> ReportData:
             )
     return ReportData(
         path.name,
-        _layers(found, {}, sizes),
+        _layers(found, {}, sizes, {}),
         recipe=recipe_text(header["recipe"]),
         notes=[_NO_SPECTRA, *header.get("remarks", ())],
     )
@@ -246,6 +253,7 @@ def _layers(
     quantized: Mapping[str, Sequence[TensorEntry]],
     reasons: Mapping[str, str],
     sizes: Mapping[str, int],
+    more: Mapping[str, Mapping[str, float | str]],
 ) -> tuple[LayerEntry, ...]:
     """Layers in the order of the file: those with quantizers, and others that hold tensors.
 
@@ -253,6 +261,7 @@ def _layers(
         quantized: Tensors with quantizers in use, by layer.
         reasons: Why others are not in use, by layer.
         sizes: Elements of each tensor of the model, by key.
+        more: Further columns, by layer.
     """
     counts: dict[str, int] = {}
     for key, size in sizes.items():
@@ -271,6 +280,7 @@ def _layers(
             parameters=counts.get(name, 0),
             tensors=tuple(quantized.get(name, ())),
             reason="" if quantized.get(name) else reasons.get(name, _FLOAT),
+            more=more.get(name, {}),
         )
         for name in names
     )

@@ -18,7 +18,7 @@ from statqat_lightning.export.files.reading import file_kind, read_checkpoint
 from statqat_lightning.export.proof.onnx_runtime import require_onnx
 from statqat_lightning.fake_quant.input_sums import InputSums
 from statqat_lightning.formats import BlockFormat, get_format
-from statqat_lightning.insight.report_data import column_of as column_of
+from statqat_lightning.insight.snr import tensor_column
 from statqat_lightning.numerics.granularity import (
     Granularity,
     PerBlock,
@@ -107,7 +107,7 @@ class Inspection:
     def _cells(self) -> list[tuple[str, ...]]:
         columns = ["weight", "input"]
         roles = {role for tensors in self.layers.values() for role in tensors}
-        columns += ["output"] * any(column_of(role) == "output" for role in roles)
+        columns += ["output"] * any(tensor_column(role) == "output" for role in roles)
         cells: list[tuple[str, ...]] = [("layer", *columns)]
         for name, tensors in self.layers.items():
             found = [_in_words(tensors, column) for column in columns]
@@ -117,7 +117,7 @@ class Inspection:
 
 def _in_words(tensors: Mapping[str, TensorEntry], column: str) -> str:
     """What the weights, the inputs or the output of a layer have; most often all the same."""
-    found = [str(tensor) for role, tensor in tensors.items() if column_of(role) == column]
+    found = [str(tensor) for role, tensor in tensors.items() if tensor_column(role) == column]
     return ", ".join(dict.fromkeys(found)) or "float"
 
 
@@ -167,7 +167,7 @@ def _inspect_checkpoint(path: Path, trust: bool) -> Inspection:
         layer, _, role = name.rpartition("/")
         fmt, decibels = get_format(state["format"]), None
         granularity: Granularity = PerTensor()
-        if column_of(role) == "weight":
+        if tensor_column(role) == "weight":
             weight = weight_in(checkpoint["state_dict"], layer, role)
             granularity = granularity_of(state, weight)
             if weight is not None and state["ready"]:
@@ -247,7 +247,7 @@ def _inspect_onnx(path: Path) -> Inspection:
             kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
             bits = _bits(tensor)
             layers.setdefault(layer, {})[role] = TensorEntry(kind, bits, granularity)
-        elif what == "scale" and column_of(role) != "weight":
+        elif what == "scale" and tensor_column(role) != "weight":
             zero = _zero_point_type(model, name)
             layers.setdefault(layer, {})[role] = TensorEntry(zero, 8, "per_tensor")
     if not layers:

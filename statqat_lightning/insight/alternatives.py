@@ -18,7 +18,7 @@ from statqat_lightning.formats import (
     get_format,
     unsigned,
 )
-from statqat_lightning.insight.tensor_facts import candidate_snr_db
+from statqat_lightning.insight.tensor_facts import candidate_snr_db, evenly_spread
 from statqat_lightning.numerics.granularity import (
     Granularity,
     PerBlock,
@@ -44,7 +44,6 @@ _SAME_WIDTH = {
 }
 _FOR_WEIGHTS = ("nf4",)
 _GROUP = 32
-_MOST_ROWS = 512
 _SCALE_BITS = 32
 _MOST_OF_BLOCKS = 1 << 17
 
@@ -199,7 +198,7 @@ def _finer(
     else:
         return
     rows = finer.rows(weight.detach().to(torch.float32))
-    spectrum = EnergySpectrum.of_rows(some_rows(rows), check=False)
+    spectrum = EnergySpectrum.of_rows(rows[evenly_spread(len(rows), rows.device)], check=False)
     bits = _SCALE_BITS * (len(rows) - _number_of_scales(granularity, weight)) / weight.numel()
     db = best_snr_db(spectrum, fmt)
     keeps = not in_integers or isinstance(finer, PerChannel)
@@ -226,9 +225,3 @@ def _of_blocks(weight: Tensor, fmt: BlockFormat, granularity: Granularity) -> It
 
 def _number_of_scales(granularity: Granularity, weight: Tensor) -> int:
     return math.prod(granularity.scale_shape(tuple(weight.shape)))
-
-
-def some_rows(rows: Tensor) -> Tensor:
-    """Rows spread evenly, 512 of them at most, as `tensor_spectra` takes them."""
-    count = min(len(rows), _MOST_ROWS)
-    return rows[torch.arange(count, device=rows.device) * len(rows) // count]

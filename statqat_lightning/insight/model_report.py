@@ -15,13 +15,12 @@ from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
 from statqat_lightning.formats import BlockFormat, Format, IntFormat, get_format
 from statqat_lightning.insight.alternatives import Alternative, alternatives
 from statqat_lightning.insight.report_data import (
-    Column,
-    History,
     LayerEntry,
     ReportData,
     TensorEntry,
-    column_of,
+    latest_errors,
 )
+from statqat_lightning.insight.snr import History, tensor_column
 from statqat_lightning.insight.tensor_chart import (
     TensorChart,
     chart_of_spectrum,
@@ -70,7 +69,7 @@ def model_report(
     """
     return ReportData(
         title or base_class(model).__name__,
-        _layers(model, report),
+        _layers(model, report, latest_errors(histories or {})),
         histories or {},
         recipe_text(None if recipe is None else recipe.to_dict()),
         files,
@@ -84,7 +83,11 @@ def recipe_text(recipe: Mapping[str, Any] | None) -> str:
     return "" if recipe is None else str(yaml.safe_dump(dict(recipe), sort_keys=False))
 
 
-def _layers(model: nn.Module, report: InsertionReport | None) -> tuple[LayerEntry, ...]:
+def _layers(
+    model: nn.Module,
+    report: InsertionReport | None,
+    more: Mapping[str, Mapping[str, float | str]],
+) -> tuple[LayerEntry, ...]:
     said = {} if report is None else {row.name: row for row in report.rows}
     facts = tensor_facts(model)
     entries: dict[str, list[TensorEntry]] = {}
@@ -99,7 +102,7 @@ def _layers(model: nn.Module, report: InsertionReport | None) -> tuple[LayerEntr
         if spectrum is not None and spectrum[0] == name:
             own, spectrum = spectrum[1], next(spectra, None)
         weight = weight_of(layer.module, fact.role) if fact.parameters else None
-        formats = {column_of(q.role): q.fmt for q in layer.quantizers.present() if q.enabled}
+        formats = {tensor_column(q.role): q.fmt for q in layer.quantizers.present() if q.enabled}
         entry = _tensor(fact, quantizer, own, weight, multiplies_integers(formats))
         entries.setdefault(layer.name, []).append(entry)
     found = []
@@ -114,6 +117,7 @@ def _layers(model: nn.Module, report: InsertionReport | None) -> tuple[LayerEntr
                 tuple(entries.get(name, ())),
                 "" if row is None or name in entries else row.reason,
                 "" if row is None else row.remark,
+                more.get(name, {}),
             )
         )
     return tuple(found)
@@ -155,7 +159,7 @@ def _tensor(
     )
 
 
-def multiplies_integers(formats: Mapping[Column, Format]) -> bool:
+def multiplies_integers(formats: Mapping[str, Format]) -> bool:
     """Whether a layer's weights and inputs are both integers, by the formats of its tensors."""
     factors = formats.get("weight"), formats.get("input")
     return all(isinstance(fmt, IntFormat) for fmt in factors)

@@ -6,32 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from statqat_lightning._files import write_whole
 from statqat_lightning._page import page
-from statqat_lightning.fake_quant.fake_quantizer import OUTPUT
 from statqat_lightning.insight.alternatives import Alternative, most_helpful
+from statqat_lightning.insight.output_errors import OutputErrors
+from statqat_lightning.insight.snr import History, tensor_column
 from statqat_lightning.insight.tensor_chart import TensorChart
-from statqat_lightning.layers.function_results import is_result
-from statqat_lightning.layers.layer_kinds import INPUT_ROLES
 
-Column = Literal["weight", "input", "output"]
 VERSION = 1
 """Of the data in a page."""
 _MOST_STEPS = 64
 """Steps of a history that a page keeps: more are not told apart on a screen."""
 _DIGITS = 3
-
-History = Sequence[tuple[int, Mapping[str, float]]]
-"""Steps with a number for each tensor, as `SNRMonitor.history` holds them."""
-
-
-def column_of(role: str) -> Column:
-    """The column of a table that a tensor of this role belongs to."""
-    if role == OUTPUT or is_result(role):
-        return "output"
-    return "input" if role in INPUT_ROLES else "weight"
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,7 @@ class TensorEntry:
         found = {
             "name": self.name,
             "role": self.role,
-            "column": column_of(self.role),
+            "column": tensor_column(self.role),
             "format": self.format,
             "bits": self.bits,
             "granularity": self.granularity,
@@ -144,8 +132,9 @@ class ReportData:
     Attributes:
         title: What the page is about, as the class of the model or the name of a file.
         layers: In the order of the network.
-        histories: By what they are of, `snr_db`, `output_snr_db` or `scale`: steps with a number
-            for each tensor.
+        histories: By what they are of: `snr_db`, `output_snr_db` and `scale`, steps with a number
+            for each tensor; `made_db`, `inherited_db` and `total_db`, for each layer, see
+            `OutputErrors`.
         recipe: The recipe of the training, as YAML; empty where it is not known.
         files: A row for each exported file, its figures by title.
         file_notes: What is to be known of those files.
@@ -207,6 +196,29 @@ class ReportData:
         if known:
             found |= {"mean_snr_db": sum(known) / len(known), "least_snr_db": min(known)}
         return found
+
+
+def error_histories(
+    history: Sequence[tuple[int, Mapping[str, OutputErrors]]],
+) -> dict[str, History]:
+    """Histories by layer from those of `SNRMonitor.error_history`."""
+    kinds = {"made_db": "made", "inherited_db": "inherited", "total_db": "total"}
+    return {
+        title: [(step, {k: getattr(own, name) for k, own in row.items()}) for step, row in history]
+        for title, name in kinds.items()
+        if history
+    }
+
+
+def latest_errors(histories: Mapping[str, History]) -> dict[str, dict[str, float | str]]:
+    """Columns of a table by layer: what its output's error was when it was last compared."""
+    titles = {"made_db": "made here, dB", "inherited_db": "inherited, dB"}
+    found: dict[str, dict[str, float | str]] = {}
+    for kind, title in titles.items():
+        for _, row in histories.get(kind, ())[-1:]:
+            for layer, value in row.items():
+                found.setdefault(layer, {})[title] = value
+    return found
 
 
 def thinned(history: History) -> dict[str, Any]:

@@ -85,11 +85,13 @@ class SNRSummary:
         mean: Mean in dB over tensors with a finite SNR; NaN if there is none.
         min: Smallest in dB; NaN if there is none.
         worst: Name of the tensor with the smallest; empty if there is none.
+        five_worst: Names and SNRs of the five with the smallest, ascending.
     """
 
     mean: float
     min: float
     worst: str
+    five_worst: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def of(cls, decibels: Mapping[str, float]) -> SNRSummary:
@@ -97,8 +99,16 @@ class SNRSummary:
         finite = {name: value for name, value in decibels.items() if math.isfinite(value)}
         if not finite:
             return cls(math.nan, math.nan, "")
-        worst = min(finite, key=finite.__getitem__)
-        return cls(sum(finite.values()) / len(finite), finite[worst], worst)
+        ascending = tuple(sorted(finite.items(), key=lambda entry: entry[1])[:5])
+        worst, least = ascending[0]
+        return cls(sum(finite.values()) / len(finite), least, worst, ascending)
+
+
+def tensor_column(role: str) -> str:
+    """What a tensor is to its layer, by its role: `weight`, `input` or `output`."""
+    if role == OUTPUT or is_result(role):
+        return "output"
+    return "input" if role in INPUT_ROLES else "weight"
 
 
 History = Sequence[tuple[int, Mapping[str, float]]]
@@ -142,14 +152,14 @@ def plot_snr(histories: Mapping[str, History], path: str | Path | None = None) -
     axes = figure.subplots(2, len(histories), sharex="col", sharey=True, squeeze=False)
     for column, (title, history) in enumerate(histories.items()):
         for name in names:
-            layer, _, role = name.rpartition("/")
-            not_weight = role in (*INPUT_ROLES, OUTPUT) or is_result(role)
-            axis = axes[int(not_weight), column]
+            kind = tensor_column(name.rpartition("/")[2])
+            axis = axes[int(kind != "weight"), column]
             points = [(step, row[name]) for step, row in history if name in row]
             if points:
-                style = "--" if role == OUTPUT or is_result(role) else "-"
+                style = "--" if kind == "output" else "-"
                 steps, decibels = zip(*points, strict=True)
-                axis.plot(steps, decibels, style, color=colors[layer], linewidth=1.3)
+                color = colors[name.rpartition("/")[0]]
+                axis.plot(steps, decibels, style, color=color, linewidth=1.3)
         for axis in axes[:, column]:
             axis.grid(alpha=0.3)
         axes[0, column].set_title(title)

@@ -18,8 +18,8 @@ from statqat_lightning.error_analysis.spectrum_tables import (
     LOWEST_OCTAVE,
 )
 from statqat_lightning.formats import Format, IntFormat
-from statqat_lightning.insight.alternatives import some_rows
 from statqat_lightning.insight.plots import edges_of_range
+from statqat_lightning.insight.tensor_facts import evenly_spread
 from statqat_lightning.numerics.granularity import Granularity
 
 Points = npt.NDArray[np.float64]
@@ -94,7 +94,8 @@ def chart_of_weight(
     scales = scale.detach().to(rows.device, torch.float32).reshape(-1, 1)
     if len(scales) == 1:
         return chart_of_spectrum(EnergySpectrum.of_rows(rows, False, False), scales, formats)
-    rows, scales = some_rows(rows), some_rows(scales)
+    few = evenly_spread(len(rows), rows.device)
+    rows, scales = rows[few], scales[few]
     energy = EnergySpectrum.of_rows(rows / scales, keep=False, check=False).energy
     whole = (energy * scales.square()).mean(0, keepdim=True)
     one = torch.ones(1, device=whole.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
 from statqat_lightning.fake_quant.observers import statistics_of
 from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.formats import Format
+from statqat_lightning.insight.run_plots import TensorOnGrid
 from statqat_lightning.insight.snr import output_snr_by_weight, snr_by_tensor
 from statqat_lightning.layers.quantized_layer import base_class, weight_of
 from statqat_lightning.model.quantized_model import QuantizedLayer, quantized_layers
@@ -44,7 +45,8 @@ class TensorFacts:
         predicted_snr_db: The same as the energy spectrum predicts it.
         output_snr_db: SNR in dB of the layer's output if this weight alone is rounded; None for
             inputs, and where it is not known.
-        clipped: Share of the values that lie beyond the ends of the grid.
+        clipped: Share of the values that lie beyond the ends of the grid; of inputs and outputs as
+            far as the spectrum tells, which resolves 1/32 of a magnitude.
         grid_used: Share of the grid's values that occur.
         outer_energy: Share of the energy that is rounded to one of the ends of the grid.
     """
@@ -83,7 +85,7 @@ def tensor_facts(model: nn.Module) -> dict[str, TensorFacts]:
         name, predicted = quantizer.name, None
         spectrum = _spectrum(layer, quantizer)
         if spectrum is not None:
-            predicted = _decibels(*_predicted(spectrum, quantizer, layer))
+            predicted = _decibels(*_predicted(spectrum, quantizer))
         if isinstance(quantizer, WeightFakeQuantizer):
             weight = weight_of(layer.module, quantizer.role)
             clipped, used, outer = grid_of_values(weight, quantizer)
@@ -132,6 +134,22 @@ def tensor_spectra(model: nn.Module) -> Iterator[tuple[str, EnergySpectrum]]:
             yield quantizer.name, spectrum
 
 
+@torch.no_grad()
+def tensors_on_grids(model: nn.Module, names: Collection[str]) -> dict[str, TensorOnGrid]:
+    """Spectra, formats and scales of some tensors, for `plot_error_curves`.
+
+    Args:
+        model: A model with quantizers; nothing in it changes.
+        names: Names of tensors, in the order wanted; those without a spectrum are left out.
+    """
+    found = {}
+    for layer, quantizer in _in_use(model):
+        if quantizer.name in names and (spectrum := _spectrum(layer, quantizer)) is not None:
+            scales = _scales_of(quantizer, len(spectrum.energy))
+            found[quantizer.name] = TensorOnGrid(spectrum, quantizer.fmt, scales)
+    return {name: found[name] for name in names if name in found}
+
+
 def candidate_snr_db(spectrum: EnergySpectrum, fmt: Format) -> float:
     """Predicted SNR in dB of a tensor in another format, each row at its best scale.
 
@@ -160,24 +178,27 @@ def _spectrum(layer: QuantizedLayer, quantizer: FakeQuantizer) -> EnergySpectrum
     if isinstance(quantizer, WeightFakeQuantizer):
         weight = weight_of(layer.module, quantizer.role)
         rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
-        return EnergySpectrum.of_rows(rows[_some(len(rows), rows.device)], check=False)
+        return EnergySpectrum.of_rows(rows[evenly_spread(len(rows), rows.device)], check=False)
     assert isinstance(quantizer, ActivationFakeQuantizer)
     return statistics_of([quantizer.observer]).spectrum
 
 
-def _some(rows: int, device: torch.device) -> Tensor:
-    """Indices of rows spread evenly, `_MOST_ROWS` at most."""
+def evenly_spread(rows: int, device: torch.device) -> Tensor:
+    """Indices of rows that stand for all of them: spread evenly, 512 at most."""
     count = min(rows, _MOST_ROWS)
     return torch.arange(count, device=device) * rows // count
 
 
-def _predicted(
-    spectrum: EnergySpectrum, quantizer: FakeQuantizer, layer: QuantizedLayer
-) -> tuple[float, float]:
+def _predicted(spectrum: EnergySpectrum, quantizer: FakeQuantizer) -> tuple[float, float]:
     """Energy of the rows of a spectrum, and the error predicted at the scales in force."""
+    scales = _scales_of(quantizer, len(spectrum.energy))
+    return float(spectrum.power.sum()), float(spectrum.mse(quantizer.fmt, scales).sum())
+
+
+def _scales_of(quantizer: FakeQuantizer, rows: int) -> Tensor:
+    """The scales of the rows that a spectrum holds."""
     scale = quantizer.qparams.scale.flatten()
-    scale = scale[_some(len(scale), scale.device)].expand(len(spectrum.energy))
-    return float(spectrum.power.sum()), float(spectrum.mse(quantizer.fmt, scale).sum())
+    return scale[evenly_spread(len(scale), scale.device)].expand(rows)
 
 
 def _decibels(signal: float, noise: float) -> float | None:
@@ -276,3 +297,65 @@ class _Cumulative:
         part = (magnitude - low) / (high - low)
         first, last = float(self.sums[side, number - 1]), float(self.sums[side, number])
         return first + part * (last - first)
+
+
+@dataclass(frozen=True)
+class GridFigures:
+    """What changes of a tensor's grid from step to step.
+
+    Attributes:
+        format: Name of the number format in use.
+        scale: Geometric mean of the scales.
+        clipped: Share of the values that lie beyond the ends of the grid; NaN where it is not
+            known.
+    """
+
+    format: str
+    scale: float
+    clipped: float
+
+
+@torch.no_grad()
+def grid_figures(model: nn.Module) -> dict[str, GridFigures]:
+    """Format, scale and share of clipped values of each quantized tensor, by name.
+
+    For every so many steps: it takes a few operations a tensor and one transfer from the device.
+
+    Args:
+        model: A model with quantizers; nothing in it changes.
+    """
+    used = [*_in_use(model)]
+    if not used:
+        return {}
+    scales, clipped = [], []
+    for layer, quantizer in used:
+        scale, fmt = quantizer.qparams.scale, quantizer.fmt
+        scales.append(scale.log().mean() if scale.dim() else scale.log())
+        if isinstance(quantizer, WeightFakeQuantizer):
+            weight = weight_of(layer.module, quantizer.role)
+            rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
+            y = rows / scale.reshape(-1, 1)
+            beyond = torch.count_nonzero(y.clamp(fmt.min, fmt.max) - y)
+            clipped.append(beyond / y.numel())
+        else:
+            assert isinstance(quantizer, ActivationFakeQuantizer)
+            clipped.append(_clipped(quantizer.observer.running_spectrum, quantizer))
+    table = torch.stack([torch.stack(scales).exp(), torch.stack(clipped)], 1).tolist()
+    return {
+        quantizer.name: GridFigures(quantizer.fmt.name, scale, share)
+        for (_, quantizer), (scale, share) in zip(used, table, strict=True)
+    }
+
+
+def _clipped(spectrum: Tensor, quantizer: FakeQuantizer) -> Tensor:
+    """Share of the values of a spectrum that lie beyond a grid, by whole bins; float32 `()`."""
+    if spectrum.numel() == 0:
+        return spectrum.new_full((), torch.nan)
+    edges, squares = edges_and_squares(spectrum.device)
+    counts = spectrum.view(2, BINS_PER_SIDE) / squares
+    scale, fmt = quantizer.qparams.scale, quantizer.fmt
+    # A bin counts if its middle lies beyond the end.
+    middles = (edges[1:] + edges[:-1]) / 2
+    above = (counts[0] * (middles > fmt.max * scale)).sum()
+    below = (counts[1] * (middles > -fmt.min * scale)).sum()
+    return above + below

@@ -56,6 +56,10 @@ class Keep(Callback):
         known = {
             "states": self.witness.states,
             "history": self.monitor.history,
+            "errors": [
+                [step, {name: vars(own) for name, own in row.items()}]
+                for step, row in self.monitor.error_history
+            ],
             "weights": dict(pl_module.state_dict()),
         }
         torch.save(known, self.folder / f"{trainer.global_rank}.pt")
@@ -70,7 +74,7 @@ def fit(folder: Path, **options: Any) -> None:
         ]
     )
     callback = StatQATCallback(recipe=recipe, max_observed=2**20, freeze_at=None, verbose=False)
-    witness, monitor = Witness(), SNRMonitor()
+    witness, monitor = Witness(), SNRMonitor(output_every=3)
     trainer = make_trainer(
         callback,
         monitor,

@@ -88,7 +88,7 @@ def test_train_resume_test_and_export(
     trainer.fit(whole, loader(shuffle=False), held_out())
     assert not messages.about("no calibration")
     assert set(whole.state_dict()) == {f"net.{name}" for name in start}
-    assert "snr_db/net.3/input" in (tmp_path / "log" / "version_0" / "metrics.csv").read_text()
+    assert "snr_db_input/net.3" in (tmp_path / "log" / "version_0" / "metrics.csv").read_text()
     assert "snr_db/mean" in trainer.callback_metrics
 
     resumed = kind()

@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from statqat_lightning.callbacks.calibration import CannotCalibrate, calibrate
+from statqat_lightning.callbacks.calibration import calibrate
 from statqat_lightning.callbacks.qat import StatQATWarning
+from statqat_lightning.callbacks.trial_run import CannotCalibrate
 from statqat_lightning.model.insertion import prepare
 from statqat_lightning.model.quantized_model import quantizer_state
 from tests.callbacks.conftest import Messages

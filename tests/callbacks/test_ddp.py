@@ -49,3 +49,9 @@ def test_what_they_know_is_pooled_over_their_data(
         )
     for (_, row), (_, expected_row) in zip(ranks[0]["history"], single["history"], strict=True):
         assert row == pytest.approx(expected_row, abs=0.2)
+    # Errors of outputs are summed over the ranks: a batch of both is that of a single process.
+    assert [step for step, _ in single["errors"]] == [2, 5]
+    assert ranks[0]["errors"] == ranks[1]["errors"]
+    for (_, row), (_, expected_row) in zip(ranks[0]["errors"], single["errors"], strict=True):
+        for name, parts in expected_row.items():
+            assert row[name] == pytest.approx(parts, abs=0.2)

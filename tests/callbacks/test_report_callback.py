@@ -60,6 +60,25 @@ def test_the_page_knows_what_the_other_callbacks_know(first: bool) -> None:
     assert report.data.to_dict() == data
 
 
+def test_errors_of_outputs_are_a_column_and_a_history() -> None:
+    monitor, kept = SNRMonitor(output_every=2), ModelCheckpoint("kept", save_last=True)
+    train(statqat(target=None), monitor, ReportCallback(), kept)
+    data = parsed()
+    step, errors = monitor.error_history[-1]
+    assert data["histories"]["made_db"]["steps"][-1] == step
+    for layer in data["layers"]:
+        if layer["tensors"]:
+            made = errors[layer["name"]].made
+            assert layer["more"]["made here, dB"] == pytest.approx(made, rel=0.006)
+            values = data["histories"]["made_db"]["values"][layer["name"]]
+            assert values[-1] == layer["more"]["made here, dB"]
+    scales = data["histories"]["scale"]["values"]
+    assert scales["net.3/weight"][-1] == pytest.approx(
+        monitor.scale_history[-1][1]["net.3/weight"], rel=0.006
+    )
+    assert file_report("kept/last.ckpt").to_dict()["histories"] == data["histories"]
+
+
 def test_it_changes_nothing_and_no_checkpoint_holds_it() -> None:
     kept = ModelCheckpoint("kept", save_last=True)
     _, alone = train(statqat())

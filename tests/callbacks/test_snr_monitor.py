@@ -37,8 +37,12 @@ from tests.callbacks.digits import (
 )
 from tests.wandb_file import read_finished_run
 
-KEYS = {f"snr_db/{layer}/{role}" for layer in LAYERS for role in ("weight", "input")}
-OUTPUT_KEYS = {f"output_snr_db/{layer}/weight" for layer in LAYERS}
+ROLES = ("weight", "input")
+KEYS = {f"snr_db_{role}/{layer}" for layer in LAYERS for role in ROLES}
+OUTPUT_KEYS = {f"output_snr_db_weight/{layer}" for layer in LAYERS}
+GRID_KEYS = {
+    f"{what}_{role}/{layer}" for layer in LAYERS for role in ROLES for what in ("scale", "clipped")
+}
 AGGREGATES = {"snr_db/mean", "snr_db/min"}
 Rows = dict[int, dict[str, float]]
 
@@ -182,15 +186,20 @@ def test_every_logger_gets_every_layer_at_the_cadence_of_the_trainer(
         assert [*own] == [step for step, _ in monitor.history] == [1, 3, 5, 7, 9, 11]
         for step, history in monitor.history:
             row = {key: value for key, value in own[step].items() if key.startswith("snr_db")}
+            worst = row.pop("snr_db/worst_layer", None)  # W&B takes texts
+            assert worst == (min(history, key=history.__getitem__) if name == "wandb" else None)
             assert row.keys() == KEYS | AGGREGATES
             assert {key for key in own[step] if key.startswith("output_")} == OUTPUT_KEYS
-            for layer, value in history.items():
-                assert row[f"snr_db/{layer}"] == pytest.approx(value, rel=1e-6)
+            assert {key for key in own[step] if key.startswith(("scale", "clip"))} == GRID_KEYS
+            for tensor, value in history.items():
+                layer, role = tensor.split("/")
+                assert row[f"snr_db_{role}/{layer}"] == pytest.approx(value, rel=1e-6)
             assert row["snr_db/mean"] == pytest.approx(np.mean([*history.values()]), rel=1e-6)
             assert row["snr_db/min"] == pytest.approx(min(history.values()), rel=1e-6)
         for step, history in monitor.output_history:
             for layer, value in history.items():
-                assert own[step][f"output_snr_db/{layer}"] == pytest.approx(value, rel=1e-6)
+                key = f"output_snr_db_weight/{layer.removesuffix('/weight')}"
+                assert own[step][key] == pytest.approx(value, rel=1e-6)
 
 
 def test_the_snr_of_an_output_is_that_of_independent_channels_drawn_by_chance() -> None:

@@ -300,9 +300,11 @@ def test_cifar10_example_logs_the_snr_of_all_layers_to_wandb(repository: Path) -
         "cifar10_resnet20.py",
         *("--limit-train-batches", "6", "--limit-test-batches", "1", "--wandb", "offline"),
         *("--log-every-n-steps", "2", "--batch-size", "32", "--output", "out"),
+        *("--snr-output-every", "3", "--snr-alert-db", "0.05", "--lr", "0.1"),
     )
     (path,) = Path("out").rglob("*.wandb")
-    history = read_run(path).history
+    run = read_run(path)
+    history = run.history
     layers = ["conv1", "linear"] + [
         f"layer{stage}.{block}.conv{conv}"
         for stage in (1, 2, 3)
@@ -311,9 +313,31 @@ def test_cifar10_example_logs_the_snr_of_all_layers_to_wandb(repository: Path) -
     ]
     for layer in layers:
         for role in ("weight", "input"):
-            curve = [row[key] for row in history if (key := f"snr_db/model.{layer}/{role}") in row]
+            curve = [row[key] for row in history if (key := f"snr_db_{role}/model.{layer}") in row]
             assert len(curve) == 3
             assert all(5 < value < 60 for value in curve)
+        for part in ("made", "inherited", "total"):
+            key = f"layer_output_{part}_db/model.{layer}"
+            assert len([row[key] for row in history if key in row]) == 2
+    config = run.config["statqat"]
+    assert config["weight_formats"] == "int4, int8"
+    assert config["input_formats"].startswith("uint4, ")
+    assert config["schedule"]["freeze_at"] == 0.9
+    assert run.alerts
+    assert "SNR fell" in run.alerts[0]
+    assert "quantized-model" in run.artifacts
+    assert run.summary["snr_db/last_min"] >= run.summary["snr_db/lowest"]
+    assert run.summary["snr_db/lowest_layer"].startswith("model.")
+    (table,) = Path("out").rglob("layers*.table.json")
+    content = json.loads(table.read_text())
+    assert len(content["data"]) == 2 * len(layers)
+    by_column = dict(zip(content["columns"], zip(*content["data"], strict=True), strict=True))
+    assert {*map(type, by_column["snr_db"])} == {float}
+    assert sum(value is not None for value in by_column["made_db"]) == len(layers)
+    pictures = {picture.name.partition("_")[0] for picture in Path("out").rglob("media/**/*.png")}
+    assert pictures == {"snr", "worst"}
+    spectra = [key for row in history for key in row if key.startswith("spectrum_")]
+    assert len({key.removesuffix("/_type") for key in spectra if key.endswith("/_type")}) == 40
 
 
 @pytest.mark.cifar

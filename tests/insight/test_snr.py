@@ -112,7 +112,8 @@ def test_a_weight_of_zeros_has_no_snr() -> None:
 
 def test_summary() -> None:
     summary = SNRSummary.of({"a": 20.0, "b": 10.0, "c": math.inf, "d": 30.0})
-    assert summary == SNRSummary(20.0, 10.0, "b")
+    ascending = (("b", 10.0), ("a", 20.0), ("d", 30.0))
+    assert summary == SNRSummary(20.0, 10.0, "b", ascending)
     for nothing in ({}, {"a": math.inf}):
         empty = SNRSummary.of(nothing)
         assert math.isnan(empty.mean)
