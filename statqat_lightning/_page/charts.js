@@ -185,7 +185,11 @@ function historyPicture(title, unit, steps, lines, height = 130) {
     }
     root.append(label(right, height - 2, "training step", "end"), label(0, top + 2, unit));
     for (const each of lines) {
-      if (each.values) {
+      if (each.bars) {
+        const wide = Math.max((right - left) / steps.length - 1, 1);
+        each.values.forEach((y, i) => root.append(svg("rect", {x: across(steps[i]) - wide / 2,
+          y: up(y), width: wide, height: Math.max(up(0) - up(y), 0), class: "solid"})));
+      } else if (each.values) {
         const points = each.values.map((y, i) => [across(steps[i]), number(y) ? up(y) : null]);
         root.append(path(points, {"stroke-width": each.width || 1.8,
           "stroke-dasharray": each.dash || "",

@@ -34,13 +34,9 @@ function timeline(holder) {
   figure(holder, "Scales", note, historyPicture(
     "Scales over the run, in octaves from where they end", "oct.", scales.steps,
     spread(scales, names, octaves)));
-  const moved = scales.steps.map((_, i) => (i === 0 ? null : names.filter((name) => {
-    const [now, before] = [scales.values[name][i], scales.values[name][i - 1]];
-    return number(now) && number(before) && now !== before;
-  }).length));
-  figure(holder, "Refreshes", "scales that changed since the point before",
-    historyPicture("Number of scales that changed, over the run", "", scales.steps,
-      [{values: moved}]));
+  figure(holder, "Refreshes", `of ${names.length} scales, those that moved since the bar before`,
+    historyPicture("Number of scales that moved, over the run", "", scales.steps,
+      [{values: scales.moved, bars: true}]));
 }
 
 // Details of a layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -224,13 +225,19 @@ def latest_errors(histories: Mapping[str, History]) -> dict[str, dict[str, float
 def thinned(history: History) -> dict[str, Any]:
     """A history by tensor: `steps`, and for each name a number or None for each of them.
 
-    Of many steps, some are kept that are spread evenly, the first and the last among them.
+    Of many steps, some are kept that are spread evenly, the first and the last among them. `moved`
+    says of how many names the number has changed since the step before, however little.
     """
     count = min(len(history), _MOST_STEPS)
     last = max(count - 1, 1)
     kept = [history[number * (len(history) - 1) // last] for number in range(count)]
     names = dict.fromkeys(name for _, row in kept for name in row)
+    moved = [
+        sum(before[name] != now[name] for name in before.keys() & now.keys())
+        for (_, before), (_, now) in itertools.pairwise(kept)
+    ]
     return {
+        "moved": [0, *moved],
         "steps": [int(step) for step, _ in kept],
         "values": {name: [row.get(name) for _, row in kept] for name in names},
     }

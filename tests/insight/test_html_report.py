@@ -254,6 +254,15 @@ def test_long_histories_keep_both_ends() -> None:
     assert found["values"]["b"][0] is None
 
 
+def test_scales_that_moved_are_counted_before_numbers_are_cut_short() -> None:
+    history = [(0, {"a": 1.0, "b": 1.0}), (5, {"a": 1.0001, "b": 1.0}), (9, {"a": 2.0, "c": 1.0})]
+    assert short(thinned(history)) == {
+        "steps": [0, 5, 9],
+        "moved": [0, 1, 1],
+        "values": {"a": [1, 1, 2], "b": [1, 1, None], "c": [None, None, 1]},
+    }
+
+
 def test_layers_in_float_and_idle_layers_say_why() -> None:
     net, report = small()
     rows = {layer.name: layer for layer in model_report(net, report=report).layers}
