@@ -21,7 +21,7 @@ function svg(tag, attributes = {}, ...children) {
 }
 
 const number = (x) => typeof x === "number";
-const digits = (x) => (number(x) ? String(Number(x.toPrecision(3))) : String(x));
+const digits = (x) => (number(x) ? String(Number(x.toPrecision(3))) : x || "not known");
 const signed = (x, places) => x.toFixed(places).replace("-", "\u2212");
 const decibels = (x) => (x === "inf" ? "exact" : number(x) ? `${signed(x, 1)} dB` : "not known");
 const percent = (x) => (x > 0 && x < 1e-4 ? "< 0.01 %" : `${digits(100 * x)} %`);

@@ -31,6 +31,7 @@ from statqat_lightning.layers.module_names import plain_name
 from statqat_lightning.layers.quantized_layer import base_class, is_quantized, weight_of
 from statqat_lightning.model.insertion_report import InsertionReport
 from statqat_lightning.model.quantized_model import quantized_layers
+from statqat_lightning.model.report_rows import rows_in_use
 from statqat_lightning.numerics.granularity import Granularity
 from statqat_lightning.recipes.recipe import QuantRecipe
 
@@ -89,6 +90,7 @@ def _layers(
     more: Mapping[str, Mapping[str, float | str]],
 ) -> tuple[LayerEntry, ...]:
     said = {} if report is None else {row.name: row for row in report.rows}
+    reasons = {name: change.get("reason") for name, change in rows_in_use(model).items()}
     facts = tensor_facts(model)
     entries: dict[str, list[TensorEntry]] = {}
     quantizers = {
@@ -115,7 +117,7 @@ def _layers(
                 base_class(module).__name__ if row is None else row.type,
                 count if row is None else row.parameters,
                 tuple(entries.get(name, ())),
-                "" if row is None or name in entries else row.reason,
+                "" if name in entries else reasons.get(name) or (row.reason if row else ""),
                 "" if row is None else row.remark,
                 more.get(name, {}),
             )
@@ -151,7 +153,7 @@ def _tensor(
         weight,
         spectrum,
         in_integers,
-        snr_db=fact.snr_db,
+        snr_db=None if fact.snr_db is None else _known(fact.snr_db),
         output_snr_db=fact.output_snr_db,
         clipped=_known(fact.clipped),
         grid_used=_known(fact.grid_used),
@@ -197,7 +199,8 @@ def tensor_entry(
     """
     chart: TensorChart | None = None
     others: tuple[Alternative, ...] = ()
-    if spectrum is not None:
+    is_finite = weight is None or bool(weight.isfinite().all())
+    if spectrum is not None and is_finite and bool(scale.isfinite().all()):
         others = tuple(
             alternatives(spectrum, fmt, granularity, quantizer, scale, weight, in_integers)
         )

@@ -202,7 +202,7 @@ def _scales_of(quantizer: FakeQuantizer, rows: int) -> Tensor:
 
 
 def _decibels(signal: float, noise: float) -> float | None:
-    if not signal > 0 or math.isnan(noise):
+    if not (0 < signal < math.inf and noise < math.inf):  # NaN and infinities tell nothing
         return None
     return 10 * math.log10(signal / noise) if noise > 0 else math.inf
 

@@ -26,7 +26,7 @@ from statqat_lightning.insight.model_report import model_report
 from statqat_lightning.insight.report_data import LayerEntry, ReportData, short, thinned
 from statqat_lightning.insight.tensor_chart import chart_of_spectrum, chart_of_weight
 from statqat_lightning.model.insertion_report import InsertionReport, LayerReport
-from statqat_lightning.model.quantized_model import refresh, set_observing
+from statqat_lightning.model.quantized_model import refresh, set_enabled, set_observing
 from statqat_lightning.numerics.granularity import PerChannel, PerTensor
 from statqat_lightning.recipes.recipe import QuantRecipe
 
@@ -263,6 +263,19 @@ def test_scales_that_moved_are_counted_before_numbers_are_cut_short() -> None:
     }
 
 
+def test_a_run_that_ended_in_nan_has_its_page() -> None:
+    net, report = small()
+    with torch.no_grad():
+        net.get_parameter("0.weight")[0, 0] = math.nan
+        net.get_parameter("3.weight")[0, 0] = math.inf
+    found = model_report(net, report=report)
+    tensors = {t["name"]: t for layer in written(found).data["layers"] for t in layer["tensors"]}
+    assert "chart" in tensors["0/input"]
+    assert "alternatives" in tensors["0/input"]
+    for name in ("0/weight", "3/weight"):
+        assert not {"chart", "alternatives"} & tensors[name].keys()
+
+
 def test_layers_in_float_and_idle_layers_say_why() -> None:
     net, report = small()
     rows = {layer.name: layer for layer in model_report(net, report=report).layers}
@@ -270,6 +283,10 @@ def test_layers_in_float_and_idle_layers_say_why() -> None:
     assert rows["1"].type == "LayerNorm"
     assert rows["0"].parameters == 64 * 48 + 48
     assert rows["0"].reason == ""
+    set_enabled(net, weights=False, inputs=False)
+    rows = {layer.name: layer for layer in model_report(net, report=report).layers}
+    assert rows["0"].reason == "switched off"
+    assert rows["0"].tensors == ()
 
 
 def test_nothing_in_the_model_changes() -> None:
