@@ -99,8 +99,8 @@ function tensorPicture(tensor) {
     for (let u = Math.ceil(low / every) * every; u <= high; u += every) {
       root.append(line(at(u), top, at(u), height - 34, "axis"), power(at(u), height - 18, u));
     }
-    const unit = chart.unit === "scale" ? "magnitude over the scale of its elements" : "magnitude";
-    root.append(label((left + right) / 2, height - 3, `${unit}, clip point`, "middle"));
+    const unit = chart.unit === "scale" ? "magnitude over its scale" : "magnitude";
+    root.append(label((left + right) / 2, height - 3, `${unit}; clip point`, "middle"));
 
     const most = Math.max(...chart.energy), floor = top + spectrum;
     const outline = (energy) => energy.flatMap((share, k) => {
