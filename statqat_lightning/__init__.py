@@ -14,6 +14,7 @@ from statqat_lightning._moved import MOVED, serve_old_names
 if TYPE_CHECKING:
     from statqat_lightning.callbacks import DistillationCallback as DistillationCallback
     from statqat_lightning.callbacks import ExportCallback as ExportCallback
+    from statqat_lightning.callbacks import ReportCallback as ReportCallback
     from statqat_lightning.callbacks import SNRMonitor as SNRMonitor
     from statqat_lightning.callbacks import StatQATCallback as StatQATCallback
     from statqat_lightning.callbacks import quantized_loading as quantized_loading
@@ -38,6 +39,7 @@ serve_old_names()
 _HOMES = {
     "DistillationCallback": "callbacks",
     "ExportCallback": "callbacks",
+    "ReportCallback": "callbacks",
     "SNRMonitor": "callbacks",
     "StatQATCallback": "callbacks",
     "quantized_loading": "callbacks",

@@ -1,8 +1,8 @@
-"""`statqat`: export a checkpoint, look into files, list formats and presets, plan a recipe.
+"""`statqat`: export a checkpoint, look into files, report, plan a recipe, list what there is.
 
-Each command is a function: `export_checkpoint`, `inspect_file` and `compare_files` of
-`statqat_lightning.export`, `list_formats` and `list_presets` of `statqat_lightning`, `plan_recipe`
-and `compare_recipes` of `statqat_lightning.insight`.
+Each command is a function: `export_checkpoint`, `inspect_file`, `file_report` and `compare_files`
+of `statqat_lightning.export`, `list_formats` and `list_presets` of `statqat_lightning`,
+`plan_recipe` and `compare_recipes` of `statqat_lightning.insight`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from statqat_lightning.export.calls.forward_call import ForwardCall
 from statqat_lightning.export.checkpoints import export_checkpoint, module_of
 from statqat_lightning.export.file_comparison import compare_files
+from statqat_lightning.export.file_report import file_report
 from statqat_lightning.export.files.native import library_version
 from statqat_lightning.export.files.registry import DEFAULT, FILE_TYPES
 from statqat_lightning.export.inspection import inspect_file
@@ -112,6 +113,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", type=Path)
     inspect.set_defaults(command=lambda o: print(inspect_file(o.file, o.trust)))
 
+    report = commands.add_parser(
+        "report", parents=[trust], help="layers, SNR, spectra and proof of a file as an HTML page"
+    )
+    report.add_argument("file", type=Path, help="a checkpoint, or a .safetensors file")
+    report.add_argument(
+        "-o", "--output", type=Path, metavar="PAGE", help="default: FILE.html beside the file"
+    )
+    report.set_defaults(command=_report)
+
     compare = commands.add_parser("compare", parents=[trust], help="weights of two files")
     compare.add_argument("a", type=Path)
     compare.add_argument("b", type=Path)
@@ -157,6 +167,13 @@ def _export(options: argparse.Namespace) -> None:
         raise ValueError(
             "not all files were written, see above. If no input is known, give --input."
         )
+
+
+def _report(options: argparse.Namespace) -> None:
+    data = file_report(options.file, options.trust)
+    path = options.output or options.file.with_name(f"{options.file.name}.html")
+    data.to_html(path)
+    print(f"{path}: {len(data.layers)} layers, {path.stat().st_size / 1e3:.1f} kB")
 
 
 def _dynamic(given: Sequence[str]) -> dict[str, dict[int, str]] | None:

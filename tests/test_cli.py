@@ -425,3 +425,23 @@ def test_diff_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_formats_prints_the_table_of_formats(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["formats"]) == 0
     assert capsys.readouterr().out == f"{list_formats()}\n"
+
+
+def test_report_writes_a_page_of_a_checkpoint_and_of_a_native_file(
+    checkpoint: Path, trained: tuple[Path, Sized], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(checkpoint)]) == 0
+    assert re.fullmatch(r"run\.ckpt\.html: \d+ layers, \d+\.\d kB\n", capsys.readouterr().out)
+    text = Path("run.ckpt.html").read_text(encoding="utf-8").replace("<wbr>", "")
+    for name in inspect_file(checkpoint).layers:
+        assert f'<span class="name">{name}</span>' in text
+    save_native(trained[1], "model.safetensors")
+    assert main(["report", "model.safetensors", "-o", "pages/own.html"]) == 0
+    assert "model.safetensors" in Path("pages/own.html").read_text(encoding="utf-8")
+
+
+def test_report_says_what_it_cannot_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere.ckpt" in fails(capsys, "report", "nowhere.ckpt")
+    assert "expected the checkpoint of the training" in fails(capsys, "report", "model.onnx")
+    torch.save({"state_dict": {}}, "float.ckpt")
+    assert "without StatQATCallback" in fails(capsys, "report", "float.ckpt")

@@ -19,6 +19,7 @@ from statqat_lightning._moved import MOVED
 ROOT = Path(statqat_lightning.__file__)
 PUBLIC = (
     *("StatQATCallback", "SNRMonitor", "ExportCallback", "DistillationCallback"),
+    "ReportCallback",
     *("QuantRecipe", "QuantRule", "TensorSpec", "QuantSchedule"),
     *("get_format", "list_formats", "list_presets", "fake_quantize", "snr_db", "compensate"),
     *("prepare", "remove", "freeze", "load_quantized", "quantized_loading", "place"),

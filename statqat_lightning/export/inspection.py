@@ -169,7 +169,7 @@ def _inspect_checkpoint(path: Path, trust: bool) -> Inspection:
         granularity: Granularity = PerTensor()
         if tensor_column(role) == "weight":
             weight = weight_in(checkpoint["state_dict"], layer, role)
-            granularity = _granularity_of(state, weight)
+            granularity = granularity_of(state, weight)
             if weight is not None and state["ready"]:
                 decibels = float(snr_db(weight.float(), quantized_weight(weight, state).float()))
         elif (sums := state.get("running_sums")) is not None and InputSums(sums).noise > 0:
@@ -187,7 +187,7 @@ def weight_in(state: Mapping[str, Tensor], layer: str, role: str) -> Tensor | No
     return state.get(f"{layer}.{role}" if layer else role)
 
 
-def _granularity_of(state: Mapping[str, Any], weight: Tensor | None) -> Granularity:
+def granularity_of(state: Mapping[str, Any], weight: Tensor | None) -> Granularity:
     """Which elements share a scale, from the shape of the scale."""
     fmt, shape = get_format(state["format"]), tuple(state["scale"].shape)
     if isinstance(fmt, BlockFormat):
@@ -224,7 +224,7 @@ def _blocks_of(fmt: BlockFormat, weight: Tensor | None, scale: Tensor) -> Granul
 
 def quantized_weight(weight: Tensor, state: Mapping[str, Any]) -> Tensor:
     """A weight on the grid of a quantizer whose state a checkpoint holds."""
-    qparams = QParams(state["scale"], None, _granularity_of(state, weight))
+    qparams = QParams(state["scale"], None, granularity_of(state, weight))
     return fake_quantize(weight, qparams, get_format(state["format"]))
 
 

@@ -88,7 +88,7 @@ def plot_spectrum(
     for row, fmt in enumerate(chosen):
         color = _COLORS[row % len(_COLORS)]
         scale = float(get_quantizer("iterative").choose_qparams(values, fmt).scale)
-        clip, normal, zero = (math.log2(scale * edge) for edge in _edges(fmt))
+        clip, normal, zero = (math.log2(scale * edge) for edge in edges_of_range(fmt))
         high = max(high, math.ceil(clip))
         axes[0].axvline(clip, color=color, linewidth=1, linestyle="--")
         axes[1].barh(row, clip - normal, left=normal, height=0.5, color=color)
@@ -184,11 +184,11 @@ def _checked(x: Tensor, where: str) -> Tensor:
     return values
 
 
-def _edges(fmt: Format) -> tuple[float, float, float]:
-    """Magnitudes at scale 1: the largest value, the end of full precision, the end of zero."""
-    smallest = float(fmt.values[fmt.values > 0][0])
+def edges_of_range(fmt: Format) -> tuple[float, float, float]:
+    """Magnitudes at scale 1: the largest one, the end of full precision, the end of zero."""
+    smallest = float(fmt.values[fmt.values != 0].abs().min())
     full = 2.0**fmt.min_exponent if isinstance(fmt, FloatFormat) else smallest
-    return fmt.max, min(full, fmt.max), smallest / 2
+    return fmt.reach, min(full, fmt.reach), smallest / 2
 
 
 def _measured_snr(values: Tensor, fmt: Format, scale: float) -> float:

@@ -178,13 +178,13 @@ def _spectrum(layer: QuantizedLayer, quantizer: FakeQuantizer) -> EnergySpectrum
     if isinstance(quantizer, WeightFakeQuantizer):
         weight = weight_of(layer.module, quantizer.role)
         rows = quantizer.granularity.rows(weight.detach().to(torch.float32))
-        return EnergySpectrum.of_rows(rows[_some(len(rows), rows.device)], check=False)
+        return EnergySpectrum.of_rows(rows[evenly_spread(len(rows), rows.device)], check=False)
     assert isinstance(quantizer, ActivationFakeQuantizer)
     return statistics_of([quantizer.observer]).spectrum
 
 
-def _some(rows: int, device: torch.device) -> Tensor:
-    """Indices of rows spread evenly, `_MOST_ROWS` at most."""
+def evenly_spread(rows: int, device: torch.device) -> Tensor:
+    """Indices of rows that stand for all of them: spread evenly, 512 at most."""
     count = min(rows, _MOST_ROWS)
     return torch.arange(count, device=device) * rows // count
 
@@ -198,11 +198,11 @@ def _predicted(spectrum: EnergySpectrum, quantizer: FakeQuantizer) -> tuple[floa
 def _scales_of(quantizer: FakeQuantizer, rows: int) -> Tensor:
     """The scales of the rows that a spectrum holds."""
     scale = quantizer.qparams.scale.flatten()
-    return scale[_some(len(scale), scale.device)].expand(rows)
+    return scale[evenly_spread(len(scale), scale.device)].expand(rows)
 
 
 def _decibels(signal: float, noise: float) -> float | None:
-    if not signal > 0 or math.isnan(noise):
+    if not (0 < signal < math.inf and noise < math.inf):  # NaN and infinities tell nothing
         return None
     return 10 * math.log10(signal / noise) if noise > 0 else math.inf
 

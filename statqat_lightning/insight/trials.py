@@ -213,7 +213,11 @@ class _Memory:
     def __init__(self, path: str | Path | None, layers: Sequence[str], baseline: float) -> None:
         self._path = None if path is None else Path(path)
         self._values: dict[str, float] = {}
-        self._about: dict[str, Any] = {"version": _VERSION, "layers": [*layers], "baseline": baseline}
+        self._about: dict[str, Any] = {
+            "version": _VERSION,
+            "layers": [*layers],
+            "baseline": baseline,
+        }
         self.baseline = baseline
         if self._path is not None and self._path.exists():
             self._read(self._path)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from statqat_lightning._files import write_whole
+from statqat_lightning._page import page
 from statqat_lightning._tables import aligned, html_table
 
 _WIDTH = 80
@@ -96,6 +99,33 @@ class InsertionReport:
         """Plain data: the rows and the notes."""
         return {"rows": [row._asdict() for row in self.rows], "notes": [*self.notes]}
 
+    def to_html(self, path: str | Path, title: str = "Quantized layers") -> None:
+        """Write one HTML page with the layers, their formats and why others are in float.
+
+        `model_report` of `statqat_lightning.insight` knows more: SNR, spectra, what would help.
+
+        Args:
+            path: The file; it appears whole or not at all.
+            title: What the page is about.
+
+        Raises:
+            OSError: If the file cannot be written; the message names it.
+        """
+        summary = {
+            "layers": len(self._layers),
+            "quantized_layers": self.num_quantized,
+            "parameters": sum(row.parameters for row in self.rows),
+            "quantized_parameters": sum(row.parameters for row in self.rows if row.weight),
+        }
+        data = {
+            "title": title,
+            "summary": summary,
+            "layers": [_page_row(row) for row in self.rows],
+            **{"histories": {}, "recipe": "", "files": [], "file_notes": []},
+            "notes": [*self.notes],
+        }
+        write_whole(Path(path), page(data))
+
     def table(self) -> str:
         """All layers, a line each, with formats in full."""
         return "\n".join(aligned(self._cells(), numbers={2}))
@@ -158,6 +188,18 @@ class InsertionReport:
         for note in self.notes:
             lines += textwrap.wrap(note, _WIDTH, subsequent_indent="  ")
         return "\n".join(lines)
+
+
+def _page_row(row: LayerReport) -> dict[str, Any]:
+    """A layer as a page shows it: each text about a tensor stands for its format."""
+    texts = {"weight": row.weight, "input": row.input, "output": row.output}
+    tensors = [
+        {"name": f"{row.name}/{role}", "role": role, "column": role, "format": text}
+        for role, text in texts.items()
+        if text is not None
+    ]
+    own = {"name": row.name, "type": row.type, "parameters": row.parameters, "more": {}}
+    return own | {"reason": row.reason, "remark": row.remark, "tensors": tensors}
 
 
 _Group = tuple[LayerReport, list[LayerReport]]

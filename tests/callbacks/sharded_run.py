@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from statqat_lightning.callbacks import StatQATCallback
+from statqat_lightning.callbacks import ReportCallback, StatQATCallback
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
 from statqat_lightning.model.insertion import prepare
 from statqat_lightning.model.quantized_model import quantizer_state
@@ -84,6 +84,7 @@ def train(
         callback,
         witness,
         keep,
+        ReportCallback(folder / f"{name}.html"),
         use_distributed_sampler=False,
         strategy=strategy,
         **({"max_epochs": 2} | options),

@@ -14,6 +14,7 @@ from tests.callbacks.ranks import launch
 from tests.callbacks.ranks_run import STEPS
 from tests.callbacks.sharded_run import train
 from tests.callbacks.test_lsq import lsq
+from tests.insight.test_html_report import Parsed
 
 slow = pytest.mark.slow
 KINDS = ["full", "sharded"]
@@ -36,6 +37,22 @@ def known(folder: Path, name: str, rank: int = 0) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded_ranks_know_the_same(folder: Path, kind: str, run: str) -> None:
     assert_same(known(folder, kind + run, 1), known(folder, kind + run, 0))
+
+
+@slow
+def test_the_report_of_sharded_weights_is_that_of_whole_ones(folder: Path, tmp_path: Path) -> None:
+    train(tmp_path, "single")
+    found, expected = (
+        Parsed((place / name).read_text(encoding="utf-8")).data["layers"]
+        for place, name in ((folder, "full.html"), (tmp_path, "single.html"))
+    )
+    assert [layer["name"] for layer in found] == [layer["name"] for layer in expected]
+    for layer, own in zip(found, expected, strict=True):
+        assert layer["parameters"] == own["parameters"]
+        for tensor, whole in zip(layer["tensors"], own["tensors"], strict=True):
+            assert tensor["format"] == whole["format"]
+            assert tensor["snr_db"] == pytest.approx(whole["snr_db"], rel=0.01)
+            assert tensor.get("chart", {}).keys() == whole.get("chart", {}).keys()
 
 
 @slow

@@ -12,37 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place when the block ends without an error.
-
-    Whatever goes wrong in the block, `path` keeps what it held.
-
-    Raises:
-        OSError: If the file cannot be written; the message names `path`.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
-        )
-    except OSError as error:
-        raise _cannot_be_written(path, error) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # a temporary file is private, what replaces it is not
-        temporary.replace(path)
-    except OSError as error:
-        if isinstance(error, FileError):
-            raise
-        raise _cannot_be_written(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+from statqat_lightning._files import FileError as FileError
+from statqat_lightning._files import cannot_be_written, umask
+from statqat_lightning._files import replacing as replacing
 
 
 @contextmanager
@@ -67,10 +39,10 @@ def replacing_folder(path: Path, files: tuple[str, ...]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     except OSError as error:
-        raise _cannot_be_written(path, error) from error
+        raise cannot_be_written(path, error) from error
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(0o777 & ~umask())
         if not path.exists():
             temporary.rename(path)
         elif not _exchange(temporary, path):
@@ -81,7 +53,7 @@ def replacing_folder(path: Path, files: tuple[str, ...]) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, FileError):
             raise
-        raise _cannot_be_written(path, error) from error
+        raise cannot_be_written(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -95,18 +67,6 @@ def _exchange(first: Path, second: Path) -> bool:
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     done: int = rename(here, os.fsencode(first), here, os.fsencode(second), exchange)
     return done == 0
-
-
-class FileError(OSError):
-    """A file that cannot be written; the message names it."""
-
-
-def _cannot_be_written(path: Path, error: OSError) -> FileError:
-    return FileError(
-        error.errno,
-        f"{str(path)!r} cannot be written ({error.strerror or error}). What was there before stays "
-        "as it was.",
-    )
 
 
 DIGITS = 8
@@ -165,9 +125,3 @@ def _check_folder(folder: Path) -> None:
             f"Export folder {str(folder)!r} cannot be written ({error.strerror or error}). "
             "Choose another path, or make this one writable.",
         ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

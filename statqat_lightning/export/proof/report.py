@@ -214,8 +214,11 @@ class ExportReport:
         # Runtimes are in a sentence below.
         rows = [{k: text for k, text in row.items() if k != "runtime"} for row in self.rows()]
         cells = [[*rows[0]], *([*row.values()] for row in rows)] if rows else []
-        texts = (*self._sentences(), *self._remarks())
-        return html_table(cells, below=[" ".join(_wrapped(text)) for text in texts])
+        return html_table(cells, below=self.texts())
+
+    def texts(self) -> list[str]:
+        """What is said of the files beside their figures, a line each: remarks and notes."""
+        return [" ".join(_wrapped(text)) for text in (*self._sentences(), *self._remarks())]
 
     def __str__(self) -> str:
         lines = _table(self.rows())
