@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from statqat_lightning.export import load_quantized as load_quantized
     from statqat_lightning.formats import get_format as get_format
     from statqat_lightning.formats import list_formats as list_formats
+    from statqat_lightning.insight.layer_snr import LayerSNR as LayerSNR
     from statqat_lightning.model import compensate as compensate
     from statqat_lightning.model import prepare as prepare
     from statqat_lightning.model import remove as remove
@@ -43,6 +44,7 @@ _HOMES = {
     "SNRMonitor": "callbacks",
     "StatQATCallback": "callbacks",
     "quantized_loading": "callbacks",
+    "LayerSNR": "insight.layer_snr",
     "compensate": "model",
     "freeze": "export",
     "load_quantized": "export",
