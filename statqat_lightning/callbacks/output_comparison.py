@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from statqat_lightning.callbacks.ranks import reduction_over_ranks
 from statqat_lightning.callbacks.trial_copy import running, trial_copy
 from statqat_lightning.callbacks.trial_run import FAILED, next_step, run_isolated, step_arguments
-from statqat_lightning.insight.output_errors import OutputComparison, OutputErrors
+from statqat_lightning.insight.output_errors import OutputComparison
+from statqat_lightning.insight.snr import OutputErrors
 
 
 def batch_output_errors(

@@ -17,8 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from statqat_lightning.callbacks.lightning_names import is_a
 from statqat_lightning.error_analysis.spectrum import EnergySpectrum
-from statqat_lightning.insight.output_errors import OutputErrors
-from statqat_lightning.insight.snr import SNRSummary, tensor_column
+from statqat_lightning.insight.snr import OutputErrors, SNRSummary, tensor_column
 from statqat_lightning.insight.spectrum_bars import spectrum_bars
 from statqat_lightning.insight.tensor_facts import GridFigures, TensorFacts
 

@@ -28,9 +28,13 @@ from statqat_lightning.callbacks.snr_logging import (
 )
 from statqat_lightning.callbacks.snr_logging import SNRMonitorWarning as SNRMonitorWarning
 from statqat_lightning.callbacks.trial_run import CannotCalibrate
-from statqat_lightning.insight.output_errors import OutputErrors
 from statqat_lightning.insight.run_plots import plot_error_curves, plot_snr_heat_map
-from statqat_lightning.insight.snr import SNRSummary, output_snr_by_weight, snr_by_tensor
+from statqat_lightning.insight.snr import (
+    OutputErrors,
+    SNRSummary,
+    output_snr_by_weight,
+    snr_by_tensor,
+)
 from statqat_lightning.insight.tensor_facts import (
     GridFigures,
     grid_figures,

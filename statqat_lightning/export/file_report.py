@@ -26,7 +26,6 @@ from statqat_lightning.export.proof.report import ArtefactReport, ExportReport
 from statqat_lightning.fake_quant.input_sums import InputSums
 from statqat_lightning.formats import Format, get_format
 from statqat_lightning.insight.model_report import multiplies_integers, recipe_text, tensor_entry
-from statqat_lightning.insight.output_errors import OutputErrors
 from statqat_lightning.insight.report_data import (
     LayerEntry,
     ReportData,
@@ -34,7 +33,7 @@ from statqat_lightning.insight.report_data import (
     error_histories,
     latest_errors,
 )
-from statqat_lightning.insight.snr import History, tensor_column
+from statqat_lightning.insight.snr import History, OutputErrors, tensor_column
 from statqat_lightning.insight.tensor_facts import evenly_spread, grid_of_spectrum
 from statqat_lightning.numerics.granularity import PerTensor, get_granularity
 from statqat_lightning.recipes.recipe import TensorSpec

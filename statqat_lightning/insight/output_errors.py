@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,26 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
 from statqat_lightning.insight.layer_snr import LayerSNR
+from statqat_lightning.insight.snr import OutputErrors
 from statqat_lightning.insight.undisturbed import undisturbed
 from statqat_lightning.model.quantized_model import QuantizedLayer, quantized_layers
 
 _LARGEST_SAMPLE = 1 << 18
 """Values of an output that are compared: spread evenly over larger ones."""
-
-
-@dataclass(frozen=True)
-class OutputErrors:
-    """SNR in dB of a layer's output against that of the float network, on one batch.
-
-    Attributes:
-        made: Only this layer is quantized: what the layer itself loses.
-        inherited: Only the layers before it are quantized: what it gets and passes on.
-        total: All layers are quantized.
-    """
-
-    made: float
-    inherited: float
-    total: float
 
 
 @torch.no_grad()

@@ -7,16 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from statqat_lightning._files import write_whole
 from statqat_lightning._page import page
 from statqat_lightning.insight.alternatives import Alternative, most_helpful
-from statqat_lightning.insight.snr import History, tensor_column
+from statqat_lightning.insight.snr import History, OutputErrors, tensor_column
 from statqat_lightning.insight.tensor_chart import TensorChart
-
-if TYPE_CHECKING:  # it loads torchmetrics, which files without one do without
-    from statqat_lightning.insight.output_errors import OutputErrors
 
 VERSION = 1
 """Of the data in a page."""

@@ -104,6 +104,21 @@ class SNRSummary:
         return cls(sum(finite.values()) / len(finite), least, worst, ascending)
 
 
+@dataclass(frozen=True)
+class OutputErrors:
+    """SNR in dB of a layer's output against that of the float network, on one batch.
+
+    Attributes:
+        made: Only this layer is quantized: what the layer itself loses.
+        inherited: Only the layers before it are quantized: what it gets and passes on.
+        total: All layers are quantized.
+    """
+
+    made: float
+    inherited: float
+    total: float
+
+
 def tensor_column(role: str) -> str:
     """What a tensor is to its layer, by its role: `weight`, `input` or `output`."""
     if role == OUTPUT or is_result(role):
