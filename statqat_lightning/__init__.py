@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from statqat_lightning.export import load_quantized as load_quantized
     from statqat_lightning.formats import get_format as get_format
     from statqat_lightning.formats import list_formats as list_formats
+    from statqat_lightning.insight.advising import advise as advise
     from statqat_lightning.insight.layer_snr import LayerSNR as LayerSNR
+    from statqat_lightning.insight.trials import sensitivity as sensitivity
     from statqat_lightning.model import compensate as compensate
     from statqat_lightning.model import prepare as prepare
     from statqat_lightning.model import remove as remove
@@ -45,6 +47,8 @@ _HOMES = {
     "StatQATCallback": "callbacks",
     "quantized_loading": "callbacks",
     "LayerSNR": "insight.layer_snr",
+    "advise": "insight.advising",
+    "sensitivity": "insight.trials",
     "compensate": "model",
     "freeze": "export",
     "load_quantized": "export",

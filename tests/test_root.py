@@ -22,6 +22,7 @@ PUBLIC = (
     "ReportCallback",
     *("QuantRecipe", "QuantRule", "TensorSpec", "QuantSchedule"),
     *("get_format", "list_formats", "list_presets", "fake_quantize", "snr_db", "compensate"),
+    *("advise", "sensitivity"),
     *("prepare", "remove", "freeze", "load_quantized", "quantized_loading", "place"),
 )
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from statqat_lightning._tables import aligned, html_table
+from statqat_lightning._tables import html_table
 from statqat_lightning.formats import BlockFormat, get_format
 from statqat_lightning.insight.loss_changes import LossChange
+from statqat_lightning.insight.observed import DID_NOT_RUN, LEFT_BY_RULE
+from statqat_lightning.insight.wide_tables import in_width
 from statqat_lightning.recipes.recipe import QuantRecipe
 from statqat_lightning.recipes.rule import QuantRule, full_name
 
-_NAMES = 34  # characters of a tensor's name in the printed table
+_UNIT = 1e-3
+"""Changes of the loss are printed in thousandths: most of them are small."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class TensorAdvice:
         parameters: Elements of a weight; 0 for inputs.
         macs: Multiply-accumulates of the layer for one sample; 0 where they are not known.
         costs: By the name of the format.
-        shares: Name of what other layers share with it, such as one weight in two places; they have
-            to get the same format. Its own name where nothing is shared.
+        shares: Name of a group of tensors that have to get the same format, because one rule of a
+            recipe serves them, or because they are one weight in two places.
     """
 
     name: str
@@ -86,34 +90,46 @@ class Advice:
     def cheapest(self, target_db: float) -> dict[str, str | None]:
         """The format of fewest bits that keeps each tensor at an SNR, or None where none does.
 
-        Of several with as many bits, the one that was named first.
+        Of several with as many bits, the one that was named first. Tensors that have to get the
+        same format get one that keeps all of them there.
 
         Args:
             target_db: Least SNR in dB: of the layer's output for weights where it is known, else of
                 the tensor.
         """
-        found: dict[str, str | None] = {}
+        groups: dict[str, list[TensorAdvice]] = {}
         for tensor in self.tensors:
-            able = [n for n, c in tensor.costs.items() if c.deciding_snr_db >= target_db]
-            found[tensor.name] = min(able, key=bits_of, default=None)
-        return found
+            groups.setdefault(tensor.shares, []).append(tensor)
+        chosen = {name: _cheapest(tensors, target_db) for name, tensors in groups.items()}
+        return {tensor.name: chosen[tensor.shares] for tensor in self.tensors}
 
     def recipe(self, target_db: float) -> QuantRecipe:
         """A recipe that gives each tensor its cheapest format, see `cheapest`.
 
-        Tensors that no format keeps at that SNR stay in float.
+        Tensors that no format keeps at that SNR stay in float, as do layers that were left out by
+        a pattern or did not run.
 
         Raises:
             ValueError: If all of them do.
         """
         chosen = self.cheapest(target_db)
         if not any(chosen.values()):
-            best = max(c.deciding_snr_db for t in self.tensors for c in t.costs.values())
+            known = [c.deciding_snr_db for t in self.tensors for c in t.costs.values()]
+            best = max((db for db in known if not math.isnan(db)), default=math.nan)
             raise ValueError(
                 f"Advice.recipe: no format keeps a tensor at {target_db:g} dB; the best reaches "
                 f"{best:.1f} dB. Lower the target, or let it try wider formats."
             )
-        return recipe_of_formats(self.tensors, chosen)
+        return recipe_of_formats(self.tensors, chosen, self.left_out)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Layers that would get quantizers if nothing were said of them, and are to stay in float.
+
+        A pattern of `exclude` matches them, or they did not run.
+        """
+        reasons = (LEFT_BY_RULE, DID_NOT_RUN)
+        return tuple(name for name, reason in self.skipped.items() if reason.startswith(reasons))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `to_json` writes it."""
@@ -125,15 +141,16 @@ class Advice:
         return {"num_batches": self.num_batches, "skipped": dict(self.skipped), "tensors": tensors}
 
     def to_json(self) -> str:
-        """The whole table as JSON; SNRs that are infinite are null."""
-        return json.dumps(self.to_dict(), indent=1)
+        """The whole table as JSON; figures that are infinite or not known are null."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def table(self, target_db: float | None = None, loss: bool | None = None) -> list[list[str]]:
         """The table as rows of texts: a tensor a row, a format a column.
 
         Args:
             target_db: Marks the format that `cheapest` chooses.
-            loss: Show predicted changes of the loss, and not SNRs; None: where they are known.
+            loss: Show predicted changes of the loss, in thousandths, and not SNRs in dB; None:
+                where they are known.
         """
         show_loss = self.has_losses if loss is None else loss
         formats = [*dict.fromkeys(name for tensor in self.tensors for name in tensor.costs)]
@@ -145,28 +162,73 @@ class Advice:
                 cost = tensor.costs.get(name)
                 text = "" if cost is None else _cell(cost, show_loss)
                 cells.append(f"{text}*" if text and chosen.get(tensor.name) == name else text)
-            rows.append([_cut(tensor.name, _NAMES), *cells])
+            rows.append([tensor.name, *cells])
         return rows
 
+    def text(self, target_db: float | None = None, loss: bool | None = None) -> str:
+        """The table in 80 columns, what it shows, and what follows for a target.
+
+        Args:
+            target_db: See `cheapest`; None for the table alone.
+            loss: See `table`.
+        """
+        lines = [self._title(loss), *in_width(self.table(target_db, loss))]
+        if target_db is None:
+            return "\n".join(lines)
+        chosen = self.cheapest(target_db)
+        in_float = [name for name, fmt in chosen.items() if fmt is None]
+        bits = sum(
+            t.parameters * (32.0 if (fmt := chosen[t.name]) is None else bits_of(fmt))
+            for t in self.tensors
+        )
+        values = sum(tensor.parameters for tensor in self.tensors)
+        said = [f"* the cheapest format of at least {target_db:g} dB."]
+        if values:
+            said.append(f"Weights then take {bits / values:.1f} bits a value.")
+        if in_float:
+            more = f" and {len(in_float) - 3} more" if len(in_float) > 3 else ""
+            said.append(f"None reaches it for {', '.join(in_float[:3])}{more}: left in float.")
+        return "\n".join([*lines, *textwrap.wrap(" ".join(said), 80, break_on_hyphens=False)])
+
+    def _title(self, loss: bool | None = None) -> str:
+        if self.has_losses if loss is None else loss:
+            return "Predicted change of the loss, in thousandths"
+        return "Predicted SNR in dB: of its layer's output for a weight whose inputs are known"
+
     def __str__(self) -> str:
-        return "\n".join(aligned(self.table(), numbers={*range(1, 40)}))
+        return self.text()
 
     def __repr__(self) -> str:
         return f"<Advice: {len(self.tensors)} tensors, {self.num_batches} batches>"
 
     def _repr_html_(self) -> str:
-        what = "Predicted change of the loss" if self.has_losses else "Predicted SNR (dB)"
-        return html_table(self.table(), above=what)
+        cells = self.table()
+        return html_table(cells, {*range(1, len(cells[0]))}, above=self._title())
+
+
+def _cheapest(tensors: Sequence[TensorAdvice], target_db: float) -> str | None:
+    able = [
+        name
+        for name in tensors[0].costs
+        if all(
+            name in tensor.costs and tensor.costs[name].deciding_snr_db >= target_db
+            for tensor in tensors
+        )
+    ]
+    return min(able, key=bits_of, default=None)
 
 
 def recipe_of_formats(
-    tensors: Sequence[TensorAdvice], formats: Mapping[str, str | None]
+    tensors: Sequence[TensorAdvice],
+    formats: Mapping[str, str | None],
+    left_out: Iterable[str] = (),
 ) -> QuantRecipe:
-    """A recipe with a rule for each layer; layers of equal formats in one rule where all are equal.
+    """A recipe whose last rule has the most frequent formats, and that names all other layers.
 
     Args:
         tensors: The tensors.
         formats: The format of each by its name; None, or no entry, for float.
+        left_out: Further layers that stay in float, see `Advice.left_out`.
     """
     layers: dict[str, tuple[str | None, str | None]] = {}
     for tensor in tensors:
@@ -178,7 +240,8 @@ def recipe_of_formats(
     usual = max({*layers.values()}, key=[*layers.values()].count)
     if usual != (None, None):
         own_rules = [rule for rule, own in zip(rules, layers.values(), strict=True) if own != usual]
-        return QuantRecipe([*own_rules, QuantRule("*", *usual)])
+        in_float = [QuantRule(full_name(name)) for name in left_out if name not in layers]
+        return QuantRecipe([*own_rules, *in_float, QuantRule("*", *usual)])
     return QuantRecipe(rules)
 
 
@@ -189,13 +252,14 @@ def bits_of(name: str) -> float:
 
 
 def _cell(cost: FormatCost, loss: bool) -> str:
-    if loss:
-        return "" if cost.loss_change is None else f"{cost.loss_change.total:+.2g}"
-    return f"{cost.deciding_snr_db:.1f}"
-
-
-def _cut(name: str, width: int) -> str:
-    return name if len(name) <= width else f"...{name[3 - width :]}"
+    value = cost.deciding_snr_db
+    if not loss:
+        return "" if math.isnan(value) else f"{value:.1f}"
+    if cost.loss_change is None:
+        return ""
+    thousandths = cost.loss_change.total / _UNIT
+    digits = 2 if abs(thousandths) < 10 else 1 if abs(thousandths) < 100 else 0
+    return f"{thousandths:.{digits}f}"
 
 
 def _plain(cost: FormatCost) -> dict[str, Any]:
@@ -203,9 +267,9 @@ def _plain(cost: FormatCost) -> dict[str, Any]:
     return {
         "snr_db": _finite(cost.snr_db),
         "output_snr_db": _finite(cost.output_snr_db),
-        "loss_change": None if change is None else change.total,
-        "loss_change_first_order": None if change is None else change.first,
-        "loss_change_second_order": None if change is None else change.second,
+        "loss_change": None if change is None else _finite(change.total),
+        "loss_change_first_order": None if change is None else _finite(change.first),
+        "loss_change_second_order": None if change is None else _finite(change.second),
     }
 
 

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
-from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
+from statqat_lightning.fake_quant.fake_quantizer import INPUT, WEIGHT, FakeQuantizer
 from statqat_lightning.fake_quant.observers import statistics_of
 from statqat_lightning.fake_quant.scale_refresh import refresh_weights
 from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.formats import BlockFormat, get_format
+from statqat_lightning.layers.layer_kinds import has_weights
 from statqat_lightning.layers.layer_quantizers import LayerQuantizers
 from statqat_lightning.layers.quantized_layer import kind_of, weight_of
 from statqat_lightning.model.quantized_model import QuantizedLayer, quantized_layers
@@ -29,6 +30,8 @@ def candidate_quantizers(
     model: nn.Module, weights: Sequence[str], inputs: Sequence[str]
 ) -> Candidates:
     """A quantizer for each weight and each input of a model in each format, with its scale.
+
+    Of layers that have run: of others no input is known.
 
     Scales are those that a training would begin with: of weights from the weights and the moments
     of their inputs, of inputs from the running statistics of the quantizers that the model has.
@@ -50,22 +53,25 @@ def candidate_quantizers(
                 "the tensor. Block formats are for weights."
             )
     found: Candidates = {}
-    for layer in layers_with_weights(model):
+    for layer in layers_that_ran(model):
         for role, own in layer.quantizers.weights.items():
             found[own.name] = {name: _for_weight(layer, role, own, name) for name in weights}
         for role, observed in layer.quantizers.inputs.items():
             if observed.observer.num_batches > 0 and role in kind_of(layer.module).inputs:
-                found[observed.name] = {name: _for_input(observed, name) for name in inputs}
+                found[observed.name] = {
+                    name: candidate_for_input(observed, name) for name in inputs
+                }
     return found
 
 
 def layers_with_weights(model: nn.Module) -> list[QuantizedLayer]:
-    """The quantized layers that have parameters of their own."""
-    return [
-        layer
-        for layer in quantized_layers(model)
-        if any(True for _ in layer.module.parameters(recurse=False))
-    ]
+    """The quantized layers whose kind has weights, those with parametrizations included."""
+    return [layer for layer in quantized_layers(model) if has_weights(kind_of(layer.module))]
+
+
+def layers_that_ran(model: nn.Module) -> list[QuantizedLayer]:
+    """Those of them that have run, or whose weights another module has read."""
+    return [layer for layer in layers_with_weights(model) if layer.quantizers.ran]
 
 
 def _for_weight(
@@ -83,7 +89,8 @@ def _for_weight(
     return quantizer
 
 
-def _for_input(observed: ActivationFakeQuantizer, name: str) -> FakeQuantizer:
+def candidate_for_input(observed: ActivationFakeQuantizer, name: str) -> FakeQuantizer:
+    """A quantizer of a format for an input that another one has observed, with its scale."""
     spec = activation_spec(name, "inputs")
     assert spec is not None
     device = observed.scale.device
@@ -91,19 +98,20 @@ def _for_input(observed: ActivationFakeQuantizer, name: str) -> FakeQuantizer:
         observed.layer, spec, observed.observer.config, device, observed.role
     )
     quantizer.observer, quantizer.lowest = observed.observer, observed.lowest
+    quantizer.deciding = False  # all that will be seen has been seen: zero points are chosen now
     quantizer.decide()
     return quantizer
 
 
 @torch.no_grad()
 def predicted_energies(
-    quantizer: FakeQuantizer, layer: QuantizedLayer
+    quantizer: FakeQuantizer, weight: Tensor | None
 ) -> tuple[float, float, float | None]:
     """Energies that a tensor has, and that its error would have with a quantizer.
 
     Args:
         quantizer: A candidate.
-        layer: Its layer.
+        weight: The weight that it is for; None for an input.
 
     Returns:
         Energy of the tensor, energy of its error: of a weight measured, of an input predicted from
@@ -111,7 +119,7 @@ def predicted_energies(
         for inputs and where it is not known.
     """
     if isinstance(quantizer, WeightFakeQuantizer):
-        weight = weight_of(layer.module, quantizer.role)
+        assert weight is not None, "the candidate is for one"
         signal, noise = (float(energy) for energy in quantizer.energies(weight))
         moments = quantizer.input_moments
         if moments is None or not moments.known:
@@ -133,27 +141,32 @@ def decibels(signal: float, noise: float) -> float:
 
 
 @contextmanager
-def alone(quantizers: LayerQuantizers, candidate: FakeQuantizer) -> Iterator[None]:
+def alone(layer: QuantizedLayer, candidate: FakeQuantizer) -> Iterator[None]:
     """Quantize one tensor of a layer with a candidate, whatever its own quantizer does.
 
     The other tensors of the layer are quantized as they are switched.
     """
-    role, name = candidate.role, candidate.name
-    if isinstance(candidate, WeightFakeQuantizer):
-        before = quantizers.weights[role]
-        quantizers.weights[role] = candidate
-        short = quantizers.weight
-        quantizers.weight = candidate if short is before else short
-    else:
-        assert isinstance(candidate, ActivationFakeQuantizer), name
-        own = quantizers.inputs[role]
-        quantizers.inputs[role] = candidate
-        short_input = quantizers.input
-        quantizers.input = candidate if short_input is own else short_input
+    own, role, attributes = layer.quantizers, candidate.role, layer.module.__dict__
+    before = own.weights[role] if role in own.weights else own.inputs[role]
+    reads_itself = isinstance(before, WeightFakeQuantizer) and bool(before.read_by)
+    if reads_itself:
+        # A forward of the user's own reads its weight as an attribute, see `weight_views`.
+        attributes[role] = candidate.quantize(weight_of(layer.module, role))
+    put_in(own, candidate)
     try:
         yield
     finally:
-        if isinstance(candidate, WeightFakeQuantizer):
-            quantizers.weights[role], quantizers.weight = before, short
-        else:
-            quantizers.inputs[role], quantizers.input = own, short_input
+        put_in(own, before)
+        if reads_itself:
+            del attributes[role]
+
+
+def put_in(quantizers: LayerQuantizers, quantizer: FakeQuantizer) -> None:
+    """Let a quantizer take the place of the one that its layer has for the same tensor."""
+    if isinstance(quantizer, WeightFakeQuantizer):
+        quantizers.weights[quantizer.role] = quantizer
+        quantizers.weight = quantizers.weights.get(WEIGHT)
+    else:
+        assert isinstance(quantizer, ActivationFakeQuantizer), quantizer.name
+        quantizers.inputs[quantizer.role] = quantizer
+        quantizers.input = quantizers.inputs.get(INPUT)

@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from statqat_lightning._tables import aligned, html_table
-from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
-from statqat_lightning.formats import BlockFormat, get_format
+from statqat_lightning._files import write_whole
+from statqat_lightning._tables import html_table
 from statqat_lightning.insight.advice import Advice
-from statqat_lightning.insight.advising import observe, observed_copy, own_loss
-from statqat_lightning.insight.candidates import candidate_quantizers, layers_with_weights
-from statqat_lightning.insight.loss_changes import Loss
+from statqat_lightning.insight.advising import for_inputs, names_of_formats
+from statqat_lightning.insight.candidates import candidate_quantizers, layers_that_ran, put_in
+from statqat_lightning.insight.observed import (
+    Loss,
+    kept_batches,
+    observed_copy,
+    on_the_side,
+    own_loss,
+    same_random_numbers,
+)
 from statqat_lightning.insight.plots import new_figure, save_figure
-from statqat_lightning.model.quantized_model import QuantizedLayer, set_enabled
+from statqat_lightning.insight.wide_tables import in_width
+from statqat_lightning.model.quantized_model import QuantizedLayer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,9 +82,17 @@ class Trials:
         every = [c for f in formats for c in ("", f"{self.everything[f]:+.3g}")]
         return [*cells, ["(all layers)", *every]]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `to_json` writes it."""
+        rows = [asdict(row) for row in self.rows]
+        return {"baseline": self.baseline, "everything": dict(self.everything), "rows": rows}
+
+    def to_json(self) -> str:
+        """All changes as JSON."""
+        return json.dumps(self.to_dict(), indent=1)
+
     def __str__(self) -> str:
-        lines = aligned(self.table(), numbers={*range(1, 99)})
-        return "\n".join([f"float: {self.baseline:.4g}", *lines])
+        return "\n".join([f"float: {self.baseline:.4g}", *in_width(self.table())])
 
     def __repr__(self) -> str:
         return f"<Trials: {len(self.rows)} of layers, float {self.baseline:.4g}>"
@@ -115,14 +130,16 @@ def sensitivity(
 ) -> Trials:
     """Quantize each layer alone, and all layers but it, and measure.
 
-    A copy of the model runs in eval mode, twice as often as it has layers for each format. Weights
-    and inputs of a layer are quantized; in block formats its weights alone.
+    A copy of the model runs in eval mode over all batches, twice for each layer and format. Weights
+    and inputs of a layer are quantized, with the scales that a training would begin with; in block
+    formats its weights alone. The model, its buffers and the random numbers stay as they are.
 
     Args:
         model: Any module, in float or with quantizers, which do not matter.
         batches: A few batches, as `metric` takes them; the inputs are observed on the same ones.
-        metric: `metric(model, batch)`, a number. None: the loss.
-        loss: `loss(model, batch)`; None: that of `training_step` if the model has one.
+        metric: `metric(model, batch)`, a number, of the model that it is given, which is the copy.
+            None: the loss.
+        loss: `loss(model, batch)`, likewise; None: that of `training_step` if the model has one.
         formats: Names of formats.
         exclude: Patterns of layers that stay in float.
         resume: A JSON file that keeps what is measured; a later call with the same model, batches
@@ -133,77 +150,69 @@ def sensitivity(
         ValueError: If there is no batch, no metric and no loss, or the file holds trials of another
             model: other layers, or another metric of the float model.
     """
-    kept = [*batches]
-    if not kept:
-        raise ValueError("sensitivity: got no batches; expected a few.")
     measure = metric or loss or own_loss(model)
     if measure is None:
         raise ValueError(
             "sensitivity: got no metric; expected metric=lambda model, batch: ..., or a model with "
             "a training_step."
         )
-    trial, _ = observed_copy(model, exclude)
-    observe(trial, kept, measure)
-    bench = _Bench(trial, kept, measure)
-    layers = layers_with_weights(trial)
-    memory = _Memory(resume, [layer.name for layer in layers], bench.value())
-    everything: dict[str, float] = {}
-    rows = []
-    names = [get_format(name).name for name in dict.fromkeys(formats)]
-    bar = _bar(len(names) * (2 * len(layers) + 1), progress)
-    for name in names:
-        bench.use(name)
-        bench.switch(layers, True)
-        everything[name] = memory.value(f"{name}/all", bench.value) - memory.baseline
-        bar.update()
-        for layer in layers:
-            changes = []
-            for which in ("alone", "all but"):
-                bench.switch(layers, which == "all but")
-                bench.switch([layer], which == "alone")
-                key = f"{name}/{which}/{layer.name}"
-                changes.append(memory.value(key, bench.value) - memory.baseline)
+    names = names_of_formats("sensitivity", formats)
+    kept = kept_batches("sensitivity", model, batches)
+    with on_the_side("sensitivity", model):
+        trial, _, _ = observed_copy(model, kept, measure, exclude)
+        bench = _Bench(trial, kept, measure, names)
+        layers = layers_that_ran(trial)
+        memory = _Memory(resume, [layer.name for layer in layers], bench.value())
+        everything: dict[str, float] = {}
+        rows = []
+        with _bar(len(names) * (2 * len(layers) + 1), progress) as bar:
+
+            def change(name: str, which: str, quantized: Sequence[QuantizedLayer]) -> float:
+                bench.quantize(name, quantized)
+                value = memory.value(f"{name}/{which}", bench.value)
                 bar.update()
-            rows.append(LayerTrial(layer.name, name, *changes))
-    bar.close()
-    return Trials(memory.baseline, everything, tuple(rows))
+                return value - memory.baseline
+
+            for name in names:
+                everything[name] = change(name, "all", layers)
+                for layer in layers:
+                    others = [other for other in layers if other is not layer]
+                    alone = change(name, f"alone/{layer.name}", [layer])
+                    all_but = change(name, f"all but/{layer.name}", others)
+                    rows.append(LayerTrial(layer.name, name, alone, all_but))
+        return Trials(memory.baseline, everything, tuple(rows))
 
 
 class _Bench:
-    """A model whose layers have the quantizers of one format, to be switched one by one."""
+    """A model whose layers take the quantizers of one format or another, layer by layer.
 
-    def __init__(self, model: nn.Module, batches: Sequence[Any], metric: Metric) -> None:
+    Args:
+        model: A model with quantizers that know its inputs, switched off.
+        batches: The batches.
+        metric: What is measured of the model on each.
+        names: Names of formats.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Any], metric: Metric, names: Sequence[str]
+    ) -> None:
         self._model, self._batches, self._metric = model, batches, metric
-        set_enabled(model, weights=False, inputs=False)
+        self._candidates = candidate_quantizers(model, names, for_inputs(names))
+        self._layers = [(layer, layer.quantizers.present()) for layer in layers_that_ran(model)]
 
-    def use(self, name: str) -> None:
-        """Give all layers the quantizers that this format would have, switched off."""
-        of_inputs = [] if isinstance(get_format(name), BlockFormat) else [name]
-        candidates = candidate_quantizers(self._model, [name], of_inputs)
-        for layer in layers_with_weights(self._model):
-            own = layer.quantizers
-            for quantizer in own.present():
-                candidate = candidates.get(quantizer.name, {}).get(name)
-                if candidate is None:
-                    continue
-                candidate.enabled = False
-                if isinstance(candidate, WeightFakeQuantizer):
-                    own.weights[candidate.role] = candidate
-                    own.weight = own.weights.get("weight")
-                else:
-                    own.inputs[candidate.role] = candidate  # type: ignore[assignment]
-                    own.input = own.inputs.get("input")
-
-    def switch(self, layers: Iterable[QuantizedLayer], on: bool) -> None:
-        """Quantize layers, or let them run in float."""
-        for layer in layers:
-            for quantizer in layer.quantizers.present():
-                quantizer.enabled = on
+    def quantize(self, name: str, layers: Iterable[QuantizedLayer]) -> None:
+        """Quantize some layers with a format, whatever it is for, and no others."""
+        chosen = {layer.name for layer in layers}
+        for layer, own in self._layers:
+            for quantizer in own:
+                found = self._candidates.get(quantizer.name, {}).get(name)
+                put_in(layer.quantizers, found if found and layer.name in chosen else quantizer)
 
     @torch.no_grad()
     def value(self) -> float:
-        """The metric now, the mean over the batches."""
-        values = [float(self._metric(self._model, batch)) for batch in self._batches]
+        """The metric now, the mean over the batches; with the same random numbers every time."""
+        with same_random_numbers(self._model):
+            values = [float(self._metric(self._model, batch)) for batch in self._batches]
         return math.fsum(values) / len(values)
 
 
@@ -224,32 +233,37 @@ class _Memory:
 
     def _read(self, path: Path) -> None:
         try:
-            content = json.loads(path.read_text())
-            about = {name: content[name] for name in self._about}
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version, baseline = content["version"], float(content["baseline"])
+            layers = [str(name) for name in content["layers"]]
             values = {str(name): float(value) for name, value in content["values"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}: not a file of trials ({type(error).__name__}: {error}). Name another "
                 "one, or delete it."
             ) from error
-        same = math.isclose(about["baseline"], self.baseline, rel_tol=1e-6, abs_tol=1e-9)
-        if about | {"baseline": 0} != self._about | {"baseline": 0} or not same:
+        if version != _VERSION:
             raise ValueError(
-                f"{path}: trials of another model, or of other batches: there {about['baseline']!r}"
-                f" in float and {len(about['layers'])} layers, here {self.baseline!r} and "
+                f"{path}: got version {version!r} of a file of trials; this one reads {_VERSION}. "
+                "Name another one, or delete it."
+            )
+        same = math.isclose(baseline, self.baseline, rel_tol=1e-6, abs_tol=1e-9)
+        if layers != self._about["layers"] or not same:
+            raise ValueError(
+                f"{path}: trials of another model, or of other batches: there {baseline!r} in "
+                f"float and {len(layers)} layers, here {self.baseline!r} and "
                 f"{len(self._about['layers'])}. Name another file, or delete it."
             )
         self._values = values
-        self.baseline = about["baseline"]
+        self.baseline = self._about["baseline"] = baseline
 
     def value(self, key: str, measure: Callable[[], float]) -> float:
         """What is kept under a key, or what is measured now and then kept."""
         if key not in self._values:
             self._values[key] = measure()
             if self._path is not None:
-                unfinished = self._path.with_name(f".{self._path.name}.unfinished")
-                unfinished.write_text(json.dumps(self._about | {"values": self._values}, indent=1))
-                unfinished.replace(self._path)
+                text = json.dumps(self._about | {"values": self._values}, indent=1)
+                write_whole(self._path, f"{text}\n")
         return self._values[key]
 
 
@@ -307,10 +321,11 @@ def _scatter(trials: Trials, advice: Advice) -> Figure:
         )
     figure = new_figure("Trials.plot", (4.2 * len(formats), 4.0))
     for axis, name in zip(figure.subplots(1, len(formats), squeeze=False)[0], formats, strict=True):
-        axis.scatter(*zip(*points[name], strict=True), s=22)
-        ends = [min(map(min, points[name])), max(map(max, points[name]))]
-        axis.plot(ends, ends, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
         axis.set_title(name)
+        if points[name]:
+            axis.scatter(*zip(*points[name], strict=True), s=22)
+            ends = [min(map(min, points[name])), max(map(max, points[name]))]
+            axis.plot(ends, ends, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
         axis.set_xlabel("predicted change of the loss")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("measured change")
