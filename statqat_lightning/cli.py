@@ -1,8 +1,9 @@
-"""`statqat`: export a checkpoint, look into files, report, plan a recipe, list what there is.
+"""`statqat`: export a checkpoint, look into files, report, advise, plan, list what there is.
 
-Each command is a function: `export_checkpoint`, `inspect_file`, `file_report` and `compare_files`
-of `statqat_lightning.export`, `list_formats` and `list_presets` of `statqat_lightning`,
-`plan_recipe` and `compare_recipes` of `statqat_lightning.insight`.
+Each command is a function: `export_checkpoint`, `inspect_file`, `file_report`, `file_advice` and
+`compare_files` of `statqat_lightning.export`, `advise`, `sensitivity`, `list_formats` and
+`list_presets` of `statqat_lightning`, `plan_recipe` and `compare_recipes` of
+`statqat_lightning.insight`.
 """
 
 from __future__ import annotations
@@ -14,16 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from statqat_lightning._files import write_whole
 from statqat_lightning.export.calls.forward_call import ForwardCall
-from statqat_lightning.export.checkpoints import export_checkpoint, module_of
+from statqat_lightning.export.checkpoints import export_checkpoint, model_with_weights, module_of
+from statqat_lightning.export.file_advice import file_advice
 from statqat_lightning.export.file_comparison import compare_files
 from statqat_lightning.export.file_report import file_report
 from statqat_lightning.export.files.native import library_version
+from statqat_lightning.export.files.reading import read_any
 from statqat_lightning.export.files.registry import DEFAULT, FILE_TYPES
 from statqat_lightning.export.inspection import inspect_file
 from statqat_lightning.formats import list_formats
+from statqat_lightning.insight.advising import DEFAULT_FORMATS, advise
 from statqat_lightning.insight.plan import compare_recipes, plan_recipe
+from statqat_lightning.insight.trials import sensitivity
 from statqat_lightning.recipes.presets import PRESETS, list_presets
 from statqat_lightning.recipes.recipe import QuantRecipe
 from statqat_lightning.targets.registry import TARGETS
@@ -130,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     formats = commands.add_parser("formats", help="number formats: names, bits, largest values")
     formats.set_defaults(command=lambda o: print(list_formats()))
     _add_recipes(commands)
+    _add_advice(commands, trust)
     return parser
 
 
@@ -248,6 +256,115 @@ def _diff(options: argparse.Namespace) -> int:
     compared = compare_recipes(a, b, model, names)
     print(compared)
     return 0 if compared.equal else 1
+
+
+def _add_advice(commands: Any, trust: argparse.ArgumentParser) -> None:
+    """The commands that say what formats would cost: advise, sensitivity."""
+    advise = commands.add_parser(
+        "advise",
+        parents=[trust],
+        help="what each format would cost each layer, and the cheapest that will do",
+    )
+    advise.add_argument(
+        "file",
+        type=Path,
+        nargs="?",
+        help="a checkpoint of a training with StatQATCallback, which needs no class: SNRs alone",
+    )
+    _add_model(advise, "with --batch: SNRs, and the change of the loss of its training_step")
+    advise.add_argument(
+        "--target-db", type=float, metavar="DB", help="choose the cheapest formats of this SNR"
+    )
+    advise.add_argument("--snr", action="store_true", help="print SNRs where losses are known, too")
+    advise.add_argument("--json", type=Path, metavar="FILE", help="write the whole table")
+    advise.add_argument(
+        "-o", "--output", type=Path, metavar="RECIPE", help="write the choice as a recipe in YAML"
+    )
+    _add_formats(advise, DEFAULT_FORMATS)
+    advise.set_defaults(command=_advise)
+
+    trial = commands.add_parser(
+        "sensitivity", parents=[trust], help="what each layer does to the loss, by trial"
+    )
+    _add_model(trial, "whose training_step has a loss")
+    trial.add_argument(
+        "--resume", type=Path, metavar="FILE", help="keep what is measured, and go on from there"
+    )
+    trial.add_argument("--json", type=Path, metavar="FILE", help="write all changes")
+    _add_formats(trial, ("int4",))
+    trial.set_defaults(command=_sensitivity)
+
+
+def _add_model(parser: argparse.ArgumentParser, about: str) -> None:
+    what = f"package.Module, or package:factory without arguments, {about}"
+    parser.add_argument("--module", metavar="package.Module", help=what)
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="its weights; default: as it is made"
+    )
+    parser.add_argument(
+        "--batch",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="what training_step takes, saved by torch.save; may come several times",
+    )
+
+
+def _add_formats(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    parser.add_argument(
+        "--formats",
+        default=",".join(default),
+        metavar="NAMES",
+        help="comma-separated, see statqat formats (default: %(default)s)",
+    )
+
+
+def _advise(options: argparse.Namespace) -> None:
+    if options.output is not None and options.target_db is None:
+        raise ValueError("-o: got no --target-db; expected the SNR that the recipe is to keep.")
+    formats = _split(options.formats)
+    if options.file is not None:
+        if options.module or options.batch or options.checkpoint:
+            raise ValueError(
+                f"advise: got {options.file} beside --module, --checkpoint or --batch; expected "
+                "either. With a module, the file goes to --checkpoint."
+            )
+        advice = file_advice(options.file, formats, options.trust)
+    else:
+        model, batches = _model_and_batches("advise", options)
+        advice = advise(model, batches, formats=formats)
+    recipe = None if options.output is None else advice.recipe(options.target_db)
+    print(advice.text(options.target_db, loss=False if options.snr else None))
+    if options.json is not None:
+        write_whole(options.json, f"{advice.to_json()}\n")
+        print(f"{options.json}: {len(advice.tensors)} tensors")
+    if recipe is not None:
+        recipe.to_yaml(options.output)
+        print(f"{options.output}: {len(recipe.rules)} rules")
+
+
+def _sensitivity(options: argparse.Namespace) -> None:
+    model, batches = _model_and_batches("sensitivity", options)
+    trials = sensitivity(model, batches, formats=_split(options.formats), resume=options.resume)
+    print(trials)
+    if options.json is not None:
+        write_whole(options.json, f"{trials.to_json()}\n")
+        print(f"{options.json}: {len(trials.rows)} trials")
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _model_and_batches(command: str, options: argparse.Namespace) -> tuple[nn.Module, list[Any]]:
+    if not (options.module and options.batch):
+        other = "a checkpoint, or " if command == "advise" else ""
+        raise ValueError(
+            f"{command}: expected {other}--module package.Module and --batch FILE, what its "
+            "training_step takes, saved by torch.save."
+        )
+    model = model_with_weights(options.module, options.checkpoint, options.trust)
+    return model, [read_any(path, options.trust) for path in options.batch]
 
 
 if __name__ == "__main__":

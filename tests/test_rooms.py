@@ -41,7 +41,7 @@ EXPORT_ROWS: list[set[str]] = [
     {"freezing"},
     {"files"},
     {"proof"},
-    {"", "artefacts", "checkpoints", "file_report", "foresight", "inspection"},
+    {"", "artefacts", "checkpoints", "file_advice", "file_report", "foresight", "inspection"},
 ]
 NUMERIC_ROWS = range(1, 5)
 """Rows of pure functions: they import torch and the standard library, no module, file or logger."""

@@ -2,6 +2,7 @@
 
 from statqat_lightning.export.artefacts import export_model as export_model
 from statqat_lightning.export.checkpoints import export_checkpoint as export_checkpoint
+from statqat_lightning.export.file_advice import file_advice as file_advice
 from statqat_lightning.export.file_comparison import compare_files as compare_files
 from statqat_lightning.export.file_report import file_report as file_report
 from statqat_lightning.export.files.compressed_tensors import load_compressed as load_compressed

@@ -14,9 +14,10 @@ from torch import nn
 from statqat_lightning.export.artefacts import export_model
 from statqat_lightning.export.files.loading import load_checkpoint
 from statqat_lightning.export.files.native import KEY
-from statqat_lightning.export.files.reading import read_checkpoint
+from statqat_lightning.export.files.reading import read_any, read_checkpoint
 from statqat_lightning.export.files.registry import FILE_TYPES, wanted
 from statqat_lightning.export.proof.report import ExportReport
+from statqat_lightning.model.insertion import remove
 from statqat_lightning.recipes.recipe import QuantRecipe
 
 
@@ -75,6 +76,46 @@ def module_of(
         ValueError: If it is not there, or cannot be called like this; the message names it.
     """
     return _made(_found(module) if isinstance(module, str) else module, checkpoint)
+
+
+def model_with_weights(
+    module: str | Callable[..., nn.Module],
+    checkpoint: str | Path | None = None,
+    trust: bool = False,
+) -> nn.Module:
+    """The float model that a class or a function makes, with the weights of a checkpoint.
+
+    Args:
+        module: See `export_checkpoint`.
+        checkpoint: A Lightning checkpoint, of a float or a quantized training, or a `state_dict`;
+            None for the weights that the model is made with.
+        trust: See `read_checkpoint`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If module or checkpoint is not what is expected, or they do not fit.
+    """
+    if checkpoint is None:
+        return module_of(module)
+    checkpoint = Path(checkpoint)
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"{checkpoint}: no such file.")
+    state = read_any(checkpoint, trust)
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"{checkpoint}: got a {type(state).__name__}; expected a Lightning checkpoint, or a "
+            "state_dict."
+        )
+    if KEY in state:
+        model = load_checkpoint(module_of(module, state), state, str(checkpoint))
+        remove(model)
+        return model
+    model = module_of(module, state if "state_dict" in state else None)
+    try:
+        model.load_state_dict(state.get("state_dict", state))
+    except (RuntimeError, AttributeError) as error:
+        raise ValueError(f"{checkpoint}: does not fit the model: {error}") from error
+    return model
 
 
 def _found(name: str) -> Callable[..., nn.Module]:

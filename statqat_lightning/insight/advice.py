@@ -193,7 +193,9 @@ class Advice:
     def _title(self, loss: bool | None = None) -> str:
         if self.has_losses if loss is None else loss:
             return "Predicted change of the loss, in thousandths"
-        return "Predicted SNR in dB: of its layer's output for a weight whose inputs are known"
+        if any(c.output_snr_db is not None for t in self.tensors for c in t.costs.values()):
+            return "Predicted SNR in dB; of a weight whose inputs are known, that of the output"
+        return "Predicted SNR in dB"
 
     def __str__(self) -> str:
         return self.text()

@@ -125,7 +125,7 @@ def predicted_energies(
         if moments is None or not moments.known:
             return signal, noise, None
         of_output = [float(energy) for energy in quantizer.energies(weight, of_output=True)]
-        return signal, noise, decibels(*of_output)
+        return signal, noise, decibels(*of_output) if of_output[0] > 0 else None
     assert isinstance(quantizer, ActivationFakeQuantizer)
     spectrum = statistics_of([quantizer.observer]).spectrum
     assert spectrum is not None, "candidates of inputs choose their scales by the spectrum"

@@ -163,7 +163,7 @@ def _one_batch(
                 f"loss: got {_in_short(value)}; expected a scalar tensor that depends on the model."
             )
         if not value.isfinite():
-            raise ValueError(f"loss: got {float(value)}; expected a finite number.")
+            raise ValueError(f"loss: got {float(value.detach())}; expected a finite number.")
         parameters = [p for p in model.parameters() if p.requires_grad]
         torch.autograd.grad(value.reshape(()), parameters, allow_unused=True)
     return sums.orders()

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from statqat_lightning._files import write_whole
 from statqat_lightning._tables import html_table
 from statqat_lightning._words import did_you_mean, short
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec as TensorSpec
@@ -216,8 +217,8 @@ class QuantRecipe:
         return cls(rules_from(data))
 
     def to_yaml(self, path: str | Path) -> None:
-        """Write the recipe to a YAML file."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        """Write the recipe to a YAML file, whole or not at all."""
+        write_whole(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> QuantRecipe:

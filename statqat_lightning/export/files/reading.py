@@ -79,8 +79,21 @@ def read_checkpoint(path: Path, trust: bool = False) -> Mapping[str, Any]:
     Raises:
         ValueError: If it is truncated, foreign, or holds objects and is not trusted.
     """
+    return checked_checkpoint(read_any(path, trust), str(path))
+
+
+def read_any(path: Path, trust: bool = False) -> Any:
+    """What `torch.save` wrote to a file, on the CPU.
+
+    Args:
+        path: The file.
+        trust: Whether to load any object in it, which may run code.
+
+    Raises:
+        ValueError: If it is truncated, or holds objects and is not trusted.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=not trust)
+        return torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: the checkpoint holds objects that are not loaded from a file one may not "
@@ -91,7 +104,6 @@ def read_checkpoint(path: Path, trust: bool = False) -> Mapping[str, Any]:
         raise ValueError(
             f"{path}: not a whole checkpoint ({error}). It may have been cut off; copy it again."
         ) from error
-    return checked_checkpoint(checkpoint, str(path))
 
 
 def checked_checkpoint(checkpoint: Any, where: str) -> Mapping[str, Any]:
