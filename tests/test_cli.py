@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from statqat_lightning import QuantRecipe, list_formats, list_presets
+from statqat_lightning import QuantRecipe, get_format, list_formats, list_presets, prepare
 from statqat_lightning.cli import main
 from statqat_lightning.export import (
     compare_files,
@@ -28,6 +28,7 @@ from statqat_lightning.export.proof.onnx_runtime import onnx_session
 from statqat_lightning.insight import plan_recipe
 from statqat_lightning.insight.snr import snr_by_tensor
 from statqat_lightning.layers.quantized_layer import weight_of
+from statqat_lightning.model.quantized_model import quantized_layers
 from tests.callbacks.digits import DigitsModule, digits, held_out, loader, make_trainer, statqat
 from tests.export.models import calibrated, images, recipe_of, small_net
 
@@ -445,3 +446,23 @@ def test_report_says_what_it_cannot_read(capsys: pytest.CaptureFixture[str]) -> 
     assert "expected the checkpoint of the training" in fails(capsys, "report", "model.onnx")
     torch.save({"state_dict": {}}, "float.ckpt")
     assert "without StatQATCallback" in fails(capsys, "report", "float.ckpt")
+
+
+def test_allocate_writes_a_recipe_within_the_budget(
+    trained: tuple[Path, Sized], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    checkpoint = str(trained[0])
+    arguments = ["allocate", checkpoint, "--budget", "7.7 bits", "--inputs", "int8"]
+    assert main([*arguments, "-o", str(recipe)]) == 0
+    said = capsys.readouterr().out
+    assert "bits a weight of 7.700 bits a weight" in said
+    assert "at most" in said
+    assert max(map(len, said.splitlines()[:-2])) <= 80
+    module = Sized(12)
+    prepare(module, recipe=recipe)
+    weights = [(m.weight.numel(), q.weight) for _, m, q in quantized_layers(module) if q.weight]
+    bits = sum(n * get_format(q.spec.format).bits for n, q in weights)
+    assert bits / sum(n for n, _ in weights) <= 7.7
+    assert "expected at least" in fails(capsys, "allocate", checkpoint, "--budget", "1 bits")
+    assert "budget: got '4'" in fails(capsys, "allocate", checkpoint, "--budget", "4")
