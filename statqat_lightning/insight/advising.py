@@ -21,6 +21,7 @@ from statqat_lightning.insight.candidates import (
 from statqat_lightning.insight.loss_changes import LossChange, predicted_loss_changes
 from statqat_lightning.insight.observed import (
     Loss,
+    Observed,
     kept_batches,
     observed_copy,
     on_the_side,
@@ -94,8 +95,9 @@ def advise(
     names = names_of_formats("advise", formats)
     kept = kept_batches("advise", model, batches)
     with on_the_side("advise", model):
-        trial, macs, skipped = observed_copy(model, kept, loss or run_batch, exclude)
-        candidates = candidate_quantizers(trial, names, for_inputs(names))
+        observed = observed_copy(model, kept, loss or run_batch, for_inputs(names), exclude)
+        trial = observed.model
+        candidates = candidate_quantizers(trial, names, observed.inputs)
         changes: dict[tuple[str, str], LossChange] = {}
         if sensitivity == "fisher":
             assert loss is not None, "checked above"
@@ -103,7 +105,7 @@ def advise(
                 if parameter.is_floating_point():
                     parameter.requires_grad_(True)  # so that gradients reach frozen layers, too
             changes = predicted_loss_changes(trial, kept, loss, candidates)
-        return Advice(tensors_of(trial, candidates, macs, changes), len(kept), skipped)
+        return Advice(_tensors_of(observed, candidates, changes), len(kept), observed.skipped)
 
 
 def names_of_formats(where: str, formats: Sequence[str]) -> list[str]:
@@ -128,20 +130,19 @@ def for_inputs(names: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def tensors_of(
-    model: nn.Module,
+def _tensors_of(
+    observed: Observed,
     candidates: Candidates,
-    macs: Mapping[str, int],
     changes: Mapping[tuple[str, str], LossChange],
 ) -> tuple[TensorAdvice, ...]:
     """A row for each tensor that has candidates.
 
     Args:
-        model: A model with quantizers.
+        observed: A model with quantizers, and what is known of it.
         candidates: See `candidate_quantizers`.
-        macs: Multiply-accumulates of layers.
         changes: Predicted changes of the loss by tensor and format, as far as they are known.
     """
+    model = observed.model
     groups = _shared_weights(model)
     rows = []
     for layer in layers_with_weights(model):
@@ -151,9 +152,10 @@ def tensors_of(
                 continue
             is_weight = quantizer.role in layer.quantizers.weights
             weight = weight_of(layer.module, quantizer.role) if is_weight else None
+            spectrum = observed.spectra.get(quantizer.name)
             costs = {}
             for name, candidate in formats.items():
-                signal, noise, of_output = predicted_energies(candidate, weight)
+                signal, noise, of_output = predicted_energies(candidate, weight, spectrum)
                 change = changes.get((quantizer.name, name))
                 costs[name] = FormatCost(decibels(signal, noise), of_output, change)
             group = groups.get(layer.name, layer.name)
@@ -164,7 +166,7 @@ def tensors_of(
                     quantizer.role,
                     is_weight,
                     0 if weight is None else weight.numel(),
-                    macs.get(layer.name, 0),
+                    observed.macs.get(layer.name, 0),
                     costs,
                     # One rule serves all weights of a layer, and one all its inputs.
                     f"{group}: weights" if is_weight else f"{layer.name}: inputs",
