@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from scipy.stats import spearmanr
 from torch import nn
 
 from statqat_lightning import advise, sensitivity
 from statqat_lightning.insight.trials import predicted_by_layer
-from tests.insight.images import cross_entropy, in_batches, resnet20, training_images
+from tests.insight.images import cross_entropy, in_batches, mobilenet, resnet20, training_images
 from tests.insight.measured import measured_snr
 
 FORMATS = ["int2", "int3", "int4", "int6", "int8", "fp4_e2m1", "fp8_e4m3", "nf4"]
