@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from statqat_lightning.formats import get_format as get_format
     from statqat_lightning.formats import list_formats as list_formats
     from statqat_lightning.insight.advising import advise as advise
+    from statqat_lightning.insight.allocation import allocate as allocate
     from statqat_lightning.insight.layer_snr import LayerSNR as LayerSNR
     from statqat_lightning.insight.trials import sensitivity as sensitivity
     from statqat_lightning.model import compensate as compensate
@@ -47,6 +48,7 @@ _HOMES = {
     "StatQATCallback": "callbacks",
     "quantized_loading": "callbacks",
     "LayerSNR": "insight.layer_snr",
+    "allocate": "insight.allocation",
     "advise": "insight.advising",
     "sensitivity": "insight.trials",
     "compensate": "model",

@@ -18,6 +18,7 @@ from statqat_lightning._moved import MOVED
 
 ROOT = Path(statqat_lightning.__file__)
 PUBLIC = (
+    *("LayerSNR", "allocate"),
     *("StatQATCallback", "SNRMonitor", "ExportCallback", "DistillationCallback"),
     "ReportCallback",
     *("QuantRecipe", "QuantRule", "TensorSpec", "QuantSchedule"),

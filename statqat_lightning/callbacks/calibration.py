@@ -269,6 +269,28 @@ def _steps(
         yield
 
 
+def training_batches(
+    trainer: Trainer, pl_module: LightningModule, trial: LightningModule, num_batches: int
+) -> list[Any]:
+    """Training batches as `training_step` gets them, the same that calibrate.
+
+    Args:
+        trainer: The Trainer, at the start of training.
+        pl_module: The module.
+        trial: A copy of it, whose hooks prepare the batches.
+        num_batches: Largest number of batches.
+
+    Raises:
+        CannotCalibrate: If they may be readable only once.
+    """
+    num_batches = int(min(num_batches, trainer.num_training_batches))
+    with running(pl_module):
+        return [
+            _transferred(trainer, trial, batch)
+            for batch in islice(_batches(trainer, pl_module, trial), num_batches)
+        ]
+
+
 def _transferred(trainer: Trainer, trial: LightningModule, batch: Any) -> Any:
     """The batch in the run's precision and on its device, past the hooks that training calls.
 

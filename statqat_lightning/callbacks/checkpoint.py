@@ -37,6 +37,7 @@ class QuantizerEntry:
         averaged: Whether the checkpoint holds averaged weights, of which the scales know nothing.
         placed_for: The target that the recipe was placed for, if any, and the recipe before that.
         bits: Fewest bits that a format has in the phase of the training; 0 for its own width.
+        budget: The budget that formats were chosen for, in words, if any.
     """
 
     recipe: Mapping[str, Any]
@@ -45,6 +46,7 @@ class QuantizerEntry:
     averaged: bool
     placed_for: tuple[str | None, Mapping[str, Any]] | None = None
     bits: int = 0
+    budget: str | None = None
 
     def __call__(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Write it, unless the quantizers were taken out or the checkpoint has it already.
@@ -72,7 +74,10 @@ class QuantizerEntry:
         }
         if self.placed_for is not None and is_current:
             target, recipe = self.placed_for
-            checkpoint[CHECKPOINT_KEY]["placed_for"] = {"target": target, "recipe": dict(recipe)}
+            placed_for = {"target": target, "recipe": dict(recipe)}
+            if self.budget is not None:
+                placed_for["budget"] = self.budget
+            checkpoint[CHECKPOINT_KEY]["placed_for"] = placed_for
 
 
 def give_back_scales(module: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -84,7 +89,10 @@ def give_back_scales(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def read_entry(
-    checkpoint: Mapping[str, Any], recipe: QuantRecipe, target: str | None = None
+    checkpoint: Mapping[str, Any],
+    recipe: QuantRecipe,
+    target: str | None = None,
+    budget: str | None = None,
 ) -> Mapping[str, Any] | None:
     """The entry in a checkpoint; None in that of a float run.
 
@@ -92,9 +100,10 @@ def read_entry(
         checkpoint: The checkpoint.
         recipe: The recipe that it should be of.
         target: The target that it should have been placed for; "auto" for any.
+        budget: The budget that its formats should have been chosen for, in words.
 
     Raises:
-        ValueError: If it is of a later version, of another recipe or for another target.
+        ValueError: If it is of a later version, of another recipe, or for another target or budget.
     """
     entry: Mapping[str, Any] | None = checkpoint.get(CHECKPOINT_KEY)
     if entry is None:
@@ -110,6 +119,12 @@ def read_entry(
             f"StatQATCallback: got target={target!r}, but the checkpoint was trained for "
             f"{placed_for['target']!r}. Use that target, or load only the weights (they are those "
             "of the float model)."
+        )
+    if placed_for.get("budget") != budget:
+        raise ValueError(
+            f"StatQATCallback: got budget={budget!r}, but the formats in the checkpoint were "
+            f"chosen for {placed_for.get('budget')!r}. Use that budget, or load only the weights "
+            "(they are those of the float model)."
         )
     if not entry.get("zero_points", False):
         # Plain names of integers had none when it was written, and its run goes on without them.

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from statqat_lightning.callbacks.allocation import choose_formats, with_formats
 from statqat_lightning.callbacks.averaging import Averaging
 from statqat_lightning.callbacks.calibration import (
     calibrate,
@@ -44,6 +45,8 @@ from statqat_lightning.callbacks.refusals import refuse_trainer
 from statqat_lightning.callbacks.trial_run import CannotCalibrate
 from statqat_lightning.export.freezing.stale_scales import remember_weights
 from statqat_lightning.fake_quant.observers import ObserverConfig
+from statqat_lightning.insight.allocation import Allocation
+from statqat_lightning.insight.budgets import Budget
 from statqat_lightning.layers.module_names import modules_by_name, plain_name
 from statqat_lightning.model.compensation import CompensationReport
 from statqat_lightning.model.dataflow import takes_means_away
@@ -66,7 +69,7 @@ from statqat_lightning.model.quantized_model import (
     switch_off_idle_layers,
 )
 from statqat_lightning.model.report_rows import rows_in_use
-from statqat_lightning.model.weight_reads import set_readers
+from statqat_lightning.model.weight_reads import Weight, set_readers
 from statqat_lightning.recipes.recipe import DEFAULT, Default, QuantRecipe, TensorSpec
 from statqat_lightning.recipes.rule import ROLES
 from statqat_lightning.recipes.schedule import QuantSchedule, When
@@ -153,7 +156,15 @@ class StatQATCallback(Callback):
         preset: Name of a preset such as `"w4a8"`, in place of `weights` and `activations`, see
             `list_presets`.
 
+        budget: What the model may cost, such as `"4 bits"` a weight in the mean, see
+            `Budget.parse`. Before the first step, each layer gets the format of its own that makes
+            the least predicted loss within it, see `allocate`, among formats of the family that the
+            weights have, integers or floats. Inputs keep theirs unless the budget counts them. It
+            takes two passes over the calibration batches, one of them backwards. A resumed run, or
+            a second fit, keeps its formats.
+
     Attributes:
+        allocation: Which formats the budget has given; None before, and without.
         compensation: What was done to which weight for `compensate`; None before, and without.
         report: What was done to each layer, None before.
         placed: The recipe in force, if it differs from the given one: with a rule for each
@@ -183,6 +194,7 @@ class StatQATCallback(Callback):
         verbose: bool = True,
         target: str | None = AUTO,
         compensate: bool = False,
+        budget: str | Budget | None = None,
         preset: str | None = None,
     ) -> None:
         if isinstance(weights, QuantRecipe):
@@ -230,6 +242,14 @@ class StatQATCallback(Callback):
                 "widths of the schedule, or compensate."
             )
         self.compensate = compensate
+        self.budget = None if budget is None else Budget.parse(budget)
+        if self.budget is not None and self._learns_scales():
+            raise ValueError(
+                f"StatQATCallback: got budget={budget!r} with learned scales (quantizer 'lsq'), "
+                "which an optimizer has to know before a batch shows which formats are best. "
+                "Choose ahead: recipe=allocate(advise(model, batches), budget).recipe."
+            )
+        self.allocation: Allocation | None = None
         self.phases = Phases(self.schedule)
         self.averaging = Averaging()
         self.refresh_every = refresh_every
@@ -242,11 +262,13 @@ class StatQATCallback(Callback):
         self._fit_scales: Callable[[nn.Module], None] | None = refit_weights  # before anything runs
         self._follows_a_run = False
         self._compensation_due = False
+        self._allocation_due = False
         self._last_step = -1
         self._last_boundary: int | None = None
         self._fitting = False
         self._announced = False
         self._rows: Mapping[str, Mapping[str, Any]] = {}  # what a batch has shown, for the report
+        self._readers: Mapping[Weight, tuple[str, ...]] = {}
         self._watch_next = False
         self._recording: LiveRecording | None = None
         self._norms: Mapping[str, tuple[str, ...]] | None = None  # as a batch has shown them
@@ -308,7 +330,9 @@ class StatQATCallback(Callback):
         self._fit_scales = refit_weights if before != after else None
         self._follows_a_run = False
         if before != after or not knows_inputs(pl_module):
-            self._compensation_due = self.compensate  # until a checkpoint is read, or it is done
+            # Until a checkpoint is read, or it is done:
+            self._compensation_due = self.compensate
+            self._allocation_due = self.budget is not None
         self._announced = before == after
 
     def _prepare(self, pl_module: LightningModule) -> None:
@@ -341,6 +365,7 @@ class StatQATCallback(Callback):
                 if self.placed or self.effective_target
                 else None
             ),
+            budget=None if self.budget is None else str(self.budget),
             bits=self.phases.now.bits,
         )
 
@@ -348,7 +373,8 @@ class StatQATCallback(Callback):
         self._entry(pl_module, checkpoint)
 
     def _read_entry(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        entry = read_entry(checkpoint, self.recipe, self.target)
+        budget = None if self.budget is None else str(self.budget)
+        entry = read_entry(checkpoint, self.recipe, self.target, budget)
         if entry is None:
             self._fit_scales = refit_weights
             return
@@ -356,7 +382,7 @@ class StatQATCallback(Callback):
         if "placed_for" in entry or entry["recipe"] != self.recipe.to_dict():
             self.placed = QuantRecipe.from_dict(entry["recipe"])
             self._prepare(pl_module)
-        self._compensation_due = False
+        self._compensation_due = self._allocation_due = False
         load_quantizer_state(pl_module, entry["quantizers"])
         give_back_scales(pl_module, checkpoint)
         weights, inputs = entry.get("quantized", (True, True))
@@ -463,11 +489,14 @@ class StatQATCallback(Callback):
         # quantized once they have.
         if not knows_inputs(pl_module):
             self._calibrate(trainer, pl_module)
+        if self._allocation_due:
+            self._allocate(trainer, pl_module)
         if self._compensation_due:
             self._compensate(trainer, pl_module)
         self._announce()
         assert self.report is not None
-        self._warnings.of_little(self.report, self.recipe)
+        if self.budget is None:  # which chooses formats that the recipe does not name
+            self._warnings.of_little(self.report, self.recipe)
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._centre(trainer, pl_module)
@@ -487,6 +516,29 @@ class StatQATCallback(Callback):
         self._prepare(pl_module)  # by now the signs of formats are known
         self._warnings.of_idle_layers(pl_module)
         self._warnings.of_negatives(pl_module)
+
+    def _allocate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._allocation_due = False
+        assert self.budget is not None, "it is due"
+        try:
+            self.allocation = choose_formats(
+                *(trainer, pl_module, self.budget, self.calibration_batches),
+                reduction_over_ranks(trainer),
+            )
+        except CannotCalibrate as reason:
+            raise ValueError(
+                f"StatQATCallback: got budget={str(self.budget)!r}, but {reason}. Choose ahead: "
+                "recipe=allocate(advise(model, batches), budget).recipe."
+            ) from reason
+        if self.verbose:
+            rank_zero_info(f"StatQAT: {self.allocation.summary()}")
+        self.placed = with_formats(pl_module, self.allocation.formats)
+        remove(pl_module)  # so that nothing is known of inputs twice
+        self._prepare(pl_module)
+        set_readers(pl_module, self._readers)
+        refit_weights(pl_module)  # as any run begins: the next searches come after as many steps
+        set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
+        self._calibrate(trainer, pl_module)
 
     def _compensate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._compensation_due = False
@@ -548,6 +600,7 @@ class StatQATCallback(Callback):
             self.placed = seen.recipe
             self._prepare(pl_module)
             set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
+        self._readers = seen.readers
         set_readers(pl_module, seen.readers)
         self._norms = seen.centred
         assert self.report is not None

@@ -170,7 +170,7 @@ def allocate(
         budget.cost(advice.tensors, chosen),
         solution.loss,
         solution.bound,
-        _uniform(advice.tensors, budget, able, chosen),
+        _uniform(advice.tensors, budget, able, chosen, first_last_bits),
         advice.tensors,
         advice.has_losses,
     )
@@ -317,13 +317,14 @@ def _uniform(
     budget: Budget,
     able: Sequence[str],
     chosen: Mapping[str, str],
+    first_last_bits: int | None,
 ) -> tuple[str, float, float]:
     """The single format whose cost is nearest to the budget, with its cost and predicted loss.
 
     It is that of weights, and of inputs where they count; the first and the last layer, and inputs
     that do not count, keep what was chosen where that is wider.
     """
-    ends = _ends(tensors)
+    ends = _ends(tensors) if first_last_bits is not None else set()
     found: list[tuple[float, str, float, float]] = []
     for name in able:
         formats = dict(chosen)

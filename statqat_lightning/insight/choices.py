@@ -58,7 +58,9 @@ def solve(units: Sequence[Sequence[tuple[float, float]]], budget: float) -> Solu
     Returns:
         None if even the cheapest choices cost more.
     """
-    kept = [_undominated(choices) for choices in units]
+    # The dearest decisions come first: what is left then fills any rest of the budget.
+    order = sorted(range(len(units)), key=lambda unit: -_range_of(units[unit]))
+    kept = [_undominated(units[unit]) for unit in order]
     budget *= 1 + _ROUNDING  # sums of costs are rounded
     if sum(choices[0].cost for choices in kept) > budget:
         return None
@@ -92,7 +94,14 @@ def solve(units: Sequence[Sequence[tuple[float, float]]], budget: float) -> Solu
     if found is None or found[1] > best[1]:
         found = best
     cost, loss, numbers = found
-    return Solution(numbers, cost, loss, min(bound, loss))
+    by_unit = dict(zip(order, numbers, strict=True))
+    in_order = tuple(by_unit[unit] for unit in range(len(units)))
+    return Solution(in_order, cost, loss, min(bound, loss))
+
+
+def _range_of(choices: Sequence[tuple[float, float]]) -> float:
+    costs = [cost for cost, _ in choices]
+    return max(costs) - min(costs)
 
 
 def _undominated(choices: Sequence[tuple[float, float]]) -> list[Choice]:

@@ -1,0 +1,175 @@
+"""Formats within a budget, chosen on the batches that calibrate a training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from statqat_lightning.callbacks.calibration import training_batches
+from statqat_lightning.callbacks.trial_copy import running, trial_copy
+from statqat_lightning.callbacks.trial_run import FAILED, next_step, run_isolated, step_arguments
+from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
+from statqat_lightning.fake_quant.observers import Reduce
+from statqat_lightning.fake_quant.tensor_spec import TensorSpec
+from statqat_lightning.formats import get_format
+from statqat_lightning.insight.advice import Advice, TensorAdvice, bits_of
+from statqat_lightning.insight.advising import tensors_of
+from statqat_lightning.insight.allocation import Allocation, allocate
+from statqat_lightning.insight.budgets import Budget
+from statqat_lightning.insight.candidates import candidate_quantizers
+from statqat_lightning.insight.loss_changes import LossChange, predicted_loss_changes
+from statqat_lightning.insight.observed import observe
+from statqat_lightning.layers.layer_kinds import INPUT_ROLES
+from statqat_lightning.model.insertion import recipe_of
+from statqat_lightning.model.quantized_model import quantized_layers
+from statqat_lightning.recipes.recipe import QuantRecipe
+from statqat_lightning.recipes.rule import full_name
+
+_FAMILIES: Mapping[str, Sequence[str]] = {
+    "integer": ("int2", "int3", "int4", "int5", "int6", "int8"),
+    "float": ("fp4_e2m1", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3"),
+}
+"""The formats that a budget chooses among, by the family of those that the weights have."""
+
+
+def choose_formats(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    budget: Budget,
+    num_batches: int,
+    reduce: Reduce | None,
+) -> Allocation:
+    """Formats of least predicted loss within a budget, for a module with quantizers.
+
+    A copy of the module runs training batches forwards and backwards, in eval mode; on several
+    ranks, predictions are averaged. Formats are of the family that the weights have, integers or
+    floats. The first and the last layer keep their width where it is greater than the others'.
+
+    Args:
+        trainer: The Trainer, at the start of training.
+        pl_module: The module; it stays as it is.
+        budget: What it may cost.
+        num_batches: Largest number of batches.
+        reduce: Reduction over ranks.
+
+    Raises:
+        CannotCalibrate: With the reason, if no batches can be run ahead.
+        ValueError: If no choice fits the budget, or the weights are of no such family.
+    """
+    formats = _candidates(pl_module)
+    of_inputs = formats if budget.counts_inputs else []
+    found: list[Advice] = []
+
+    def run() -> Exception | None:
+        def advised() -> Iterator[None]:
+            trial = trial_copy(trainer, pl_module)
+            for parameter in trial.parameters():
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(True)  # so that gradients reach all layers
+            batches = training_batches(trainer, pl_module, trial, num_batches)
+            with running(pl_module):
+                candidates = candidate_quantizers(trial, formats, of_inputs)
+                changes = predicted_loss_changes(trial, batches, loss, candidates)
+                macs = observe(trial, batches[:1], loss)
+            tensors = tensors_of(trial, candidates, macs, changes)
+            found.append(Advice(tuple(t for t in tensors if t.costs), len(batches)))
+            yield
+
+        status, failure = next_step(trainer, advised(), reduce)
+        return failure if status == FAILED else None
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        trial = cast(LightningModule, model)
+        with trainer.precision_plugin.train_step_context():
+            result = trial.training_step(*step_arguments(trial, batch, 0))
+        loss = result["loss"] if isinstance(result, Mapping) else result
+        assert isinstance(loss, Tensor), "a training step returns its loss"
+        return loss
+
+    run_isolated(trainer, pl_module, run)
+    advice = found[0]
+    if reduce is not None:
+        advice = _over_ranks(advice, reduce, trainer.world_size, pl_module.device)
+    return allocate(advice, budget, first_last_bits=_width_of_ends(pl_module))
+
+
+def with_formats(pl_module: nn.Module, formats: Mapping[str, str]) -> QuantRecipe:
+    """The recipe of a module's quantizers, layer by layer, in other formats.
+
+    Args:
+        pl_module: A module with quantizers.
+        formats: Formats by the names of tensors, `{layer}/{role}`; others keep theirs.
+    """
+    quantizers = {full_name(name): own for name, _, own in quantized_layers(pl_module)}
+
+    def chosen(own: Iterable[FakeQuantizer]) -> str | None:
+        return next((formats[q.name] for q in own if q.name in formats), None)
+
+    rules = []
+    for rule in recipe_of(pl_module).rules:
+        own = quantizers[rule.pattern]
+        weights = _in_format(rule.weights, chosen(own.weights.values()))
+        inputs = _in_format(rule.inputs, chosen(own.inputs.values()))
+        rules.append(replace(rule, weights=weights, inputs=inputs))
+    return QuantRecipe(rules)
+
+
+def _in_format(spec: Any, name: str | None) -> Any:
+    return spec.with_format(get_format(name)) if isinstance(spec, TensorSpec) and name else spec
+
+
+def _candidates(pl_module: nn.Module) -> list[str]:
+    """Formats of the family of the weights."""
+    own = {
+        weight.fmt.kind
+        for _, _, quantizers in quantized_layers(pl_module)
+        for weight in quantizers.weights.values()
+    }
+    if len(own) != 1 or not own <= {*_FAMILIES}:
+        raise ValueError(
+            f"StatQATCallback: got a budget for weights in {', '.join(sorted(own)) or 'float'} "
+            f"formats; expected all of one family, {' or '.join(_FAMILIES)}. Choose with "
+            "`allocate(advise(model, batches, formats=...), budget)` and give its recipe."
+        )
+    return [*_FAMILIES[own.pop()]]
+
+
+def _over_ranks(advice: Advice, reduce: Reduce, ranks: int, device: torch.device) -> Advice:
+    """Changes of the loss, averaged over ranks."""
+    changes = [
+        (cost.loss_change.first, cost.loss_change.second)
+        for tensor in advice.tensors
+        for cost in tensor.costs.values()
+        if cost.loss_change is not None
+    ]
+    table = reduce(torch.tensor(changes, dtype=torch.float64, device=device), "sum") / ranks
+    averaged = iter(table.tolist())
+
+    def of(tensor: TensorAdvice) -> TensorAdvice:
+        costs = {
+            name: cost
+            if cost.loss_change is None
+            else replace(cost, loss_change=LossChange(*next(averaged)))
+            for name, cost in tensor.costs.items()
+        }
+        return replace(tensor, costs=costs)
+
+    return replace(advice, tensors=tuple(map(of, advice.tensors)))
+
+
+def _width_of_ends(pl_module: nn.Module) -> int | None:
+    """Bits of the first and the last layer, if both are wider than what is most frequent."""
+    bits = [
+        int(bits_of(weight.fmt.name))
+        for _, _, quantizers in quantized_layers(pl_module)
+        for role, weight in quantizers.weights.items()
+        if role not in INPUT_ROLES
+    ]
+    usual = max({*bits}, key=bits.count)
+    ends = min(bits[0], bits[-1])
+    return ends if ends > usual else None
