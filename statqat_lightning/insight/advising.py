@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from statqat_lightning._words import did_you_mean
+from statqat_lightning.error_analysis.spectrum import EnergySpectrum
 from statqat_lightning.formats import BlockFormat, get_format
 from statqat_lightning.insight.advice import Advice, FormatCost, TensorAdvice
 from statqat_lightning.insight.candidates import (
     Candidates,
-    candidate_quantizers,
     decibels,
     layers_with_weights,
     predicted_energies,
@@ -21,7 +22,7 @@ from statqat_lightning.insight.candidates import (
 from statqat_lightning.insight.loss_changes import LossChange, predicted_loss_changes
 from statqat_lightning.insight.observed import (
     Loss,
-    Observed,
+    candidates_of,
     kept_batches,
     observed_copy,
     on_the_side,
@@ -97,7 +98,7 @@ def advise(
     with on_the_side("advise", model):
         observed = observed_copy(model, kept, loss or run_batch, for_inputs(names), exclude)
         trial = observed.model
-        candidates = candidate_quantizers(trial, names, observed.inputs)
+        candidates = candidates_of(observed, names)
         changes: dict[tuple[str, str], LossChange] = {}
         if sensitivity == "fisher":
             assert loss is not None, "checked above"
@@ -105,7 +106,11 @@ def advise(
                 if parameter.is_floating_point():
                     parameter.requires_grad_(True)  # so that gradients reach frozen layers, too
             changes = predicted_loss_changes(trial, kept, loss, candidates)
-        return Advice(_tensors_of(observed, candidates, changes), len(kept), observed.skipped)
+        return Advice(
+            tensors_of(trial, candidates, observed.macs, changes, observed.spectra),
+            len(kept),
+            observed.skipped,
+        )
 
 
 def names_of_formats(where: str, formats: Sequence[str]) -> list[str]:
@@ -130,19 +135,23 @@ def for_inputs(names: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def _tensors_of(
-    observed: Observed,
+def tensors_of(
+    model: nn.Module,
     candidates: Candidates,
+    macs: Mapping[str, int],
     changes: Mapping[tuple[str, str], LossChange],
+    spectra: Mapping[str, EnergySpectrum] = MappingProxyType({}),
 ) -> tuple[TensorAdvice, ...]:
     """A row for each tensor that has candidates.
 
     Args:
-        observed: A model with quantizers, and what is known of it.
+        model: A model with quantizers.
         candidates: See `candidate_quantizers`.
+        macs: Multiply-accumulates of layers.
         changes: Predicted changes of the loss by tensor and format, as far as they are known.
+        spectra: Those of inputs, one row each, as far as more is known than the samples that their
+            quantizers took.
     """
-    model = observed.model
     groups = _shared_weights(model)
     rows = []
     for layer in layers_with_weights(model):
@@ -152,7 +161,7 @@ def _tensors_of(
                 continue
             is_weight = quantizer.role in layer.quantizers.weights
             weight = weight_of(layer.module, quantizer.role) if is_weight else None
-            spectrum = observed.spectra.get(quantizer.name)
+            spectrum = spectra.get(quantizer.name)
             costs = {}
             for name, candidate in formats.items():
                 signal, noise, of_output = predicted_energies(candidate, weight, spectrum)
@@ -166,7 +175,7 @@ def _tensors_of(
                     quantizer.role,
                     is_weight,
                     0 if weight is None else weight.numel(),
-                    observed.macs.get(layer.name, 0),
+                    macs.get(layer.name, 0),
                     costs,
                     # One rule serves all weights of a layer, and one all its inputs.
                     f"{group}: weights" if is_weight else f"{layer.name}: inputs",

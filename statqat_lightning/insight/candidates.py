@@ -28,26 +28,52 @@ Candidates = dict[str, dict[str, FakeQuantizer]]
 
 @torch.no_grad()
 def candidate_quantizers(
-    model: nn.Module, weights: Sequence[str], inputs: Candidates
+    model: nn.Module, weights: Sequence[str], inputs: Sequence[str]
 ) -> Candidates:
     """A quantizer for each weight and each input of a model in each format, with its scale.
 
-    Scales are those that a training would begin with: of weights from the weights and the moments
-    of their inputs. Layers that have not run have none: of them no input is known.
+    Scales of inputs come from the running statistics of the quantizers that the model has, those of
+    weights from the weights and the moments of their inputs. Layers that have not run have none: of
+    them no input is known.
 
     Args:
         model: A model with quantizers whose inputs have been observed.
         weights: Names of formats for weights.
-        inputs: Quantizers of inputs that have followed them, see `candidates_for_inputs`.
+        inputs: Names of formats for inputs; no block formats.
+
+    Raises:
+        ValueError: If a format is unknown, or a block format is meant for inputs.
     """
-    found: Candidates = {}
-    for layer in layers_that_ran(model):
-        for role, own in layer.quantizers.weights.items():
-            found[own.name] = {name: _for_weight(layer, role, own, name) for name in weights}
-        for observed in layer.quantizers.inputs.values():
-            if any(quantizer.ready for quantizer in inputs.get(observed.name, {}).values()):
-                found[observed.name] = dict(inputs[observed.name])
-    return found
+    of_inputs = candidates_for_inputs(model, inputs)
+    for quantizers in of_inputs.values():
+        for quantizer in quantizers.values():
+            _decide_now(quantizer)
+    return candidates_for_weights(model, weights) | ready_candidates(model, of_inputs)
+
+
+@torch.no_grad()
+def candidates_for_weights(model: nn.Module, names: Sequence[str]) -> Candidates:
+    """A quantizer for each weight of a model in each format, with its scale.
+
+    Args:
+        model: A model with quantizers whose inputs have been observed.
+        names: Names of formats.
+    """
+    return {
+        own.name: {name: _for_weight(layer, role, own, name) for name in names}
+        for layer in layers_that_ran(model)
+        for role, own in layer.quantizers.weights.items()
+    }
+
+
+def ready_candidates(model: nn.Module, inputs: Candidates) -> Candidates:
+    """Those candidates of inputs that have scales, of layers that have run."""
+    return {
+        observed.name: inputs[observed.name]
+        for layer in layers_that_ran(model)
+        for observed in layer.quantizers.inputs.values()
+        if any(quantizer.ready for quantizer in inputs.get(observed.name, {}).values())
+    }
 
 
 def candidates_for_inputs(model: nn.Module, names: Sequence[str]) -> Candidates:
@@ -138,9 +164,15 @@ def _for_input(observed: ActivationFakeQuantizer, name: str) -> ActivationFakeQu
 def candidate_for_input(observed: ActivationFakeQuantizer, name: str) -> FakeQuantizer:
     """A quantizer of a format for an input that has been observed, with the scale it would have."""
     quantizer = _for_input(observed, name)
-    quantizer.deciding = False  # all that will be seen has been seen: zero points are chosen now
-    quantizer.decide()
+    _decide_now(quantizer)
     return quantizer
+
+
+def _decide_now(quantizer: FakeQuantizer) -> None:
+    """Choose sign, zero point and scale: all that will be seen has been seen."""
+    assert isinstance(quantizer, ActivationFakeQuantizer), quantizer.name
+    quantizer.deciding = False
+    quantizer.decide()
 
 
 @torch.no_grad()

@@ -25,8 +25,10 @@ from statqat_lightning.fake_quant.observers import (
 from statqat_lightning.insight.candidates import (
     Candidates,
     candidates_for_inputs,
+    candidates_for_weights,
     follow_inputs,
     layers_with_weights,
+    ready_candidates,
 )
 from statqat_lightning.layers.quantized_layer import weight_of
 from statqat_lightning.model.insertion import prepare, remove
@@ -229,6 +231,34 @@ def observed_copy(
     skipped |= {layer.name: DID_NOT_RUN for layer in layers if not layer.quantizers.ran}
     spectra = {name: EnergySpectrum(own.running_spectrum[None]) for name, own in whole.items()}
     return Observed(trial, inputs, macs, skipped, spectra)
+
+
+def candidates_of(observed: Observed, weights: Sequence[str]) -> Candidates:
+    """Quantizers for the tensors of a model that has been observed.
+
+    Args:
+        observed: The model, with candidates of its inputs.
+        weights: Names of formats for weights.
+    """
+    inputs = ready_candidates(observed.model, observed.inputs)
+    return candidates_for_weights(observed.model, weights) | inputs
+
+
+@torch.no_grad()
+def count_macs(
+    model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any]
+) -> dict[str, int]:
+    """Multiply-accumulates of each quantized layer for one sample, by its name.
+
+    Args:
+        model: A model with quantizers.
+        batch: A batch.
+        run: Runs the model on it.
+    """
+    macs: dict[str, int] = {}
+    with _counting_macs(layers_with_weights(model), samples_of(batch), macs):
+        run(model, batch)
+    return macs
 
 
 @contextmanager

@@ -18,12 +18,12 @@ from statqat_lightning.insight.advice import Advice
 from statqat_lightning.insight.advising import for_inputs, names_of_formats
 from statqat_lightning.insight.candidates import (
     Candidates,
-    candidate_quantizers,
     layers_that_ran,
     put_in,
 )
 from statqat_lightning.insight.observed import (
     Loss,
+    candidates_of,
     kept_batches,
     observed_copy,
     on_the_side,
@@ -167,7 +167,7 @@ def sensitivity(
     kept = kept_batches("sensitivity", model, batches)
     with on_the_side("sensitivity", model):
         observed = observed_copy(model, kept, measure, for_inputs(names), exclude)
-        candidates = candidate_quantizers(observed.model, names, observed.inputs)
+        candidates = candidates_of(observed, names)
         bench = _Bench(observed.model, kept, measure, candidates)
         layers = layers_that_ran(observed.model)
         memory = _Memory(resume, [layer.name for layer in layers], bench.value())

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 
 from statqat_lightning.insight.candidates import Candidates, candidate_quantizers
 from statqat_lightning.insight.loss_changes import LossChange, predicted_loss_changes
-from statqat_lightning.insight.observed import observed_copy
+from statqat_lightning.insight.observed import candidates_of, observed_copy
 from statqat_lightning.model.insertion import prepare, remove
 from statqat_lightning.model.quantized_model import quantizer_state, refresh, set_observing
 from tests.callbacks.digits import assert_same
@@ -32,7 +32,7 @@ def quantizers_of(
 ) -> tuple[nn.Module, Candidates]:
     """A copy of a model with quantizers, and candidates for its tensors."""
     observed = observed_copy(model, batches, loss, FORMATS)
-    return observed.model, candidate_quantizers(observed.model, FORMATS, observed.inputs)
+    return observed.model, candidates_of(observed, FORMATS)
 
 
 def predicted(
@@ -283,7 +283,7 @@ def test_the_model_is_left_as_it_was() -> None:
     set_observing(net, True)
     net.eval()(data[0][0])
     refresh(net.train(), search=True)
-    _, candidates = quantizers_of(net, data)
+    candidates = candidate_quantizers(net, FORMATS, FORMATS)
     before = (net.state_dict(), quantizer_state(net), torch.get_rng_state())
     before = {"s": {k: v.clone() for k, v in before[0].items()}, "q": before[1], "r": before[2]}
     hooks = [len(module._forward_hooks) for module in net.modules()]
