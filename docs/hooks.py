@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 AT_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md"}
 """Pages of the site, and the files that they show."""
+WITH_FORMULAS = ("theory.md", "advisor.md")
 ELSEWHERE = r"\[([^\]]+)\]\((?:LICENSE|CHANGELOG\.md|SECURITY\.md|examples/)[^)]*\)"
 """Links to what the site does not have, which become their text."""
 
@@ -36,7 +37,7 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     """The file at the root in place of a page that only names it."""
     if page.file.src_uri not in AT_ROOT:
         text = markdown.replace("](../README.md", "](index.md")
-        return _with_formulas(text) if page.file.src_uri == "theory.md" else text
+        return _with_formulas(text) if page.file.src_uri in WITH_FORMULAS else text
     text = (ROOT / AT_ROOT[page.file.src_uri]).read_text(encoding="utf-8")
     text = text.replace("](docs/", "](").replace("](CONTRIBUTING.md", "](contributing.md")
     return re.sub(ELSEWHERE, r"\1", text)

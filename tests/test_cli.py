@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 import sys
@@ -12,12 +13,20 @@ import pytest
 import torch
 from torch import nn
 
-from statqat_lightning import QuantRecipe, get_format, list_formats, list_presets, prepare
+from statqat_lightning import (
+    QuantRecipe,
+    advise,
+    get_format,
+    list_formats,
+    list_presets,
+    prepare,
+)
 from statqat_lightning.cli import main
 from statqat_lightning.export import (
     compare_files,
     export_checkpoint,
     export_model,
+    file_advice,
     inspect_file,
     load_quantized,
     save_native,
@@ -446,6 +455,128 @@ def test_report_says_what_it_cannot_read(capsys: pytest.CaptureFixture[str]) -> 
     assert "expected the checkpoint of the training" in fails(capsys, "report", "model.onnx")
     torch.save({"state_dict": {}}, "float.ckpt")
     assert "without StatQATCallback" in fails(capsys, "report", "float.ckpt")
+
+
+class Plain(DigitsModule):
+    """Can be made without arguments."""
+
+
+def saved_batches() -> list[str]:
+    arguments = []
+    for number, (x, y) in enumerate(loader(shuffle=False)):
+        if number < 2:
+            torch.save((x, y), f"batch{number}.pt")
+            arguments += ["--batch", f"batch{number}.pt"]
+    return arguments
+
+
+def test_advise_of_a_checkpoint_needs_no_class(
+    checkpoint: Path, trained: tuple[Path, Sized], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["advise", "run.ckpt"]) == 0
+    advice = file_advice("run.ckpt")
+    assert capsys.readouterr().out == f"{advice}\n"
+    arguments = ["--target-db", "18", "--json", "a.json", "-o", "r.yaml", "--formats", "int4, int8"]
+    assert main(["advise", "run.ckpt", *arguments]) == 0
+    advice = file_advice("run.ckpt", ["int4", "int8"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "\n".join(lines[:-2]) == advice.text(18.0)
+    assert max(map(len, lines)) <= 80
+    assert lines[-2:] == ["a.json: 8 tensors", f"r.yaml: {len(advice.recipe(18.0).rules)} rules"]
+    assert json.loads(Path("a.json").read_text()) == json.loads(advice.to_json())
+    assert QuantRecipe.from_yaml("r.yaml") == advice.recipe(18.0)
+    assert main(["plan", "tests.test_cli:sized", "--recipe", "r.yaml"]) == 0
+
+
+def test_advise_of_a_module_predicts_the_loss(
+    checkpoint: Path, trained: tuple[Path, Sized], capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = saved_batches()
+    model = ["--module", "tests.test_cli.Sized", "--checkpoint", "run.ckpt"]
+    assert main(["advise", *model, *batches, "--target-db", "20", "-o", "r.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Predicted change of the loss, in thousandths\n")
+    # The same as from Python with the float model of the checkpoint.
+    module = Sized(12)
+    module.load_state_dict(torch.load("run.ckpt", weights_only=True)["state_dict"])
+    data = [torch.load(f"batch{number}.pt", weights_only=True) for number in range(2)]
+    assert advise(module, data).text(20.0) in out
+    assert main(["advise", *model, *batches, "--snr"]) == 0
+    assert capsys.readouterr().out.startswith("Predicted SNR in dB; of a weight")
+    # Weights of a float training, and those that the module is made with.
+    torch.save(Plain().state_dict(), "weights.pt")
+    plain = ["--module", "tests.test_cli.Plain"]
+    assert main(["advise", *plain, "--checkpoint", "weights.pt", *batches]) == 0
+    assert main(["advise", *plain, *batches, "--formats", "int4"]) == 0
+
+
+def test_sensitivity_of_a_module_goes_on_where_it_stopped(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--module", "tests.test_cli.Sized", "--checkpoint", "run.ckpt", *saved_batches()]
+    arguments = ["sensitivity", *model, "--formats", "int2,int4", "--resume", "t.json"]
+    assert main([*arguments, "--json", "s.json"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[2:6]] == [
+        *("net.0", "net.3", "net.8.0", "net.8.1")
+    ]
+    found = json.loads(Path("s.json").read_text())
+    assert len(found["rows"]) == 8
+    kept = Path("t.json").read_bytes()
+    assert main([*arguments, "--json", "s.json"]) == 0
+    assert capsys.readouterr().out == out
+    assert Path("t.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["advise"], "advise: expected a checkpoint, or --module package.Module and --batch FILE"),
+        (["sensitivity"], "sensitivity: expected --module package.Module and --batch FILE"),
+        (["advise", "none.ckpt"], "none.ckpt: no such file"),
+        (["advise", "run.ckpt", "-o", "r.yaml"], "-o: got no --target-db; expected the SNR"),
+        (
+            ["advise", "run.ckpt", "--module", "a.b"],
+            "got run.ckpt beside --module, --checkp",
+        ),
+        (["advise", "run.ckpt", "--formats", "int44"], "format: got 'int44'"),
+        (["advise", "run.ckpt", "--formats", ","], "got no formats"),
+        (["advise", "run.ckpt", "--target-db", "99", "-o", "r.yaml"], "keeps a tensor at 99 dB"),
+        (["advise", "--module", "tests.test_cli.Plain", "--batch", "no.pt"], "no.pt"),
+        (
+            ["advise", "--module", "tests.test_cli.Plain", "--batch", "odd.pt"],
+            "odd.pt: the checkpoint holds objects",
+        ),
+        (
+            [
+                *("advise", "--module", "tests.test_cli.Plain", "--checkpoint", "run.ckpt"),
+                *("--batch", "x.pt"),
+            ],
+            "run.ckpt",
+        ),
+        (
+            [
+                *("advise", "--module", "tests.test_cli.Plain", "--checkpoint", "x.pt"),
+                *("--batch", "x.pt"),
+            ],
+            "x.pt: got a Tensor; expected a Lightning checkpoint, or a state_dict",
+        ),
+        (
+            [
+                *("advise", "--module", "tests.test_cli.Plain", "--checkpoint", "none.pt"),
+                *("--batch", "x.pt"),
+            ],
+            "none.pt: no such file",
+        ),
+    ],
+)
+def test_bad_advice_is_one_line(
+    arguments: list[str], expected: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(IMAGES, "x.pt")
+    torch.save({"odd": Path("an object")}, "odd.pt")
+    assert expected in fails(capsys, *arguments)
+    assert not Path("r.yaml").exists()
 
 
 def test_allocate_writes_a_recipe_within_the_budget(

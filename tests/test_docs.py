@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import statqat_lightning
-from statqat_lightning import list_presets, prepare
+from statqat_lightning import QuantRecipe, list_presets, prepare
 from statqat_lightning.cli import main
 from statqat_lightning.model.quantized_model import quantized_layers
 from tests.export.fresh import REPOSITORY, run_fresh
@@ -100,6 +100,21 @@ def test_commands_and_files_of_the_page_on_recipes(
     sys.modules.pop("classifier")
     assert codes == [0, 1]
     assert capsys.readouterr().out == shown
+
+
+@pytest.mark.slow
+def test_commands_of_the_page_on_the_advisor() -> None:
+    page = (DOCS / "advisor.md").read_text()
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL))
+    inline = [text.replace("\n", " ") for text in re.findall(r"`(statqat\s[^`]+)`", page)]
+    commands = [shlex.split(line) for line in (*blocks.splitlines(), *inline)]
+    names = [command[1] for command in commands]
+    assert names == ["advise", "advise", "sensitivity"]
+    write_classifier()
+    run_fresh(TRAIN + "\ntorch.save((x, torch.randint(0, 4, (256,))), 'batch.pt')")
+    run_fresh(COMMANDS, json.dumps([command[1:] for command in commands]))
+    assert json.loads(Path("advice.json").read_text())["tensors"]
+    assert QuantRecipe.from_yaml("recipe.yaml").rules
 
 
 def test_the_page_on_recipes_has_every_preset() -> None:

@@ -23,7 +23,7 @@ from statqat_lightning.insight.allocation import Allocation, allocate
 from statqat_lightning.insight.budgets import Budget
 from statqat_lightning.insight.candidates import candidate_quantizers
 from statqat_lightning.insight.loss_changes import LossChange, predicted_loss_changes
-from statqat_lightning.insight.observed import observe
+from statqat_lightning.insight.observed import count_macs
 from statqat_lightning.layers.layer_kinds import INPUT_ROLES
 from statqat_lightning.model.insertion import recipe_of
 from statqat_lightning.model.quantized_model import quantized_layers
@@ -75,7 +75,7 @@ def choose_formats(
             with running(pl_module):
                 candidates = candidate_quantizers(trial, formats, of_inputs)
                 changes = predicted_loss_changes(trial, batches, loss, candidates)
-                macs = observe(trial, batches[:1], loss)
+                macs = count_macs(trial, batches[0], loss)
             tensors = tensors_of(trial, candidates, macs, changes)
             found.append(Advice(tuple(t for t in tensors if t.costs), len(batches)))
             yield

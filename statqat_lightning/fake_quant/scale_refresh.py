@@ -141,7 +141,7 @@ def refresh_activations(
     if not statistics:
         return overflow
     due = [q for q in quantizers if q.ready and (search or not q.skip_refresh())]
-    _refresh_scales([q for q in due if q.spec.shared is None])
+    follow_statistics([q for q in due if q.spec.shared is None])
     for sharing in _groups_of(due, quantizers):
         ready = [q for q in sharing if q.ready]
         _refresh_shared(ready, ready[0].scale.view(1))
@@ -194,7 +194,8 @@ def _refresh_shared(
         quantizer.stay_within_limit()
 
 
-def _refresh_scales(quantizers: Sequence[ActivationFakeQuantizer]) -> None:
+@torch.no_grad()
+def follow_statistics(quantizers: Sequence[ActivationFakeQuantizer]) -> None:
     """Choose the scales of ready quantizers from running statistics, all of a kind at once.
 
     Learned scales are left alone.

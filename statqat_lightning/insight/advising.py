@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from statqat_lightning._words import did_you_mean
+from statqat_lightning.error_analysis.spectrum import EnergySpectrum
 from statqat_lightning.formats import BlockFormat, get_format
 from statqat_lightning.insight.advice import Advice, FormatCost, TensorAdvice
 from statqat_lightning.insight.candidates import (
     Candidates,
-    candidate_quantizers,
     decibels,
     layers_with_weights,
     predicted_energies,
@@ -21,6 +22,7 @@ from statqat_lightning.insight.candidates import (
 from statqat_lightning.insight.loss_changes import LossChange, predicted_loss_changes
 from statqat_lightning.insight.observed import (
     Loss,
+    candidates_of,
     kept_batches,
     observed_copy,
     on_the_side,
@@ -94,8 +96,9 @@ def advise(
     names = names_of_formats("advise", formats)
     kept = kept_batches("advise", model, batches)
     with on_the_side("advise", model):
-        trial, macs, skipped = observed_copy(model, kept, loss or run_batch, exclude)
-        candidates = candidate_quantizers(trial, names, for_inputs(names))
+        observed = observed_copy(model, kept, loss or run_batch, for_inputs(names), exclude)
+        trial = observed.model
+        candidates = candidates_of(observed, names)
         changes: dict[tuple[str, str], LossChange] = {}
         if sensitivity == "fisher":
             assert loss is not None, "checked above"
@@ -103,7 +106,11 @@ def advise(
                 if parameter.is_floating_point():
                     parameter.requires_grad_(True)  # so that gradients reach frozen layers, too
             changes = predicted_loss_changes(trial, kept, loss, candidates)
-        return Advice(tensors_of(trial, candidates, macs, changes), len(kept), skipped)
+        return Advice(
+            tensors_of(trial, candidates, observed.macs, changes, observed.spectra),
+            len(kept),
+            observed.skipped,
+        )
 
 
 def names_of_formats(where: str, formats: Sequence[str]) -> list[str]:
@@ -133,6 +140,7 @@ def tensors_of(
     candidates: Candidates,
     macs: Mapping[str, int],
     changes: Mapping[tuple[str, str], LossChange],
+    spectra: Mapping[str, EnergySpectrum] = MappingProxyType({}),
 ) -> tuple[TensorAdvice, ...]:
     """A row for each tensor that has candidates.
 
@@ -141,6 +149,8 @@ def tensors_of(
         candidates: See `candidate_quantizers`.
         macs: Multiply-accumulates of layers.
         changes: Predicted changes of the loss by tensor and format, as far as they are known.
+        spectra: Those of inputs, one row each, as far as more is known than the samples that their
+            quantizers took.
     """
     groups = _shared_weights(model)
     rows = []
@@ -151,9 +161,10 @@ def tensors_of(
                 continue
             is_weight = quantizer.role in layer.quantizers.weights
             weight = weight_of(layer.module, quantizer.role) if is_weight else None
+            spectrum = spectra.get(quantizer.name)
             costs = {}
             for name, candidate in formats.items():
-                signal, noise, of_output = predicted_energies(candidate, weight)
+                signal, noise, of_output = predicted_energies(candidate, weight, spectrum)
                 change = changes.get((quantizer.name, name))
                 costs[name] = FormatCost(decibels(signal, noise), of_output, change)
             group = groups.get(layer.name, layer.name)

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from statqat_lightning.error_analysis.spectrum import EnergySpectrum
 from statqat_lightning.fake_quant.activation import ActivationFakeQuantizer
 from statqat_lightning.fake_quant.fake_quantizer import INPUT, WEIGHT, FakeQuantizer
 from statqat_lightning.fake_quant.observers import statistics_of
-from statqat_lightning.fake_quant.scale_refresh import refresh_weights
+from statqat_lightning.fake_quant.scale_refresh import follow_statistics, refresh_weights
 from statqat_lightning.fake_quant.weight import WeightFakeQuantizer
 from statqat_lightning.formats import BlockFormat, get_format
 from statqat_lightning.layers.layer_kinds import has_weights
@@ -31,37 +32,97 @@ def candidate_quantizers(
 ) -> Candidates:
     """A quantizer for each weight and each input of a model in each format, with its scale.
 
-    Of layers that have run: of others no input is known.
-
-    Scales are those that a training would begin with: of weights from the weights and the moments
-    of their inputs, of inputs from the running statistics of the quantizers that the model has.
-    Signs and zero points of plain integer names are chosen by the same statistics.
+    Scales of inputs come from the running statistics of the quantizers that the model has, those of
+    weights from the weights and the moments of their inputs. Layers that have not run have none: of
+    them no input is known.
 
     Args:
         model: A model with quantizers whose inputs have been observed.
         weights: Names of formats for weights.
-        inputs: Names of formats for inputs; block formats have one scale a block, and no input is
-            quantized like that.
+        inputs: Names of formats for inputs; no block formats.
 
     Raises:
         ValueError: If a format is unknown, or a block format is meant for inputs.
     """
-    for name in inputs:
+    of_inputs = candidates_for_inputs(model, inputs)
+    for quantizers in of_inputs.values():
+        for quantizer in quantizers.values():
+            _decide_now(quantizer)
+    return candidates_for_weights(model, weights) | ready_candidates(model, of_inputs)
+
+
+@torch.no_grad()
+def candidates_for_weights(model: nn.Module, names: Sequence[str]) -> Candidates:
+    """A quantizer for each weight of a model in each format, with its scale.
+
+    Args:
+        model: A model with quantizers whose inputs have been observed.
+        names: Names of formats.
+    """
+    return {
+        own.name: {name: _for_weight(layer, role, own, name) for name in names}
+        for layer in layers_that_ran(model)
+        for role, own in layer.quantizers.weights.items()
+    }
+
+
+def ready_candidates(model: nn.Module, inputs: Candidates) -> Candidates:
+    """Those candidates of inputs that have scales, of layers that have run."""
+    return {
+        observed.name: inputs[observed.name]
+        for layer in layers_that_ran(model)
+        for observed in layer.quantizers.inputs.values()
+        if any(quantizer.ready for quantizer in inputs.get(observed.name, {}).values())
+    }
+
+
+def candidates_for_inputs(model: nn.Module, names: Sequence[str]) -> Candidates:
+    """A quantizer for each input of a model in each format, which is to follow the statistics.
+
+    Signs and zero points of plain integer names will be chosen by the same statistics.
+
+    Args:
+        model: A model with quantizers whose inputs will be observed.
+        names: Names of formats; block formats have one scale a block, and no input is quantized
+            like that.
+
+    Raises:
+        ValueError: If a format is unknown, or a block format.
+    """
+    for name in names:
         if isinstance(get_format(name), BlockFormat):
             raise ValueError(
                 f"candidate formats of inputs: got {name!r}; expected formats with one scale for "
                 "the tensor. Block formats are for weights."
             )
-    found: Candidates = {}
-    for layer in layers_that_ran(model):
-        for role, own in layer.quantizers.weights.items():
-            found[own.name] = {name: _for_weight(layer, role, own, name) for name in weights}
-        for role, observed in layer.quantizers.inputs.items():
-            if observed.observer.num_batches > 0 and role in kind_of(layer.module).inputs:
-                found[observed.name] = {
-                    name: candidate_for_input(observed, name) for name in inputs
-                }
-    return found
+    return {
+        observed.name: {name: _for_input(observed, name) for name in names}
+        for layer in layers_with_weights(model)
+        for role, observed in layer.quantizers.inputs.items()
+        if role in kind_of(layer.module).inputs
+    }
+
+
+def follow_inputs(model: nn.Module, candidates: Candidates) -> None:
+    """Let candidates of inputs choose format and scale as `refresh` does after each batch.
+
+    A search keeps a scale that is nearly as good, so the scale of a calibration depends on the way
+    there.
+
+    Args:
+        model: A model with quantizers whose statistics hold one more batch.
+        candidates: See `candidates_for_inputs`.
+    """
+    quantizers: list[ActivationFakeQuantizer] = []
+    for layer in layers_with_weights(model):
+        for observed in layer.quantizers.inputs.values():
+            for quantizer in candidates.get(observed.name, {}).values():
+                assert isinstance(quantizer, ActivationFakeQuantizer), quantizer.name
+                quantizer.lowest = observed.lowest
+                quantizers.append(quantizer)
+    follow_statistics([quantizer for quantizer in quantizers if quantizer.ready])
+    for quantizer in quantizers:
+        quantizer.decide()
 
 
 def layers_with_weights(model: nn.Module) -> list[QuantizedLayer]:
@@ -89,8 +150,7 @@ def _for_weight(
     return quantizer
 
 
-def candidate_for_input(observed: ActivationFakeQuantizer, name: str) -> FakeQuantizer:
-    """A quantizer of a format for an input that another one has observed, with its scale."""
+def _for_input(observed: ActivationFakeQuantizer, name: str) -> ActivationFakeQuantizer:
     spec = activation_spec(name, "inputs")
     assert spec is not None
     device = observed.scale.device
@@ -98,20 +158,34 @@ def candidate_for_input(observed: ActivationFakeQuantizer, name: str) -> FakeQua
         observed.layer, spec, observed.observer.config, device, observed.role
     )
     quantizer.observer, quantizer.lowest = observed.observer, observed.lowest
-    quantizer.deciding = False  # all that will be seen has been seen: zero points are chosen now
-    quantizer.decide()
     return quantizer
+
+
+def candidate_for_input(observed: ActivationFakeQuantizer, name: str) -> FakeQuantizer:
+    """A quantizer of a format for an input that has been observed, with the scale it would have."""
+    quantizer = _for_input(observed, name)
+    _decide_now(quantizer)
+    return quantizer
+
+
+def _decide_now(quantizer: FakeQuantizer) -> None:
+    """Choose sign, zero point and scale: all that will be seen has been seen."""
+    assert isinstance(quantizer, ActivationFakeQuantizer), quantizer.name
+    quantizer.deciding = False
+    quantizer.decide()
 
 
 @torch.no_grad()
 def predicted_energies(
-    quantizer: FakeQuantizer, weight: Tensor | None
+    quantizer: FakeQuantizer, weight: Tensor | None, spectrum: EnergySpectrum | None = None
 ) -> tuple[float, float, float | None]:
     """Energies that a tensor has, and that its error would have with a quantizer.
 
     Args:
         quantizer: A candidate.
         weight: The weight that it is for; None for an input.
+        spectrum: Of an input, one row; None: the running one of its quantizer, which is that of a
+            sample.
 
     Returns:
         Energy of the tensor, energy of its error: of a weight measured, of an input predicted from
@@ -127,7 +201,8 @@ def predicted_energies(
         of_output = [float(energy) for energy in quantizer.energies(weight, of_output=True)]
         return signal, noise, decibels(*of_output) if of_output[0] > 0 else None
     assert isinstance(quantizer, ActivationFakeQuantizer)
-    spectrum = statistics_of([quantizer.observer]).spectrum
+    if spectrum is None:
+        spectrum = statistics_of([quantizer.observer]).spectrum
     assert spectrum is not None, "candidates of inputs choose their scales by the spectrum"
     noise = float(spectrum.mse(quantizer.fmt, quantizer.qparams.scale.reshape(1)))
     return float(spectrum.power), noise, None

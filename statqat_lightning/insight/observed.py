@@ -7,13 +7,29 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from statqat_lightning.insight.candidates import layers_with_weights
+from statqat_lightning.error_analysis.spectrum import EnergySpectrum
+from statqat_lightning.fake_quant.fake_quantizer import is_floating
+from statqat_lightning.fake_quant.observers import (
+    InputObserver,
+    ObserverConfig,
+    add_up,
+    update_running,
+)
+from statqat_lightning.insight.candidates import (
+    Candidates,
+    candidates_for_inputs,
+    candidates_for_weights,
+    follow_inputs,
+    layers_with_weights,
+    ready_candidates,
+)
 from statqat_lightning.layers.quantized_layer import weight_of
 from statqat_lightning.model.insertion import prepare, remove
 from statqat_lightning.model.isolated_copy import (
@@ -24,7 +40,6 @@ from statqat_lightning.model.isolated_copy import (
 )
 from statqat_lightning.model.quantized_model import (
     QuantizedLayer,
-    quantized_layers,
     refresh,
     set_enabled,
     set_observing,
@@ -39,6 +54,8 @@ LEFT_BY_RULE = "left in float by rule"
 """How the reason of a layer begins that a pattern of `exclude` matches."""
 DID_NOT_RUN = "did not run on these batches"
 
+_ALL_VALUES = ObserverConfig(momentum=1e-9, max_observed=1 << 40)
+"""All values of all batches count alike."""
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -145,24 +162,43 @@ def on_the_side(where: str, original: nn.Module) -> Iterator[None]:
             raise ValueError(f"{where}: {error}. Expected a model that can be copied.") from error
 
 
+@dataclass(frozen=True)
+class Observed:
+    """A copy of a model whose layers all have quantizers, switched off, that know its inputs.
+
+    Attributes:
+        model: The copy, in eval mode.
+        inputs: Quantizers of its inputs in other formats, with their scales.
+        macs: Multiply-accumulates of its layers for one sample of the first batch, by name.
+        skipped: Why others are left in float, by name.
+        spectra: Of each input by `{layer}/{role}`, one row: of all values of all batches, where
+            quantizers take samples. Scales are chosen by these, as in training, but what is rare
+            decides about the error of wide formats.
+    """
+
+    model: nn.Module
+    inputs: Candidates
+    macs: Mapping[str, int]
+    skipped: Mapping[str, str]
+    spectra: Mapping[str, EnergySpectrum]
+
+
 @torch.no_grad()
 def observed_copy(
     model: nn.Module,
     batches: Sequence[Any],
     run: Callable[[nn.Module, Any], Any],
-    exclude: Sequence[str],
-) -> tuple[nn.Module, dict[str, int], dict[str, str]]:
-    """A copy of a model whose layers all have quantizers, switched off, that know its inputs.
+    formats: Sequence[str],
+    exclude: Sequence[str] = (),
+) -> Observed:
+    """Copy a model, give the copy quantizers, and let them know its inputs in float.
 
     Args:
         model: Any module; quantizers that it has, and what they know, are of no account.
         batches: The batches.
         run: Runs the model on one.
+        formats: Names of formats that inputs may have.
         exclude: Patterns of layers that get no quantizers.
-
-    Returns:
-        The copy, in eval mode; multiply-accumulates of its layers for one sample, by name; and why
-        others are left in float, by name.
     """
     trial = isolated_copy(model).eval()
     remove(trial)
@@ -173,43 +209,100 @@ def observed_copy(
             return run(trial, batches[0])
 
     report = prepare(trial, recipe=QuantRecipe(rules), run=first_run)
-    for layer in quantized_layers(trial):
+    set_enabled(trial, weights=False, inputs=False)
+    layers = layers_with_weights(trial)
+    for layer in layers:
         layer.quantizers.ran = False
-    macs = observe(trial, batches, run)
+    inputs = candidates_for_inputs(trial, formats)
+    whole: dict[str, InputObserver] = {}
+    macs: dict[str, int] = {}
+    with ExitStack() as counting, _seeing_all(layers, whole):
+        counting.enter_context(_counting_macs(layers, samples_of(batches[0]), macs))
+        for batch in batches:
+            set_observing(trial, True)
+            run(trial, batch)
+            set_observing(trial, False)
+            counting.close()  # one batch is enough
+            refresh(trial, weights=False, search=True)
+            follow_inputs(trial, inputs)
+            if whole:
+                update_running([*whole.values()], statistics=True)
     skipped = {row.name: row.reason for row in report.rows if row.reason}
-    idle = [layer for layer in layers_with_weights(trial) if not layer.quantizers.ran]
-    return trial, macs, skipped | {layer.name: DID_NOT_RUN for layer in idle}
+    skipped |= {layer.name: DID_NOT_RUN for layer in layers if not layer.quantizers.ran}
+    spectra = {name: EnergySpectrum(own.running_spectrum[None]) for name, own in whole.items()}
+    return Observed(trial, inputs, macs, skipped, spectra)
+
+
+def candidates_of(observed: Observed, weights: Sequence[str]) -> Candidates:
+    """Quantizers for the tensors of a model that has been observed.
+
+    Args:
+        observed: The model, with candidates of its inputs.
+        weights: Names of formats for weights.
+    """
+    inputs = ready_candidates(observed.model, observed.inputs)
+    return candidates_for_weights(observed.model, weights) | inputs
 
 
 @torch.no_grad()
-def observe(
-    model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module, Any], Any]
+def count_macs(
+    model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any]
 ) -> dict[str, int]:
-    """Run batches in float, and let the quantizers of a model know its inputs.
+    """Multiply-accumulates of each quantized layer for one sample, by its name.
 
     Args:
-        model: A model with quantizers, in eval mode; they are switched off for good.
-        batches: The batches.
-        run: Runs the model on one.
-
-    Returns:
-        Multiply-accumulates of each layer for one sample of the first batch, by its name.
+        model: A model with quantizers.
+        batch: A batch.
+        run: Runs the model on it.
     """
-    set_enabled(model, weights=False, inputs=False)
     macs: dict[str, int] = {}
-    with ExitStack() as counting:
-        for number, batch in enumerate(batches):
-            if number == 0:
-                for layer in layers_with_weights(model):
-                    hook = _counting(layer, macs, samples_of(batch))
-                    handle = layer.module.register_forward_hook(hook, with_kwargs=True)
-                    counting.callback(handle.remove)
-            set_observing(model, True)
-            run(model, batch)
-            set_observing(model, False)
-            counting.close()  # one batch is enough to count
-            refresh(model, weights=False, search=True)
+    with _counting_macs(layers_with_weights(model), samples_of(batch), macs):
+        run(model, batch)
     return macs
+
+
+@contextmanager
+def _seeing_all(
+    layers: Sequence[QuantizedLayer], observers: dict[str, InputObserver]
+) -> Iterator[None]:
+    """Add all values of all inputs to observers, which are made when they are first needed."""
+
+    def watcher(layer: QuantizedLayer) -> Callable[[str, Any], None]:
+        def tell(role: str, x: Any) -> None:
+            quantizer = layer.quantizers.inputs.get(role)
+            if quantizer is None or not is_floating(x) or not x.numel():
+                return
+            if quantizer.name not in observers:
+                own = InputObserver(_ALL_VALUES, needs_spectrum=True, needs_range=False)
+                for name in own.tensors():
+                    setattr(own, name, getattr(own, name).to(x.device))
+                observers[quantizer.name] = own
+            observer = observers[quantizer.name]
+            observer.add(x.detach(), quantizer.fmt, None, statistics=True)
+            add_up([observer])  # and keep no values
+
+        return tell
+
+    before = [(layer.quantizers, layer.quantizers.watchers) for layer in layers]
+    try:
+        for layer in layers:
+            layer.quantizers.watchers = (*layer.quantizers.watchers, watcher(layer))
+        yield
+    finally:
+        for quantizers, watchers in before:
+            quantizers.watchers = watchers
+
+
+@contextmanager
+def _counting_macs(
+    layers: Sequence[QuantizedLayer], samples: int, macs: dict[str, int]
+) -> Iterator[None]:
+    with ExitStack() as stack:
+        for layer in layers:
+            hook = _counting(layer, macs, samples)
+            handle = layer.module.register_forward_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 def _counting(layer: QuantizedLayer, macs: dict[str, int], samples: int) -> Callable[..., None]:

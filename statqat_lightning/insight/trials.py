@@ -16,9 +16,14 @@ from statqat_lightning._files import write_whole
 from statqat_lightning._tables import html_table
 from statqat_lightning.insight.advice import Advice
 from statqat_lightning.insight.advising import for_inputs, names_of_formats
-from statqat_lightning.insight.candidates import candidate_quantizers, layers_that_ran, put_in
+from statqat_lightning.insight.candidates import (
+    Candidates,
+    layers_that_ran,
+    put_in,
+)
 from statqat_lightning.insight.observed import (
     Loss,
+    candidates_of,
     kept_batches,
     observed_copy,
     on_the_side,
@@ -36,6 +41,8 @@ Metric = Callable[[nn.Module, Any], Tensor | float]
 """A figure of a model on a batch; the mean over the batches counts."""
 
 _VERSION = 1
+_LINEAR = 30
+"""Below the decade of this part of the largest change the axes of a scatter plot are linear."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +166,10 @@ def sensitivity(
     names = names_of_formats("sensitivity", formats)
     kept = kept_batches("sensitivity", model, batches)
     with on_the_side("sensitivity", model):
-        trial, _, _ = observed_copy(model, kept, measure, exclude)
-        bench = _Bench(trial, kept, measure, names)
-        layers = layers_that_ran(trial)
+        observed = observed_copy(model, kept, measure, for_inputs(names), exclude)
+        candidates = candidates_of(observed, names)
+        bench = _Bench(observed.model, kept, measure, candidates)
+        layers = layers_that_ran(observed.model)
         memory = _Memory(resume, [layer.name for layer in layers], bench.value())
         everything: dict[str, float] = {}
         rows = []
@@ -190,14 +198,14 @@ class _Bench:
         model: A model with quantizers that know its inputs, switched off.
         batches: The batches.
         metric: What is measured of the model on each.
-        names: Names of formats.
+        candidates: Quantizers of its tensors by format.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Any], metric: Metric, names: Sequence[str]
+        self, model: nn.Module, batches: Sequence[Any], metric: Metric, candidates: Candidates
     ) -> None:
         self._model, self._batches, self._metric = model, batches, metric
-        self._candidates = candidate_quantizers(model, names, for_inputs(names))
+        self._candidates = candidates
         self._layers = [(layer, layer.quantizers.present()) for layer in layers_that_ran(model)]
 
     def quantize(self, name: str, layers: Iterable[QuantizedLayer]) -> None:
@@ -326,6 +334,10 @@ def _scatter(trials: Trials, advice: Advice) -> Figure:
             axis.scatter(*zip(*points[name], strict=True), s=22)
             ends = [min(map(min, points[name])), max(map(max, points[name]))]
             axis.plot(ends, ends, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
+            # One layer often outweighs all others by far; near zero changes have both signs.
+            threshold = 10.0 ** math.floor(math.log10(max(*map(abs, ends), 1e-9) / _LINEAR))
+            axis.set_xscale("symlog", linthresh=threshold)
+            axis.set_yscale("symlog", linthresh=threshold)
         axis.set_xlabel("predicted change of the loss")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("measured change")

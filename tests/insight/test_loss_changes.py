@@ -14,9 +14,9 @@ from torch.func import functional_call, grad, vmap
 
 from statqat_lightning.insight.candidates import Candidates, candidate_quantizers
 from statqat_lightning.insight.loss_changes import LossChange, predicted_loss_changes
-from statqat_lightning.insight.observed import observe, observed_copy, run_batch
+from statqat_lightning.insight.observed import candidates_of, observed_copy
 from statqat_lightning.model.insertion import prepare, remove
-from statqat_lightning.model.quantized_model import quantizer_state
+from statqat_lightning.model.quantized_model import quantizer_state, refresh, set_observing
 from tests.callbacks.digits import assert_same
 
 FORMATS = ["int3", "int8"]
@@ -27,13 +27,20 @@ def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
+def quantizers_of(
+    model: nn.Module, batches: list[Batch], loss: Callable[[nn.Module, Any], Tensor] = mean_loss
+) -> tuple[nn.Module, Candidates]:
+    """A copy of a model with quantizers, and candidates for its tensors."""
+    observed = observed_copy(model, batches, loss, FORMATS)
+    return observed.model, candidates_of(observed, FORMATS)
+
+
 def predicted(
     model: nn.Module,
     batches: list[Batch],
     loss: Callable[[nn.Module, Any], Tensor] = mean_loss,
 ) -> tuple[dict[tuple[str, str], LossChange], Candidates, nn.Module]:
-    trial, _, _ = observed_copy(model, batches, loss, ())
-    candidates = candidate_quantizers(trial, FORMATS, FORMATS)
+    trial, candidates = quantizers_of(model, batches, loss)
     return predicted_loss_changes(trial, batches, loss, candidates), candidates, trial
 
 
@@ -273,7 +280,9 @@ def test_the_model_is_left_as_it_was() -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4)).train()
     data = batches()
     prepare(net, "int8", "int8")
-    observe(net, data, lambda model, batch: run_batch(model, batch[0]))
+    set_observing(net, True)
+    net.eval()(data[0][0])
+    refresh(net.train(), search=True)
     candidates = candidate_quantizers(net, FORMATS, FORMATS)
     before = (net.state_dict(), quantizer_state(net), torch.get_rng_state())
     before = {"s": {k: v.clone() for k, v in before[0].items()}, "q": before[1], "r": before[2]}
@@ -305,14 +314,13 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_what_is_no_loss(loss: Any, said: str) -> None:
     model = nn.Sequential(nn.Linear(6, 4)).eval()
     data = batches(1)
-    trial, _, _ = observed_copy(model, data, mean_loss, ())
-    candidates = candidate_quantizers(trial, FORMATS, FORMATS)
+    trial, candidates = quantizers_of(model, data)
     with pytest.raises(ValueError, match=said):
         predicted_loss_changes(trial, data, loss, candidates)
     assert not any(module._forward_hooks for module in trial.modules())
 
 
 def test_no_batches() -> None:
-    trial, _, _ = observed_copy(nn.Sequential(nn.Linear(6, 4)), batches(1), mean_loss, ())
+    trial, _ = quantizers_of(nn.Sequential(nn.Linear(6, 4)), batches(1))
     with pytest.raises(ValueError, match="got no batches"):
         predicted_loss_changes(trial, [], mean_loss, {})
