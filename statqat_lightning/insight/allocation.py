@@ -110,7 +110,7 @@ def tensor_loss(cost: FormatCost) -> float:
     if cost.loss_change is not None:
         return cost.loss_change.second
     decibels = cost.deciding_snr_db
-    return 0.0 if math.isinf(decibels) else 10 ** (-decibels / 10)
+    return 10 ** (-decibels / 10) if math.isfinite(decibels) else 0.0  # of zeros nothing is lost
 
 
 def allocate(
@@ -162,7 +162,7 @@ def allocate(
     chosen: dict[str, str] = {}
     for choices, number in zip(units, solution.numbers, strict=True):
         chosen |= choices[number][2]
-    recipe = recipe_of_formats(advice.tensors, chosen)
+    recipe = recipe_of_formats(advice.tensors, chosen, advice.left_out)
     return Allocation(
         recipe,
         chosen,
