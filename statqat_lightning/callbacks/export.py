@@ -479,9 +479,9 @@ def _log(logger: Any, report: ExportReport, step: int) -> None:
     if metrics:
         logger.log_metrics(metrics, step=step)
     if rows and is_a(logger, "WandbLogger"):
-        columns = [*rows[0]]
-        table = [[row[column] for column in columns] for row in rows]
-        logger.log_table("export/files", columns=columns, data=table)
+        figures = report.figures()
+        data = [[*row.values()] for row in figures]
+        logger.log_table("export/files", columns=[*figures[0]], data=data)
     elif rows and is_a(logger, "TensorBoardLogger"):
         logger.experiment.add_text("export/files", _markdown(rows), step)
 

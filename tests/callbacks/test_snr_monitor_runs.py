@@ -178,6 +178,11 @@ def test_wandb_gets_tables_pictures_histograms_summary_and_configuration(tmp_pat
     assert run.summary["snr_db/last_min"] == pytest.approx(monitor.summary.min)
     assert len(run.summary["snr_db/five_worst"]) == 5
     assert "quantized-model" in run.artifacts
+    files = json.loads(next(folder.rglob("files/media/table/export/*.json")).read_text())
+    (file,) = (dict(zip(files["columns"], row, strict=True)) for row in files["data"])
+    assert file["kind"] == "native"
+    assert file["bytes"] == Path(file["path"]).stat().st_size
+    assert isinstance(file["agreement"], float)
 
 
 def test_tensorboard_gets_histograms_figures_and_text(tmp_path: Path) -> None:

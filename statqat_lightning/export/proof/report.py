@@ -194,18 +194,22 @@ class ExportReport:
         known = [key for key in (rows[0] if rows else ()) if any(row[key] for row in rows)]
         return [{key: row[key] for key in known} for row in rows]
 
+    def figures(self) -> list[dict[str, str | float | None]]:
+        """The figures as numbers, one row a file; None where one was not measured."""
+        return [
+            {"kind": kind, "path": artefact.path}
+            | {name: _number(getattr(artefact, name)) for name in _FIGURES}
+            for kind, artefact in self.by_kind.items()
+        ]
+
     def metrics(self) -> dict[str, float]:
         """Numbers for loggers, `export/{kind}/{figure}`; what was not measured is left out."""
-        figures = (
-            *("bytes", "max_difference", "max_steps", "snr_db", "agreement", "accuracy"),
-            *("milliseconds", "speedup"),
-        )
-        found = {
-            f"export/{kind}/{figure}": getattr(artefact, figure)
-            for kind, artefact in self.by_kind.items()
-            for figure in figures
+        return {
+            f"export/{row['kind']}/{name}": value
+            for row in self.figures()
+            for name in _FIGURES
+            if isinstance(value := row[name], float)
         }
-        return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
 
     def __repr__(self) -> str:
         return f"<ExportReport: {', '.join(a.path for a in self.artefacts) or 'no files'}>"
@@ -255,6 +259,16 @@ class ExportReport:
             f"{Path(a.path).name}: {_short(remark)}" for a in self.artefacts for remark in a.remarks
         ]
         return [*remarks, *map(_short, self.notes)]
+
+
+_FIGURES = (
+    *("bytes", "max_difference", "max_steps", "snr_db", "agreement", "accuracy"),
+    *("milliseconds", "speedup"),
+)
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _short(text: str) -> str:
