@@ -161,7 +161,7 @@ class SNRMonitor(Callback):
                 category=SNRMonitorWarning,
             )
             return
-        if trainer.loggers:
+        if trainer.loggers and trainer.is_global_zero:  # other ranks have no experiment
             log_configuration(trainer.loggers, configuration_of(trainer, pl_module))
 
     def on_train_batch_end(
@@ -263,22 +263,28 @@ class SNRMonitor(Callback):
         first: Row = {}
         for _, row in self.scale_history:
             first = row | first
-        log.table(table_rows(facts, errors, first))
-        if self.pictures and trainer.is_global_zero:
-            self._draw(log, pl_module)
-        if self.summary is not None:
+        if trainer.is_global_zero:
+            log.table(table_rows(facts, errors, first))
+        if self.pictures:
+            self._draw(log, pl_module, trainer.is_global_zero)
+        if self.summary is not None and trainer.is_global_zero:
             log.summary(self.summary, self._lowest())
 
-    def _draw(self, log: EpochLog, pl_module: LightningModule) -> None:
+    def _draw(self, log: EpochLog, pl_module: LightningModule, is_global_zero: bool) -> None:
+        """Draw on the first rank; the others take part where sharded weights are gathered."""
         spectra: dict[str, Any] = {}
         for name, spectrum in tensor_spectra(pl_module):
-            spectra |= log.spectrum(name, spectrum)
+            if is_global_zero:
+                spectra |= log.spectrum(name, spectrum)
+        names = [name for name, _ in self.summary.five_worst] if self.summary else []
+        worst = tensors_on_grids(pl_module, names)
+        if not is_global_zero:
+            return
         log.histograms(spectra)
         try:
             if self.history:
                 log.picture(HEAT_MAP, plot_snr_heat_map(self.history))
-            names = [name for name, _ in self.summary.five_worst] if self.summary else []
-            if worst := tensors_on_grids(pl_module, names):
+            if worst:
                 log.picture(WORST_CURVES, plot_error_curves(worst))
         except ModuleNotFoundError as error:
             self._warn_once("pictures", f"no pictures are logged: {error}")

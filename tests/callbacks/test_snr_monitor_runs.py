@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +22,7 @@ from statqat_lightning.callbacks.export import ExportCallback
 from statqat_lightning.callbacks.snr_logging import TABLE_COLUMNS
 from statqat_lightning.callbacks.snr_monitor import SNRMonitor, SNRMonitorWarning
 from statqat_lightning.insight.output_errors import output_errors
+from statqat_lightning.insight.tensor_facts import tensor_spectra
 from statqat_lightning.model.quantized_model import quantizer_state
 from tests.callbacks.digits import (
     LAYERS,
@@ -246,3 +248,21 @@ def test_wrong_arguments(given: dict[str, Any]) -> None:
     ((name, value),) = given.items()
     with pytest.raises(ValueError, match=f"SNRMonitor: got {name}={value}; expected a"):
         SNRMonitor(**given)
+
+
+def test_other_ranks_gather_weights_and_log_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered: list[str] = []
+
+    def counted(*given: Any) -> Any:
+        gathered.append("spectra")
+        return tensor_spectra(*given)
+
+    monkeypatch.setattr("statqat_lightning.callbacks.snr_monitor.tensor_spectra", counted)
+    monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self: False))
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    train(statqat(), SNRMonitor(), logger=logger, max_epochs=2)
+    assert gathered == ["spectra"] * 2  # of sharded weights all ranks have to ask
+    assert not [*tmp_path.rglob("*.wandb")]
