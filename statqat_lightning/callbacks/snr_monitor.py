@@ -237,6 +237,8 @@ class SNRMonitor(Callback):
     def _compare_outputs(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, step: int
     ) -> None:
+        if not quantized_layers(pl_module):
+            return
         try:
             errors = batch_output_errors(trainer, pl_module, batch, batch_idx)
         except CannotCalibrate as reason:
