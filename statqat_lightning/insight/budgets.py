@@ -86,31 +86,21 @@ class Budget:
             tensors: All tensors that count.
             formats: The format of each by its name; None, or no entry, is float.
         """
-        return sum(self.layer_costs(tensors, formats).values())
-
-    def layer_costs(
-        self, tensors: Sequence[TensorAdvice], formats: Mapping[str, str | None]
-    ) -> dict[str, float]:
-        """`cost`, by layer. Means are over all tensors given."""
-        total = self._total(tensors)
-        found: dict[str, float] = {}
         layers: dict[str, list[TensorAdvice]] = {}
         for tensor in tensors:
             layers.setdefault(tensor.layer, []).append(tensor)
-        for name, own in layers.items():
-            found[name] = self._of_layer(own, formats) / total
-        return found
+        return sum(self.of_layer(own, formats) for own in layers.values()) / self.total(tensors)
 
-    def _total(self, tensors: Sequence[TensorAdvice]) -> float:
+    def total(self, tensors: Sequence[TensorAdvice]) -> float:
+        """What sums of `of_layer` are divided by: means are over all tensors given."""
         if self.kind == "bits":
             return float(sum(t.parameters for t in tensors)) or 1.0
         if self.kind == "operand bits":
             return 2.0 * sum({t.layer: t.macs for t in tensors}.values()) or 1.0
         return 8.0 if self.kind == "bytes" else 1.0
 
-    def _of_layer(
-        self, tensors: Sequence[TensorAdvice], formats: Mapping[str, str | None]
-    ) -> float:
+    def of_layer(self, tensors: Sequence[TensorAdvice], formats: Mapping[str, str | None]) -> float:
+        """What the tensors of one layer cost in formats, before it is divided by `total`."""
         weights = [t for t in tensors if t.is_weight]
         if self.kind in ("bits", "bytes"):
             return sum(t.parameters * _bits(formats.get(t.name)) for t in weights)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -210,3 +212,43 @@ def test_the_recipe_gives_a_model_the_formats_that_were_chosen() -> None:
     elements = {name: m.weight.numel() for name, m, _ in quantized_layers(model)}
     bits = sum(n * BITS[found.formats[f"{name}/weight"]] for name, n in elements.items())
     assert found.cost == pytest.approx(bits / sum(elements.values()))
+
+
+def test_the_work_grows_with_the_layers_and_not_with_their_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted = Budget.of_layer
+    seen: list[int] = []
+
+    def of_layer(self: Budget, tensors: Any, formats: Any) -> float:
+        seen[-1] += len(tensors)
+        return counted(self, tensors, formats)
+
+    monkeypatch.setattr(Budget, "of_layer", of_layer)
+    for count in (10, 20):
+        seen.append(0)
+        own = [
+            tensor(f"{n}/{role}", 9, 10, 1.0) for n in range(count) for role in ("weight", "input")
+        ]
+        allocate(advice(*own), "4 bits with inputs", first_last_bits=None)
+    assert seen[1] == 2 * seen[0]
+
+
+def test_the_share_above_the_least_is_one_of_the_least() -> None:
+    found = replace(allocate(NETWORK, "4 bits"), loss=3.0, bound=2.0)
+    assert "at most 50 % above the least" in found.summary()
+    assert "no bound on the least" in replace(found, bound=-1.0).summary()
+
+
+def test_what_an_advice_does_not_know() -> None:
+    def with_(**changed: Any) -> Advice:
+        return Advice(tuple(replace(t, **changed) for t in NETWORK.tensors), 0)
+
+    with pytest.raises(ValueError, match="knows of no multiply-accumulates"):
+        allocate(with_(macs=0), "4 bits with inputs")
+    inputs = Advice(tuple(t for t in NETWORK.tensors if not t.is_weight), 1)
+    with pytest.raises(ValueError, match="knows of no weights"):
+        allocate(inputs, "4 bits")
+    costs = {"int4": FormatCost(20.0, None, LossChange(0.0, math.nan))}
+    with pytest.raises(ValueError, match="predicted loss of a/weight in int4 is not a finite"):
+        allocate(with_(costs=costs), "4 bits")
