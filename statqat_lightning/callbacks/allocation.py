@@ -17,14 +17,13 @@ from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
 from statqat_lightning.fake_quant.observers import Reduce
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
 from statqat_lightning.formats import get_format
-from statqat_lightning.insight.advice import Advice, TensorAdvice, bits_of
+from statqat_lightning.insight.advice import Advice, bits_of
 from statqat_lightning.insight.advising import tensors_of
 from statqat_lightning.insight.allocation import Allocation, allocate
 from statqat_lightning.insight.budgets import Budget
 from statqat_lightning.insight.candidates import candidate_quantizers
 from statqat_lightning.insight.loss_changes import LossChange, predicted_loss_changes
 from statqat_lightning.insight.observed import count_macs
-from statqat_lightning.layers.layer_kinds import INPUT_ROLES
 from statqat_lightning.model.insertion import recipe_of
 from statqat_lightning.model.quantized_model import quantized_layers
 from statqat_lightning.recipes.recipe import QuantRecipe
@@ -140,36 +139,47 @@ def _candidates(pl_module: nn.Module) -> list[str]:
 
 
 def _over_ranks(advice: Advice, reduce: Reduce, ranks: int, device: torch.device) -> Advice:
-    """Changes of the loss, averaged over ranks."""
+    """Changes of the loss and multiply-accumulates, averaged: all ranks then choose alike.
+
+    A layer may have run on some ranks alone, and sizes of samples may differ between them.
+    """
     changes = [
-        (cost.loss_change.first, cost.loss_change.second)
+        (0.0, 0.0, 0.0) if own is None else (own.first, own.second, 1.0)
         for tensor in advice.tensors
-        for cost in tensor.costs.values()
-        if cost.loss_change is not None
+        for own in [cost.loss_change for cost in tensor.costs.values()]
     ]
-    table = reduce(torch.tensor(changes, dtype=torch.float64, device=device), "sum") / ranks
-    averaged = iter(table.tolist())
+    macs = [(float(tensor.macs), 0.0, 0.0) for tensor in advice.tensors]
+    table = torch.tensor(changes + macs, dtype=torch.float64, device=device)
+    sums = reduce(table, "sum").tolist()
+    of_changes, of_macs = iter(sums[: len(changes)]), iter(sums[len(changes) :])
 
-    def of(tensor: TensorAdvice) -> TensorAdvice:
-        costs = {
-            name: cost
-            if cost.loss_change is None
-            else replace(cost, loss_change=LossChange(*next(averaged)))
-            for name, cost in tensor.costs.items()
-        }
-        return replace(tensor, costs=costs)
+    def averaged(first: float, second: float, count: float) -> LossChange | None:
+        return LossChange(first / count, second / count) if count else None
 
-    return replace(advice, tensors=tuple(map(of, advice.tensors)))
+    return replace(
+        advice,
+        tensors=tuple(
+            replace(
+                tensor,
+                macs=round(next(of_macs)[0] / ranks),
+                costs={
+                    name: replace(cost, loss_change=averaged(*next(of_changes)))
+                    for name, cost in tensor.costs.items()
+                },
+            )
+            for tensor in advice.tensors
+        ),
+    )
 
 
 def _width_of_ends(pl_module: nn.Module) -> int | None:
-    """Bits of the first and the last layer, if both are wider than what is most frequent."""
+    """Bits of the first and the last layer, if both are wider than most layers between them."""
     bits = [
-        int(bits_of(weight.fmt.name))
+        max(int(bits_of(weight.spec.format)) for weight in quantizers.weights.values())
         for _, _, quantizers in quantized_layers(pl_module)
-        for role, weight in quantizers.weights.items()
-        if role not in INPUT_ROLES
+        if quantizers.weights
     ]
-    usual = max({*bits}, key=bits.count)
+    between = bits[1:-1]
+    usual = max({*between}, key=between.count, default=max(bits))
     ends = min(bits[0], bits[-1])
     return ends if ends > usual else None
