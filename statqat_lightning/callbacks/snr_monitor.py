@@ -313,7 +313,8 @@ class SNRMonitor(Callback):
             [step, {name: list(vars(own).values()) for name, own in row.items()}]
             for step, row in self.error_history
         ]
-        return state | {"best": {name: list(own) for name, own in self._best.items()}}
+        best = {name: list(own) for name, own in self._best.items()}
+        return state | {"best": best, "fallen": sorted(self._fallen)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in _OF_NUMBERS:
@@ -324,6 +325,7 @@ class SNRMonitor(Callback):
             for step, row in state_dict.get("error_history", ())
         ]
         self._best = {name: (own[0], own[1]) for name, own in state_dict.get("best", {}).items()}
+        self._fallen = {*state_dict.get("fallen", ())}
 
 
 _OF_NUMBERS = ("history", "output_history", "scale_history")

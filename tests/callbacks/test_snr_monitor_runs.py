@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -19,10 +21,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from statqat_lightning.callbacks.export import ExportCallback
-from statqat_lightning.callbacks.snr_logging import TABLE_COLUMNS
+from statqat_lightning.callbacks.snr_logging import TABLE, TABLE_COLUMNS
 from statqat_lightning.callbacks.snr_monitor import SNRMonitor, SNRMonitorWarning
 from statqat_lightning.insight.output_errors import output_errors
-from statqat_lightning.insight.tensor_facts import tensor_spectra
+from statqat_lightning.insight.tensor_facts import GridFigures, tensor_spectra
 from statqat_lightning.model.quantized_model import quantizer_state
 from tests.callbacks.digits import (
     LAYERS,
@@ -180,6 +182,9 @@ def test_wandb_gets_tables_pictures_histograms_summary_and_configuration(tmp_pat
     assert run.summary["snr_db/last_min"] == pytest.approx(monitor.summary.min)
     assert len(run.summary["snr_db/five_worst"]) == 5
     assert "quantized-model" in run.artifacts
+    tables = [row for row in run.history if "statqat/layers/_type" in row or TABLE in row]
+    steps = [STEPS_PER_EPOCH - 1, 2 * STEPS_PER_EPOCH - 1]
+    assert [row["trainer/global_step"] for row in tables] == steps
 
 
 def test_tensorboard_gets_histograms_figures_and_text(tmp_path: Path) -> None:
@@ -266,3 +271,30 @@ def test_other_ranks_gather_weights_and_log_nothing(
     train(statqat(), SNRMonitor(), logger=logger, max_epochs=2)
     assert gathered == ["spectra"] * 2  # of sharded weights all ranks have to ask
     assert not [*tmp_path.rglob("*.wandb")]
+
+
+def test_a_logger_that_takes_no_configuration_ends_no_training(tmp_path: Path) -> None:
+    class Strict(CSVLogger):
+        def log_hyperparams(self, *given: Any, **named: Any) -> None:
+            if "statqat" in given[0]:
+                raise RuntimeError("parameter values are set already")
+
+    monitor = SNRMonitor()
+    with pytest.warns(SNRMonitorWarning, match=r"Strict did not take the configuration \(Runtime"):
+        train(statqat(), monitor, logger=Strict(tmp_path))
+    assert monitor.history
+
+
+def test_the_state_of_an_older_release_is_read_and_a_fall_is_not_alerted_again() -> None:
+    monitor = SNRMonitor(alert_db=5.0)
+    monitor.load_state_dict({"history": [[3, {"a/weight": 30.0}]], "output_history": []})
+    assert monitor.history == [(3, {"a/weight": 30.0})]
+    assert monitor.scale_history == monitor.error_history == []
+    figures = {"a/weight": GridFigures("int4", 1.0, 0.0)}
+    trainer = Trainer(logger=False, accelerator="cpu", barebones=True)
+    monitor._watch(trainer, {"a/weight": 30.0}, figures, 4)
+    with pytest.warns(SNRMonitorWarning, match=r"from 30\.0 to 20\.0 dB"):
+        monitor._watch(trainer, {"a/weight": 20.0}, figures, 5)
+    resumed = copy.deepcopy(SNRMonitor(alert_db=5.0))
+    resumed.load_state_dict(pickle.loads(pickle.dumps(monitor.state_dict())))
+    resumed._watch(trainer, {"a/weight": 20.0}, figures, 6)  # a warning would be an error
