@@ -81,14 +81,21 @@ def test_budgets_are_counted_as_by_hand() -> None:
         ("700 bytes", "bytes", 700.0),
         ("1.5 Gbitops", "bitops", 1.5e9),
         ("2 Tbops", "bitops", 2e12),
+        ("1,250.5 kB", "bytes", 1250.5e3),
+        ("12 B", "bytes", 12.0),
+        ("64 kbitops", "bitops", 64e3),
     ],
 )
 def test_texts_of_budgets(text: str, kind: str, value: float) -> None:
     assert Budget.parse(text) == Budget(kind, value)  # type: ignore[arg-type]
     assert Budget.parse(Budget.parse(text)) == Budget(kind, value)  # type: ignore[arg-type]
+    # Messages name a budget so that it can be given again.
+    assert Budget.parse(str(Budget.parse(text))) == Budget(kind, value)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["", "4", "four bits", "4 bit ops", "-3 bits", "nan bits", "1 xB"])
+@pytest.mark.parametrize(
+    "text", ["", "4", "four bits", "4 bit ops", "-3 bits", "nan bits", "1 xB", "8 Mbit", "4 kbits"]
+)
 def test_texts_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match=r"budget: got .*; expected a"):
         Budget.parse(text)
