@@ -58,10 +58,13 @@ def choose_formats(
 
     Raises:
         CannotCalibrate: With the reason, if no batches can be run ahead.
-        ValueError: If no choice fits the budget, or the weights are of no such family.
+        ValueError: If no choice fits the budget, the weights are of no such family, or inputs count
+            whose quantizer keeps no spectrum.
     """
     formats = _candidates(pl_module)
     of_inputs = formats if budget.counts_inputs else []
+    if of_inputs:
+        _check_inputs(pl_module)
     found: list[Advice] = []
 
     def run() -> Exception | None:
@@ -71,10 +74,12 @@ def choose_formats(
                 if parameter.is_floating_point():
                     parameter.requires_grad_(True)  # so that gradients reach all layers
             batches = training_batches(trainer, pl_module, trial, num_batches)
+            trial.eval()
             with running(pl_module):
+                # First: candidates are for layers that ran, and maybe nothing was calibrated.
+                macs = count_macs(trial, batches[0], loss)
                 candidates = candidate_quantizers(trial, formats, of_inputs)
                 changes = predicted_loss_changes(trial, batches, loss, candidates)
-                macs = count_macs(trial, batches[0], loss)
             tensors = tensors_of(trial, candidates, macs, changes)
             found.append(Advice(tuple(t for t in tensors if t.costs), len(batches)))
             yield
@@ -136,6 +141,23 @@ def _candidates(pl_module: nn.Module) -> list[str]:
             "`allocate(advise(model, batches, formats=...), budget)` and give its recipe."
         )
     return [*_FAMILIES[own.pop()]]
+
+
+def _check_inputs(pl_module: nn.Module) -> None:
+    """What other formats would do to inputs is told by their spectra."""
+    blind = [
+        own
+        for _, _, quantizers in quantized_layers(pl_module)
+        for own in quantizers.inputs.values()
+        if not own.observer.needs_spectrum
+    ]
+    if blind:
+        raise ValueError(
+            f"StatQATCallback: got a budget that counts inputs, but {blind[0].name} has the "
+            f"quantizer {blind[0].quantizer.name!r}, which keeps no energy spectrum to choose a "
+            "format by; expected 'iterative' or 'analytic', or a budget of weights alone, such as "
+            "'4 bits'."
+        )
 
 
 def _over_ranks(advice: Advice, reduce: Reduce, ranks: int, device: torch.device) -> Advice:

@@ -258,6 +258,11 @@ def _formats_of_inputs(
             )
         return [name]
     fitting = [name for name in able if name in known]
+    if known and not fitting:
+        raise ValueError(
+            f"allocate: none of {', '.join(able)} is known for inputs; expected some of "
+            f"{', '.join(sorted(known))} among the formats, or inputs='...' with one of them."
+        )
     if budget.counts_inputs or not fitting:
         return fitting
     return [max(fitting, key=bits_of)]

@@ -221,3 +221,21 @@ def test_ranks_that_saw_other_layers_and_sizes_agree() -> None:
     assert tensor.macs == 200
     changes = [cost.loss_change for cost in tensor.costs.values()]
     assert changes == [LossChange(-3.0, 3.0), LossChange(-1.0, 1.0), None]
+
+
+def test_weights_alone_whose_quantizer_needs_no_inputs() -> None:
+    qat = StatQATCallback(
+        TensorSpec("int4", quantizer="minmax"), None, budget="4.5 bits", verbose=False
+    )
+    module = Deep()
+    train(qat, module=module)
+    assert qat.allocation is not None
+    names = {f"{name}/weight" for name, _, _ in quantized_layers(module)}
+    assert {*qat.allocation.formats} == names
+
+
+def test_inputs_that_count_need_a_spectrum() -> None:
+    blind = TensorSpec("int8", quantizer="minmax")
+    qat = StatQATCallback("int4", blind, budget="5 bits with inputs", verbose=False)
+    with pytest.raises(ValueError, match="'minmax', which keeps no energy spectrum"):
+        train(qat, module=Deep())

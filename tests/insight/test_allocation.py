@@ -259,3 +259,17 @@ def test_what_an_advice_does_not_know() -> None:
     costs = {"int4": FormatCost(20.0, None, LossChange(0.0, math.nan))}
     with pytest.raises(ValueError, match="predicted loss of a/weight in int4 is not a finite"):
         allocate(with_(costs=costs), "4 bits")
+
+
+def test_inputs_need_a_format_of_their_own_where_weights_get_blocks() -> None:
+    blocks = Advice(
+        tuple(
+            replace(t, costs={**t.costs, **({"mxfp4": FormatCost(20.0)} if t.is_weight else {})})
+            for t in NETWORK.tensors
+        ),
+        1,
+    )
+    with pytest.raises(ValueError, match="none of mxfp4 is known for inputs; expected some of"):
+        allocate(blocks, "5 bits", formats=["mxfp4"], first_last_bits=None)
+    found = allocate(blocks, "5 bits", formats=["mxfp4"], inputs="int8", first_last_bits=None)
+    assert {*found.formats.values()} == {"mxfp4", "int8"}
