@@ -17,14 +17,13 @@ from statqat_lightning.fake_quant.fake_quantizer import FakeQuantizer
 from statqat_lightning.fake_quant.observers import Reduce
 from statqat_lightning.fake_quant.tensor_spec import TensorSpec
 from statqat_lightning.formats import get_format
-from statqat_lightning.insight.advice import Advice, TensorAdvice, bits_of
+from statqat_lightning.insight.advice import Advice, bits_of
 from statqat_lightning.insight.advising import tensors_of
 from statqat_lightning.insight.allocation import Allocation, allocate
 from statqat_lightning.insight.budgets import Budget
 from statqat_lightning.insight.candidates import candidate_quantizers
 from statqat_lightning.insight.loss_changes import LossChange, predicted_loss_changes
 from statqat_lightning.insight.observed import count_macs
-from statqat_lightning.layers.layer_kinds import INPUT_ROLES
 from statqat_lightning.model.insertion import recipe_of
 from statqat_lightning.model.quantized_model import quantized_layers
 from statqat_lightning.recipes.recipe import QuantRecipe
@@ -59,10 +58,13 @@ def choose_formats(
 
     Raises:
         CannotCalibrate: With the reason, if no batches can be run ahead.
-        ValueError: If no choice fits the budget, or the weights are of no such family.
+        ValueError: If no choice fits the budget, the weights are of no such family, or inputs count
+            whose quantizer keeps no spectrum.
     """
     formats = _candidates(pl_module)
     of_inputs = formats if budget.counts_inputs else []
+    if of_inputs:
+        _check_inputs(pl_module)
     found: list[Advice] = []
 
     def run() -> Exception | None:
@@ -72,10 +74,12 @@ def choose_formats(
                 if parameter.is_floating_point():
                     parameter.requires_grad_(True)  # so that gradients reach all layers
             batches = training_batches(trainer, pl_module, trial, num_batches)
+            trial.eval()
             with running(pl_module):
+                # First: candidates are for layers that ran, and maybe nothing was calibrated.
+                macs = count_macs(trial, batches[0], loss)
                 candidates = candidate_quantizers(trial, formats, of_inputs)
                 changes = predicted_loss_changes(trial, batches, loss, candidates)
-                macs = count_macs(trial, batches[0], loss)
             tensors = tensors_of(trial, candidates, macs, changes)
             found.append(Advice(tuple(t for t in tensors if t.costs), len(batches)))
             yield
@@ -139,37 +143,65 @@ def _candidates(pl_module: nn.Module) -> list[str]:
     return [*_FAMILIES[own.pop()]]
 
 
-def _over_ranks(advice: Advice, reduce: Reduce, ranks: int, device: torch.device) -> Advice:
-    """Changes of the loss, averaged over ranks."""
-    changes = [
-        (cost.loss_change.first, cost.loss_change.second)
-        for tensor in advice.tensors
-        for cost in tensor.costs.values()
-        if cost.loss_change is not None
+def _check_inputs(pl_module: nn.Module) -> None:
+    """What other formats would do to inputs is told by their spectra."""
+    blind = [
+        own
+        for _, _, quantizers in quantized_layers(pl_module)
+        for own in quantizers.inputs.values()
+        if not own.observer.needs_spectrum
     ]
-    table = reduce(torch.tensor(changes, dtype=torch.float64, device=device), "sum") / ranks
-    averaged = iter(table.tolist())
+    if blind:
+        raise ValueError(
+            f"StatQATCallback: got a budget that counts inputs, but {blind[0].name} has the "
+            f"quantizer {blind[0].quantizer.name!r}, which keeps no energy spectrum to choose a "
+            "format by; expected 'iterative' or 'analytic', or a budget of weights alone, such as "
+            "'4 bits'."
+        )
 
-    def of(tensor: TensorAdvice) -> TensorAdvice:
-        costs = {
-            name: cost
-            if cost.loss_change is None
-            else replace(cost, loss_change=LossChange(*next(averaged)))
-            for name, cost in tensor.costs.items()
-        }
-        return replace(tensor, costs=costs)
 
-    return replace(advice, tensors=tuple(map(of, advice.tensors)))
+def _over_ranks(advice: Advice, reduce: Reduce, ranks: int, device: torch.device) -> Advice:
+    """Changes of the loss and multiply-accumulates, averaged: all ranks then choose alike.
+
+    A layer may have run on some ranks alone, and sizes of samples may differ between them.
+    """
+    changes = [
+        (0.0, 0.0, 0.0) if own is None else (own.first, own.second, 1.0)
+        for tensor in advice.tensors
+        for own in [cost.loss_change for cost in tensor.costs.values()]
+    ]
+    macs = [(float(tensor.macs), 0.0, 0.0) for tensor in advice.tensors]
+    table = torch.tensor(changes + macs, dtype=torch.float64, device=device)
+    sums = reduce(table, "sum").tolist()
+    of_changes, of_macs = iter(sums[: len(changes)]), iter(sums[len(changes) :])
+
+    def averaged(first: float, second: float, count: float) -> LossChange | None:
+        return LossChange(first / count, second / count) if count else None
+
+    return replace(
+        advice,
+        tensors=tuple(
+            replace(
+                tensor,
+                macs=round(next(of_macs)[0] / ranks),
+                costs={
+                    name: replace(cost, loss_change=averaged(*next(of_changes)))
+                    for name, cost in tensor.costs.items()
+                },
+            )
+            for tensor in advice.tensors
+        ),
+    )
 
 
 def _width_of_ends(pl_module: nn.Module) -> int | None:
-    """Bits of the first and the last layer, if both are wider than what is most frequent."""
+    """Bits of the first and the last layer, if both are wider than most layers between them."""
     bits = [
-        int(bits_of(weight.fmt.name))
+        max(int(bits_of(weight.spec.format)) for weight in quantizers.weights.values())
         for _, _, quantizers in quantized_layers(pl_module)
-        for role, weight in quantizers.weights.items()
-        if role not in INPUT_ROLES
+        if quantizers.weights
     ]
-    usual = max({*bits}, key=bits.count)
+    between = bits[1:-1]
+    usual = max({*between}, key=between.count, default=max(bits))
     ends = min(bits[0], bits[-1])
     return ends if ends > usual else None

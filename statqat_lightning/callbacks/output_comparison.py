@@ -35,23 +35,26 @@ def batch_output_errors(
     found: dict[str, OutputErrors] = {}
 
     def run() -> Exception | None:
-        trial = trial_copy(trainer, pl_module)
-        comparison = OutputComparison(trial, over_ranks=trainer.world_size > 1)
-
-        def step() -> None:
-            with torch.no_grad(), trainer.precision_plugin.train_step_context():
-                trial.training_step(*step_arguments(trial, batch, batch_idx))
+        comparisons: list[OutputComparison] = []
 
         def compared() -> Iterator[None]:
+            trial = trial_copy(trainer, pl_module)
+            comparison = OutputComparison(trial, over_ranks=trainer.world_size > 1)
+
+            def step() -> None:
+                with torch.no_grad(), trainer.precision_plugin.train_step_context():
+                    trial.training_step(*step_arguments(trial, batch, batch_idx))
+
             with running(pl_module):
                 comparison.run(step)
+            comparisons.append(comparison)
             yield
 
         # All ranks agree before the reduction on whether each of them has run.
         status, failure = next_step(trainer, compared(), reduction_over_ranks(trainer))
         if status == FAILED:
             return failure
-        found.update(comparison.errors())
+        found.update(comparisons[0].errors())
         return None
 
     run_isolated(trainer, pl_module, run)

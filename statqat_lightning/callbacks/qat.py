@@ -310,7 +310,7 @@ class StatQATCallback(Callback):
     def _insert(self, pl_module: LightningModule, *_: Any) -> None:
         before = [layer.quantizers for layer in quantized_layers(pl_module)]
         if not before:
-            self.placed = None  # it was another module's
+            self.placed = self.allocation = None  # they were another module's
             self._is_decided = False
         if self.target == AUTO and not self._is_decided:
             self._effective_target = None if self._learns_scales() else self._target_of_files
@@ -537,7 +537,7 @@ class StatQATCallback(Callback):
         self._prepare(pl_module)
         set_readers(pl_module, self._readers)
         refit_weights(pl_module)  # as any run begins: the next searches come after as many steps
-        set_enabled(pl_module, weights=self.enabled, inputs=self.enabled)
+        self.phases.start(trainer, pl_module, self.enabled)  # of new quantizers, too
         self._calibrate(trainer, pl_module)
 
     def _compensate(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -42,6 +42,7 @@ def configuration_of(trainer: Trainer, pl_module: LightningModule) -> dict[str, 
             found["target"] = callback.effective_target
             found["schedule"] = callback.schedule.to_dict()
             found["compensate"] = callback.compensate
+            found["budget"] = None if callback.budget is None else str(callback.budget)
     return found
 
 

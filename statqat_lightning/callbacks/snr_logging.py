@@ -110,7 +110,14 @@ def log_configuration(loggers: Iterable[Any], configuration: Mapping[str, Any]) 
             # Its hyperparameters come with a metric of their own, which is the user's to choose.
             logger.experiment.add_text("statqat/configuration", f"```\n{text}```", 0)
         else:
-            logger.log_hyperparams({CONFIG: dict(configuration)})
+            try:
+                logger.log_hyperparams({CONFIG: dict(configuration)})
+            except Exception as error:  # whatever its service says: no reason to end a training
+                rank_zero_warn(
+                    f"SNRMonitor: {type(logger).__name__} did not take the configuration "
+                    f"({type(error).__name__}: {error}).",
+                    category=SNRMonitorWarning,
+                )
 
 
 def table_rows(
@@ -160,7 +167,8 @@ class EpochLog:
         """The table of all tensors."""
         columns = [*TABLE_COLUMNS]
         for logger in self._wandb:
-            logger.log_table(TABLE, columns=columns, data=[[*row] for row in rows])
+            data = [[*row] for row in rows]
+            logger.log_table(TABLE, columns=columns, data=data, step=self._step)
         lines = [columns, ["---"] * len(columns), *rows]
         text = "\n".join("| " + " | ".join(map(_cell_text, line)) + " |" for line in lines)
         for logger in self._boards:

@@ -161,7 +161,7 @@ class SNRMonitor(Callback):
                 category=SNRMonitorWarning,
             )
             return
-        if trainer.loggers:
+        if trainer.loggers and trainer.is_global_zero:  # other ranks have no experiment
             log_configuration(trainer.loggers, configuration_of(trainer, pl_module))
 
     def on_train_batch_end(
@@ -237,6 +237,8 @@ class SNRMonitor(Callback):
     def _compare_outputs(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, step: int
     ) -> None:
+        if not quantized_layers(pl_module):
+            return
         try:
             errors = batch_output_errors(trainer, pl_module, batch, batch_idx)
         except CannotCalibrate as reason:
@@ -263,22 +265,28 @@ class SNRMonitor(Callback):
         first: Row = {}
         for _, row in self.scale_history:
             first = row | first
-        log.table(table_rows(facts, errors, first))
-        if self.pictures and trainer.is_global_zero:
-            self._draw(log, pl_module)
-        if self.summary is not None:
+        if trainer.is_global_zero:
+            log.table(table_rows(facts, errors, first))
+        if self.pictures:
+            self._draw(log, pl_module, trainer.is_global_zero)
+        if self.summary is not None and trainer.is_global_zero:
             log.summary(self.summary, self._lowest())
 
-    def _draw(self, log: EpochLog, pl_module: LightningModule) -> None:
+    def _draw(self, log: EpochLog, pl_module: LightningModule, is_global_zero: bool) -> None:
+        """Draw on the first rank; the others take part where sharded weights are gathered."""
         spectra: dict[str, Any] = {}
         for name, spectrum in tensor_spectra(pl_module):
-            spectra |= log.spectrum(name, spectrum)
+            if is_global_zero:
+                spectra |= log.spectrum(name, spectrum)
+        names = [name for name, _ in self.summary.five_worst] if self.summary else []
+        worst = tensors_on_grids(pl_module, names)
+        if not is_global_zero:
+            return
         log.histograms(spectra)
         try:
             if self.history:
                 log.picture(HEAT_MAP, plot_snr_heat_map(self.history))
-            names = [name for name, _ in self.summary.five_worst] if self.summary else []
-            if worst := tensors_on_grids(pl_module, names):
+            if worst:
                 log.picture(WORST_CURVES, plot_error_curves(worst))
         except ModuleNotFoundError as error:
             self._warn_once("pictures", f"no pictures are logged: {error}")
@@ -305,7 +313,8 @@ class SNRMonitor(Callback):
             [step, {name: list(vars(own).values()) for name, own in row.items()}]
             for step, row in self.error_history
         ]
-        return state | {"best": {name: list(own) for name, own in self._best.items()}}
+        best = {name: list(own) for name, own in self._best.items()}
+        return state | {"best": best, "fallen": sorted(self._fallen)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in _OF_NUMBERS:
@@ -316,6 +325,7 @@ class SNRMonitor(Callback):
             for step, row in state_dict.get("error_history", ())
         ]
         self._best = {name: (own[0], own[1]) for name, own in state_dict.get("best", {}).items()}
+        self._fallen = {*state_dict.get("fallen", ())}
 
 
 _OF_NUMBERS = ("history", "output_history", "scale_history")

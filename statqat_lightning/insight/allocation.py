@@ -82,8 +82,10 @@ class Allocation:
         """Cost, predicted loss, gap, and what a single format would lose."""
         what = "predicted increase of the loss" if self.uses_losses else "sum of relative errors"
         text = f"{self.budget.text(self.cost)} of {self.budget}; {what} {self.loss:.4g}"
-        share = self.gap / self.loss if self.loss > 0 else 0.0
-        text += f", at most {100 * share:.2g} % above the least"
+        if self.bound > 0:
+            text += f", at most {100 * self.gap / self.bound:.2g} % above the least"
+        elif self.gap > 0:
+            text += ", with no bound on the least"
         name, cost, loss = self.uniform
         return f"{text}. {name} everywhere: {loss:.4g} at {self.budget.text(cost)}."
 
@@ -140,11 +142,25 @@ def allocate(
 
     Raises:
         ValueError: If no choice fits the budget; the message names the least cost. If a format is
-            not in the advice, or nothing is left to choose from.
+            not in the advice, nothing is left to choose from, a predicted loss is not finite, or
+            the advice does not know what the budget counts.
     """
     budget = Budget.parse(budget)
     if not advice.tensors:
         raise ValueError("allocate: got advice without tensors; expected that of a model.")
+    if not any(t.macs if budget.counts_inputs else t.parameters for t in advice.tensors):
+        what = "multiply-accumulates" if budget.counts_inputs else "weights"
+        how = "Advise on a model with batches" if budget.counts_inputs else "Quantize weights"
+        raise ValueError(
+            f"allocate: got a budget of {budget}, but the advice knows of no {what}. {how}, or "
+            "give a budget of another kind."
+        )
+    for tensor in advice.tensors:
+        if wrong := [n for n, c in tensor.costs.items() if not math.isfinite(tensor_loss(c))]:
+            raise ValueError(
+                f"allocate: the predicted loss of {tensor.name} in {', '.join(wrong)} is not a "
+                "finite number; expected a model and batches whose loss and gradients are finite."
+            )
     known = [*dict.fromkeys(name for tensor in advice.tensors for name in tensor.costs)]
     able = _able(known, formats, target)
     units = _units(advice.tensors, budget, able, inputs, first_last_bits)
@@ -214,6 +230,7 @@ def _units(
     """For each set of layers that is decided at once its choices."""
     of_inputs = _formats_of_inputs(tensors, budget, able, inputs)
     ends = _ends(tensors) if first_last_bits is not None else set()
+    total = budget.total(tensors)
     shared: dict[str, list[str]] = {}  # names of layers by the weight that they share
     for tensor in tensors:
         if tensor.is_weight and tensor.layer not in shared.setdefault(tensor.shares, []):
@@ -224,7 +241,7 @@ def _units(
     for layers in [*shared.values(), *alone]:
         own = [tensor for tensor in tensors if tensor.layer in layers]
         least = first_last_bits or 0 if ends.intersection(layers) else 0
-        found += _choices(own, tensors, budget, able, of_inputs, least)
+        found.append(_choices(own, total, budget, able, of_inputs, least))
     return found
 
 
@@ -241,6 +258,11 @@ def _formats_of_inputs(
             )
         return [name]
     fitting = [name for name in able if name in known]
+    if known and not fitting:
+        raise ValueError(
+            f"allocate: none of {', '.join(able)} is known for inputs; expected some of "
+            f"{', '.join(sorted(known))} among the formats, or inputs='...' with one of them."
+        )
     if budget.counts_inputs or not fitting:
         return fitting
     return [max(fitting, key=bits_of)]
@@ -254,18 +276,20 @@ def _ends(tensors: Sequence[TensorAdvice]) -> set[str]:
 
 def _choices(
     own: Sequence[TensorAdvice],
-    tensors: Sequence[TensorAdvice],
+    total: float,
     budget: Budget,
     able: Sequence[str],
     of_inputs: Sequence[str],
     least_bits: int,
-) -> list[list[_Choice]]:
+) -> list[_Choice]:
     """Choices of layers that share a weight: of the weight alone where inputs do not count."""
     weights = [t for t in own if t.is_weight]
+    inputs: dict[str, list[TensorAdvice]] = {}
     layers: dict[str, list[TensorAdvice]] = {}
     for tensor in own:
+        layers.setdefault(tensor.layer, []).append(tensor)
         if not tensor.is_weight:
-            layers.setdefault(tensor.layer, []).append(tensor)
+            inputs.setdefault(tensor.layer, []).append(tensor)
 
     by_weight: list[str] = [""]
     if weights:
@@ -273,19 +297,17 @@ def _choices(
         by_weight = _wide(known, weights, least_bits)
     by_inputs = [
         _wide([n for n in of_inputs if all(n in t.costs for t in given)], given, least_bits)
-        for given in layers.values()
+        for given in inputs.values()
     ]
-    total = [*tensors]
     found: list[_Choice] = []
     for weight_format, *input_formats in itertools.product(by_weight, *by_inputs):
         formats = {t.name: weight_format for t in weights}
-        for given, name in zip(layers.values(), input_formats, strict=True):
+        for given, name in zip(inputs.values(), input_formats, strict=True):
             formats |= {t.name: name for t in given}
         loss = sum(tensor_loss(t.costs[formats[t.name]]) for t in own)
-        names = {t.layer for t in own}
-        cost = sum(v for layer, v in _costs(budget, total, formats, names).items())
+        cost = sum(budget.of_layer(given, formats) for given in layers.values()) / total
         found.append((cost, loss, formats))
-    return [found]
+    return found
 
 
 def _wide(names: Sequence[str], tensors: Sequence[TensorAdvice], bits: int) -> list[str]:
@@ -301,15 +323,6 @@ def _wide(names: Sequence[str], tensors: Sequence[TensorAdvice], bits: int) -> l
         if bits_of(name) >= bits and get_format(name).kind == family
     ]
     return [min(others, key=bits_of, default=widest)]
-
-
-def _costs(
-    budget: Budget,
-    tensors: Sequence[TensorAdvice],
-    formats: Mapping[str, str | None],
-    layers: set[str],
-) -> dict[str, float]:
-    return {n: v for n, v in budget.layer_costs(tensors, formats).items() if n in layers}
 
 
 def _uniform(

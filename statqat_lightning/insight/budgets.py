@@ -17,16 +17,21 @@ _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _UNITS: dict[str, Kind] = {
     "bit": "bits",
     "bits": "bits",
+    "bits a weight": "bits",
+    "bits an operand": "operand bits",
     "bits with inputs": "operand bits",
     "bit with inputs": "operand bits",
     "b": "bytes",
     "byte": "bytes",
     "bytes": "bytes",
+    "b of codes": "bytes",
     "bitop": "bitops",
     "bitops": "bitops",
     "bops": "bitops",
 }
-_TEXT = re.compile(r"\s*([0-9.eE+-]+)\s*(.*?)\s*")
+_COUNTED = ("bytes", "bitops")
+"""Kinds whose units have prefixes: means have none, and `8 Mbit` would be a mean without limit."""
+_TEXT = re.compile(r"\s*([0-9.,eE+-]+)\s*(.*?)\s*")
 _FORMS = "'4 bits', '4 bits with inputs', '300 kB', '1.5 Gbitops'"
 
 
@@ -49,7 +54,8 @@ class Budget:
     def parse(cls, text: str | Budget) -> Budget:
         """A budget from a text such as `4 bits`, `4 bits with inputs`, `300 kB` or `1.5 Gbitops`.
 
-        Units may have the prefixes k, M, G and T of thousands.
+        Units of bytes and operations may have the prefixes k, M, G and T of thousands. It also
+        reads what `str` writes.
 
         Raises:
             ValueError: If it is none of these, or not positive.
@@ -61,10 +67,10 @@ class Budget:
             raise ValueError(f"budget: got {text!r}; expected a text such as {_FORMS}.")
         number, unit = found[1], " ".join(found[2].lower().split())
         prefix = ""
-        if unit not in _UNITS and unit[:1] in _PREFIXES and unit[1:] in _UNITS:
+        if unit not in _UNITS and _UNITS.get(unit[1:]) in _COUNTED:
             prefix, unit = unit[0], unit[1:]
         try:
-            value = float(number) * _PREFIXES[prefix]
+            value = float(number.replace(",", "")) * _PREFIXES[prefix]
             kind = _UNITS[unit]
         except (ValueError, KeyError):
             raise ValueError(
@@ -86,31 +92,21 @@ class Budget:
             tensors: All tensors that count.
             formats: The format of each by its name; None, or no entry, is float.
         """
-        return sum(self.layer_costs(tensors, formats).values())
-
-    def layer_costs(
-        self, tensors: Sequence[TensorAdvice], formats: Mapping[str, str | None]
-    ) -> dict[str, float]:
-        """`cost`, by layer. Means are over all tensors given."""
-        total = self._total(tensors)
-        found: dict[str, float] = {}
         layers: dict[str, list[TensorAdvice]] = {}
         for tensor in tensors:
             layers.setdefault(tensor.layer, []).append(tensor)
-        for name, own in layers.items():
-            found[name] = self._of_layer(own, formats) / total
-        return found
+        return sum(self.of_layer(own, formats) for own in layers.values()) / self.total(tensors)
 
-    def _total(self, tensors: Sequence[TensorAdvice]) -> float:
+    def total(self, tensors: Sequence[TensorAdvice]) -> float:
+        """What sums of `of_layer` are divided by: means are over all tensors given."""
         if self.kind == "bits":
             return float(sum(t.parameters for t in tensors)) or 1.0
         if self.kind == "operand bits":
             return 2.0 * sum({t.layer: t.macs for t in tensors}.values()) or 1.0
         return 8.0 if self.kind == "bytes" else 1.0
 
-    def _of_layer(
-        self, tensors: Sequence[TensorAdvice], formats: Mapping[str, str | None]
-    ) -> float:
+    def of_layer(self, tensors: Sequence[TensorAdvice], formats: Mapping[str, str | None]) -> float:
+        """What the tensors of one layer cost in formats, before it is divided by `total`."""
         weights = [t for t in tensors if t.is_weight]
         if self.kind in ("bits", "bytes"):
             return sum(t.parameters * _bits(formats.get(t.name)) for t in weights)
@@ -132,8 +128,14 @@ class Budget:
         if self.kind == "operand bits":
             return f"{value:.3f} bits an operand"
         if self.kind == "bytes":
-            return f"{value / 1e3:,.1f} kB of codes"
-        return f"{value / 1e9:,.3f} Gbitops"
+            return f"{_rounded(value)}B of codes"
+        return f"{_rounded(value)}bitops"
+
+
+def _rounded(value: float) -> str:
+    """A number of five digits and the prefix of its unit."""
+    prefix = next((p for p in "TGMk" if value >= _PREFIXES[p.lower()]), "")
+    return f"{value / _PREFIXES[prefix.lower()]:.5g} {prefix}"
 
 
 def _bits(name: str | None) -> float:

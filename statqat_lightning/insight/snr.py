@@ -72,7 +72,7 @@ def _decibels(names: list[str], energies: list[Tensor]) -> dict[str, float]:
         return {}
     decibels = {}
     for name, (signal, noise) in zip(names, torch.stack(energies).tolist(), strict=True):
-        if not math.isnan(signal) and signal > 0:
+        if 0 < signal < math.inf and noise < math.inf:  # not so for NaN and infinite values
             decibels[name] = 10 * math.log10(signal / noise) if noise > 0 else math.inf
     return decibels
 

@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from statqat_lightning import TensorSpec, load_quantized
+from statqat_lightning import QuantRecipe, TensorSpec, load_quantized
+from statqat_lightning.callbacks.allocation import _over_ranks, _width_of_ends
 from statqat_lightning.callbacks.export import ExportCallback
 from statqat_lightning.callbacks.qat import StatQATCallback
+from statqat_lightning.insight.advice import Advice, FormatCost, TensorAdvice
+from statqat_lightning.insight.loss_changes import LossChange
+from statqat_lightning.model.insertion import prepare
 from statqat_lightning.model.quantized_model import quantized_layers, quantizer_state
 from tests.callbacks.digits import DigitsModule, held_out, loader, make_trainer, once, train
 
@@ -161,3 +166,76 @@ def test_what_cannot_be() -> None:
         trainer.fit(DigitsModule(), once(), held_out())
     with pytest.raises(ValueError, match=r"budget of 1\.000 bits a weight; expected at least"):
         train(callback("1 bits"), module=Deep())
+
+
+class SwitchedOn(Callback):
+    """Whether weights are quantized, and their widths, in each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[bool, int]] = []
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        own = [q.weight for _, _, q in quantized_layers(pl_module)]
+        self.seen.append((any(q.enabled for q in own), min(q.fmt.bits for q in own)))
+
+
+def test_a_schedule_holds_for_the_formats_that_were_chosen() -> None:
+    watch, schedule = SwitchedOn(), {"weights_at": 3, "widths": [(5, 8)]}
+    qat = callback("4 bits", schedule=schedule)
+    train(qat, watch, module=Deep())
+    assert [on for on, _ in watch.seen[:5]] == [False] * 3 + [True] * 2
+    assert {bits for _, bits in watch.seen[:5]} == {8}
+    assert watch.seen[-1][1] < 8
+
+
+def test_of_three_layers_the_first_and_the_last_keep_their_width() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    prepare(model, recipe=QuantRecipe.default("int4", "int4"))
+    assert _width_of_ends(model) == 8
+    two = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    prepare(two, recipe=QuantRecipe.default("int4", "int4"))
+    assert _width_of_ends(two) is None  # none is between them
+
+
+def test_ranks_that_saw_other_layers_and_sizes_agree() -> None:
+    def of_rank(macs: int, *losses: float | None) -> Advice:
+        costs = {
+            f"int{n}": FormatCost(9.0, None, None if x is None else LossChange(-x, x))
+            for n, x in zip((4, 6, 8), losses, strict=True)
+        }
+        return Advice((TensorAdvice("a/weight", "a", "weight", True, 9, macs, costs, "a"),), 1)
+
+    ranks = of_rank(100, 4.0, None, None), of_rank(300, 2.0, 1.0, None)
+    tables: list[Tensor] = []
+
+    def keep(table: Tensor, _: str) -> Tensor:
+        tables.append(table)
+        return table
+
+    for own in ranks:
+        _over_ranks(own, keep, 2, torch.device("cpu"))
+    total = tables[0] + tables[1]
+    agreed = [_over_ranks(own, lambda *_: total, 2, torch.device("cpu")) for own in ranks]
+    assert agreed[0] == agreed[1]
+    (tensor,) = agreed[0].tensors
+    assert tensor.macs == 200
+    changes = [cost.loss_change for cost in tensor.costs.values()]
+    assert changes == [LossChange(-3.0, 3.0), LossChange(-1.0, 1.0), None]
+
+
+def test_weights_alone_whose_quantizer_needs_no_inputs() -> None:
+    qat = StatQATCallback(
+        TensorSpec("int4", quantizer="minmax"), None, budget="4.5 bits", verbose=False
+    )
+    module = Deep()
+    train(qat, module=module)
+    assert qat.allocation is not None
+    names = {f"{name}/weight" for name, _, _ in quantized_layers(module)}
+    assert {*qat.allocation.formats} == names
+
+
+def test_inputs_that_count_need_a_spectrum() -> None:
+    blind = TensorSpec("int8", quantizer="minmax")
+    qat = StatQATCallback("int4", blind, budget="5 bits with inputs", verbose=False)
+    with pytest.raises(ValueError, match="'minmax', which keeps no energy spectrum"):
+        train(qat, module=Deep())

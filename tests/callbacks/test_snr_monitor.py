@@ -310,7 +310,7 @@ def test_metrics_of_a_later_test_run_hold_no_text(tmp_path: Path) -> None:
 
 
 def test_without_quantizers_it_logs_nothing_and_says_so_once(tmp_path: Path) -> None:
-    logger, monitor = CSVLogger(tmp_path), SNRMonitor()
+    logger, monitor = CSVLogger(tmp_path), SNRMonitor(output_every=1)
     with pytest.warns(SNRMonitorWarning, match="DigitsModule has no quantized layers") as said:
         train(monitor, logger=logger, max_epochs=2)
     assert len([w for w in said if w.category is SNRMonitorWarning]) == 1

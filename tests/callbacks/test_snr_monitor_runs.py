@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -14,13 +16,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from statqat_lightning.callbacks.export import ExportCallback
-from statqat_lightning.callbacks.snr_logging import TABLE_COLUMNS
+from statqat_lightning.callbacks.snr_logging import TABLE, TABLE_COLUMNS
 from statqat_lightning.callbacks.snr_monitor import SNRMonitor, SNRMonitorWarning
 from statqat_lightning.insight.output_errors import output_errors
+from statqat_lightning.insight.tensor_facts import GridFigures, tensor_spectra
 from statqat_lightning.model.quantized_model import quantizer_state
 from tests.callbacks.digits import (
     LAYERS,
@@ -183,6 +187,9 @@ def test_wandb_gets_tables_pictures_histograms_summary_and_configuration(tmp_pat
     assert file["kind"] == "native"
     assert file["bytes"] == Path(file["path"]).stat().st_size
     assert isinstance(file["agreement"], float)
+    tables = [row for row in run.history if "statqat/layers/_type" in row or TABLE in row]
+    steps = [STEPS_PER_EPOCH - 1, 2 * STEPS_PER_EPOCH - 1]
+    assert [row["trainer/global_step"] for row in tables] == steps
 
 
 def test_tensorboard_gets_histograms_figures_and_text(tmp_path: Path) -> None:
@@ -251,3 +258,48 @@ def test_wrong_arguments(given: dict[str, Any]) -> None:
     ((name, value),) = given.items()
     with pytest.raises(ValueError, match=f"SNRMonitor: got {name}={value}; expected a"):
         SNRMonitor(**given)
+
+
+def test_other_ranks_gather_weights_and_log_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered: list[str] = []
+
+    def counted(*given: Any) -> Any:
+        gathered.append("spectra")
+        return tensor_spectra(*given)
+
+    monkeypatch.setattr("statqat_lightning.callbacks.snr_monitor.tensor_spectra", counted)
+    monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self: False))
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    train(statqat(), SNRMonitor(), logger=logger, max_epochs=2)
+    assert gathered == ["spectra"] * 2  # of sharded weights all ranks have to ask
+    assert not [*tmp_path.rglob("*.wandb")]
+
+
+def test_a_logger_that_takes_no_configuration_ends_no_training(tmp_path: Path) -> None:
+    class Strict(CSVLogger):
+        def log_hyperparams(self, *given: Any, **named: Any) -> None:
+            if "statqat" in given[0]:
+                raise RuntimeError("parameter values are set already")
+
+    monitor = SNRMonitor()
+    with pytest.warns(SNRMonitorWarning, match=r"Strict did not take the configuration \(Runtime"):
+        train(statqat(), monitor, logger=Strict(tmp_path))
+    assert monitor.history
+
+
+def test_the_state_of_an_older_release_is_read_and_a_fall_is_not_alerted_again() -> None:
+    monitor = SNRMonitor(alert_db=5.0)
+    monitor.load_state_dict({"history": [[3, {"a/weight": 30.0}]], "output_history": []})
+    assert monitor.history == [(3, {"a/weight": 30.0})]
+    assert monitor.scale_history == monitor.error_history == []
+    figures = {"a/weight": GridFigures("int4", 1.0, 0.0)}
+    trainer = Trainer(logger=False, accelerator="cpu", barebones=True)
+    monitor._watch(trainer, {"a/weight": 30.0}, figures, 4)
+    with pytest.warns(SNRMonitorWarning, match=r"from 30\.0 to 20\.0 dB"):
+        monitor._watch(trainer, {"a/weight": 20.0}, figures, 5)
+    resumed = copy.deepcopy(SNRMonitor(alert_db=5.0))
+    resumed.load_state_dict(pickle.loads(pickle.dumps(monitor.state_dict())))
+    resumed._watch(trainer, {"a/weight": 20.0}, figures, 6)  # a warning would be an error

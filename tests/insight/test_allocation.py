@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -79,14 +81,21 @@ def test_budgets_are_counted_as_by_hand() -> None:
         ("700 bytes", "bytes", 700.0),
         ("1.5 Gbitops", "bitops", 1.5e9),
         ("2 Tbops", "bitops", 2e12),
+        ("1,250.5 kB", "bytes", 1250.5e3),
+        ("12 B", "bytes", 12.0),
+        ("64 kbitops", "bitops", 64e3),
     ],
 )
 def test_texts_of_budgets(text: str, kind: str, value: float) -> None:
     assert Budget.parse(text) == Budget(kind, value)  # type: ignore[arg-type]
     assert Budget.parse(Budget.parse(text)) == Budget(kind, value)  # type: ignore[arg-type]
+    # Messages name a budget so that it can be given again.
+    assert Budget.parse(str(Budget.parse(text))) == Budget(kind, value)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["", "4", "four bits", "4 bit ops", "-3 bits", "nan bits", "1 xB"])
+@pytest.mark.parametrize(
+    "text", ["", "4", "four bits", "4 bit ops", "-3 bits", "nan bits", "1 xB", "8 Mbit", "4 kbits"]
+)
 def test_texts_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match=r"budget: got .*; expected a"):
         Budget.parse(text)
@@ -210,3 +219,57 @@ def test_the_recipe_gives_a_model_the_formats_that_were_chosen() -> None:
     elements = {name: m.weight.numel() for name, m, _ in quantized_layers(model)}
     bits = sum(n * BITS[found.formats[f"{name}/weight"]] for name, n in elements.items())
     assert found.cost == pytest.approx(bits / sum(elements.values()))
+
+
+def test_the_work_grows_with_the_layers_and_not_with_their_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted = Budget.of_layer
+    seen: list[int] = []
+
+    def of_layer(self: Budget, tensors: Any, formats: Any) -> float:
+        seen[-1] += len(tensors)
+        return counted(self, tensors, formats)
+
+    monkeypatch.setattr(Budget, "of_layer", of_layer)
+    for count in (10, 20):
+        seen.append(0)
+        own = [
+            tensor(f"{n}/{role}", 9, 10, 1.0) for n in range(count) for role in ("weight", "input")
+        ]
+        allocate(advice(*own), "4 bits with inputs", first_last_bits=None)
+    assert seen[1] == 2 * seen[0]
+
+
+def test_the_share_above_the_least_is_one_of_the_least() -> None:
+    found = replace(allocate(NETWORK, "4 bits"), loss=3.0, bound=2.0)
+    assert "at most 50 % above the least" in found.summary()
+    assert "no bound on the least" in replace(found, bound=-1.0).summary()
+
+
+def test_what_an_advice_does_not_know() -> None:
+    def with_(**changed: Any) -> Advice:
+        return Advice(tuple(replace(t, **changed) for t in NETWORK.tensors), 0)
+
+    with pytest.raises(ValueError, match="knows of no multiply-accumulates"):
+        allocate(with_(macs=0), "4 bits with inputs")
+    inputs = Advice(tuple(t for t in NETWORK.tensors if not t.is_weight), 1)
+    with pytest.raises(ValueError, match="knows of no weights"):
+        allocate(inputs, "4 bits")
+    costs = {"int4": FormatCost(20.0, None, LossChange(0.0, math.nan))}
+    with pytest.raises(ValueError, match="predicted loss of a/weight in int4 is not a finite"):
+        allocate(with_(costs=costs), "4 bits")
+
+
+def test_inputs_need_a_format_of_their_own_where_weights_get_blocks() -> None:
+    blocks = Advice(
+        tuple(
+            replace(t, costs={**t.costs, **({"mxfp4": FormatCost(20.0)} if t.is_weight else {})})
+            for t in NETWORK.tensors
+        ),
+        1,
+    )
+    with pytest.raises(ValueError, match="none of mxfp4 is known for inputs; expected some of"):
+        allocate(blocks, "5 bits", formats=["mxfp4"], first_last_bits=None)
+    found = allocate(blocks, "5 bits", formats=["mxfp4"], inputs="int8", first_last_bits=None)
+    assert {*found.formats.values()} == {"mxfp4", "int8"}

@@ -110,6 +110,15 @@ def test_a_weight_of_zeros_has_no_snr() -> None:
     assert snr_by_tensor(layer) == {}
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_a_weight_that_is_not_finite_has_no_snr(value: float) -> None:
+    layer = nn.Linear(4, 2)
+    prepare(layer, activations=None)
+    with torch.no_grad():
+        layer.weight[0, 0] = value  # the last one has squares beyond float32
+    assert snr_by_tensor(layer) == {}
+
+
 def test_summary() -> None:
     summary = SNRSummary.of({"a": 20.0, "b": 10.0, "c": math.inf, "d": 30.0})
     ascending = (("b", 10.0), ("a", 20.0), ("d", 30.0))
