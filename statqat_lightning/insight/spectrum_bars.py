@@ -38,7 +38,7 @@ def spectrum_bars(spectrum: EnergySpectrum) -> SpectrumBars:
     Args:
         spectrum: Any number of rows, whose energies are added up.
     """
-    energy = spectrum.energy.sum(0).double().cpu().view(2, NUM_OCTAVES, _PER_OCTAVE, -1)
+    energy = spectrum.energy.sum(0).cpu().double().view(2, NUM_OCTAVES, _PER_OCTAVE, -1)
     assert energy.shape[3] * _PER_OCTAVE == BINS_PER_OCTAVE
     shares = energy.sum((0, 3))
     total = shares.sum()

@@ -164,7 +164,7 @@ def candidate_snr_db(spectrum: EnergySpectrum, fmt: Format) -> float:
 
 def mean_scale(quantizer: FakeQuantizer) -> float:
     """Geometric mean of the scales of a quantizer."""
-    return float(quantizer.qparams.scale.double().log().mean().exp())
+    return float(quantizer.qparams.scale.cpu().double().log().mean().exp())
 
 
 def _in_use(model: nn.Module) -> Iterator[tuple[QuantizedLayer, FakeQuantizer]]:
