@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from statqat_lightning.callbacks.export import ExportCallback
 from statqat_lightning.callbacks.qat import StatQATCallback
+from statqat_lightning.callbacks.snr_logging import log_files
 from statqat_lightning.callbacks.snr_monitor import SNRMonitor
 from statqat_lightning.export.files.on_disk import check_writable
 from statqat_lightning.insight.model_report import model_report
@@ -44,6 +45,7 @@ class ReportCallback(Callback):
     Args:
         path: The file; it appears whole or not at all.
         every_epoch: Whether to write it at the end of each epoch, too.
+        log_file: Whether W&B keeps the page as an artifact.
 
     Attributes:
         data: What the last page shows, None before.
@@ -53,7 +55,9 @@ class ReportCallback(Callback):
         OSError: When training starts, if the file cannot be written.
     """
 
-    def __init__(self, path: str | Path = "report.html", every_epoch: bool = False) -> None:
+    def __init__(
+        self, path: str | Path = "report.html", every_epoch: bool = False, log_file: bool = False
+    ) -> None:
         given, self.path = str(path), Path(path)
         if self.path.suffix.lower() not in ENDINGS or given.endswith(("/", os.sep)):
             raise ValueError(
@@ -61,6 +65,7 @@ class ReportCallback(Callback):
                 f"{' or '.join(ENDINGS)}, such as 'report.html'."
             )
         self.every_epoch = every_epoch
+        self.log_file = log_file
         self.data: ReportData | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -84,7 +89,10 @@ class ReportCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Not `on_fit_end`, in which callbacks behind this one are still to export.
         if stage == "fit" and self._write(trainer, pl_module):
-            rank_zero_info(f"StatQAT: report written to {self._target(trainer)}")
+            path = self._target(trainer)
+            rank_zero_info(f"StatQAT: report written to {path}")
+            if self.log_file:
+                log_files(trainer.loggers, [path], "quantization-report", "report")
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Write the page on rank zero; whether there is one."""

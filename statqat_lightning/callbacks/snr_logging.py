@@ -259,14 +259,16 @@ def alert(loggers: Iterable[Any], fallen: Mapping[str, tuple[float, float]], ste
             logger.experiment.alert(title="SNR has fallen", text=text)
 
 
-def log_files(loggers: Iterable[Any], paths: Sequence[Path], name: str) -> None:
-    """Keep files as an artifact of W&B."""
+def log_files(
+    loggers: Iterable[Any], paths: Sequence[Path], name: str, kind: str = "model"
+) -> None:
+    """Keep files as an artifact of W&B, of a name and a kind."""
     present = [path for path in paths if path.exists()]
     for logger in loggers:
         if present and is_a(logger, "WandbLogger"):
             from wandb import Artifact
 
-            artifact = Artifact(name, type="model")
+            artifact = Artifact(name, type=kind)
             for path in present:
                 add = artifact.add_dir if path.is_dir() else artifact.add_file
                 add(str(path), name=path.name)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
 
 from statqat_lightning import ExportCallback, ReportCallback, SNRMonitor
 from statqat_lightning.callbacks.report import ReportWarning
@@ -25,6 +26,7 @@ from tests.callbacks.digits import (
     train,
 )
 from tests.insight.test_html_report import Parsed
+from tests.wandb_file import read_finished_run
 
 
 def parsed(path: str = "report.html") -> dict[str, Any]:
@@ -100,6 +102,16 @@ def test_each_epoch_has_its_page_if_asked_for() -> None:
     Path("report.html").unlink()
     with pytest.raises(FileNotFoundError):
         train(statqat(), ReportCallback(), Look("kept2"))
+
+
+def test_wandb_keeps_the_page_if_asked_for(tmp_path: Path) -> None:
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    page = tmp_path / "report.html"
+    train(statqat(), ReportCallback(page, log_file=True), logger=logger)
+    folder = Path(logger.experiment.dir).parent
+    logger.experiment.finish()
+    assert page.exists()
+    assert "quantization-report" in read_finished_run(next(folder.glob("*.wandb"))).artifacts
 
 
 def test_a_trial_leaves_the_page_of_a_trained_model() -> None:
