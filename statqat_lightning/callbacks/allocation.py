@@ -70,9 +70,6 @@ def choose_formats(
     def run() -> Exception | None:
         def advised() -> Iterator[None]:
             trial = trial_copy(trainer, pl_module)
-            for parameter in trial.parameters():
-                if parameter.is_floating_point():
-                    parameter.requires_grad_(True)  # so that gradients reach all layers
             batches = training_batches(trainer, pl_module, trial, num_batches)
             trial.eval()
             with running(pl_module):

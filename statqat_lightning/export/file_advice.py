@@ -22,13 +22,13 @@ from statqat_lightning.insight.advice import Advice, FormatCost, TensorAdvice
 from statqat_lightning.insight.advising import DEFAULT_FORMATS, for_inputs, names_of_formats
 from statqat_lightning.insight.candidates import (
     candidate_for_input,
-    decibels,
     predicted_energies,
 )
 from statqat_lightning.insight.observed import DID_NOT_RUN
 from statqat_lightning.insight.snr import tensor_column
 from statqat_lightning.layers.layer_kinds import GATE
 from statqat_lightning.numerics.granularity import PerBlock, PerChannel
+from statqat_lightning.numerics.snr import energies_db
 from statqat_lightning.recipes.recipe import TensorSpec
 from statqat_lightning.recipes.rule import activation_spec
 
@@ -135,4 +135,4 @@ def _of_input(name: str, state: Mapping[str, Any], names: Sequence[str]) -> list
 
 def _cost(quantizer: FakeQuantizer, weight: Tensor | None) -> FormatCost:
     signal, noise, _ = predicted_energies(quantizer, weight)
-    return FormatCost(decibels(signal, noise))
+    return FormatCost(energies_db(signal, noise))

@@ -36,6 +36,7 @@ from statqat_lightning.insight.report_data import (
 from statqat_lightning.insight.snr import History, OutputErrors, tensor_column
 from statqat_lightning.insight.tensor_facts import evenly_spread, grid_of_spectrum
 from statqat_lightning.numerics.granularity import PerTensor, get_granularity
+from statqat_lightning.numerics.snr import energies_db
 from statqat_lightning.recipes.recipe import TensorSpec
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -165,12 +166,12 @@ def _of_state(
             few = evenly_spread(len(rows), rows.device)
             spectrum = EnergySpectrum.of_rows(rows[few], check=False)
             error = weight - quantized_weight(weight, state)
-            known["snr_db"] = _decibels(weight.square().sum(), error.square().sum())
+            known["snr_db"] = _snr_db(weight.square().sum(), error.square().sum())
         return tensor_entry(name, role, fmt, granularity, "", scale, weight, spectrum, **known)
     energy, sums = state.get("running_spectrum"), state.get("running_sums")
     spectrum = None if energy is None or not len(energy) else EnergySpectrum(energy.unsqueeze(0))
     if sums is not None and float(InputSums(sums).quantized) > 0:
-        known["snr_db"] = _decibels(InputSums(sums).signal, InputSums(sums).noise)
+        known["snr_db"] = _snr_db(InputSums(sums).signal, InputSums(sums).noise)
     if spectrum is not None:
         known |= zip(
             ("clipped", "grid_used"), grid_of_spectrum(spectrum, fmt, float(scale)), strict=False
@@ -178,10 +179,9 @@ def _of_state(
     return tensor_entry(name, role, fmt, PerTensor(), "", scale, None, spectrum, **known)
 
 
-def _decibels(signal: Tensor, noise: Tensor) -> float | None:
-    if not float(signal) > 0:
-        return None
-    return 10 * math.log10(float(signal) / float(noise)) if float(noise) > 0 else math.inf
+def _snr_db(signal: Tensor, noise: Tensor) -> float | None:
+    value = energies_db(float(signal), float(noise))
+    return None if math.isnan(value) else value
 
 
 def _histories(callbacks: Mapping[str, Any]) -> dict[str, History]:

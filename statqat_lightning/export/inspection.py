@@ -27,7 +27,7 @@ from statqat_lightning.numerics.granularity import (
     PerTensor,
 )
 from statqat_lightning.numerics.qparams import QParams
-from statqat_lightning.numerics.snr import snr_db
+from statqat_lightning.numerics.snr import energies_db, snr_db
 from statqat_lightning.numerics.straight_through import fake_quantize
 from statqat_lightning.recipes.recipe import QuantRecipe
 from statqat_lightning.recipes.rule import ROLES
@@ -173,7 +173,7 @@ def _inspect_checkpoint(path: Path, trust: bool) -> Inspection:
             if weight is not None and state["ready"]:
                 decibels = float(snr_db(weight.float(), quantized_weight(weight, state).float()))
         elif (sums := state.get("running_sums")) is not None and InputSums(sums).noise > 0:
-            decibels = 10 * math.log10(float(InputSums(sums).signal / InputSums(sums).noise))
+            decibels = energies_db(float(InputSums(sums).signal), float(InputSums(sums).noise))
         finite = decibels is not None and math.isfinite(decibels)
         layers.setdefault(layer, {})[role] = TensorEntry(
             fmt.name, fmt.bits, str(granularity), decibels if finite else None

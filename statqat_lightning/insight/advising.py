@@ -15,7 +15,6 @@ from statqat_lightning.formats import BlockFormat, get_format
 from statqat_lightning.insight.advice import Advice, FormatCost, TensorAdvice
 from statqat_lightning.insight.candidates import (
     Candidates,
-    decibels,
     layers_with_weights,
     predicted_energies,
 )
@@ -31,6 +30,7 @@ from statqat_lightning.insight.observed import (
 )
 from statqat_lightning.layers.quantized_layer import weight_of
 from statqat_lightning.model.quantized_model import quantized_layers
+from statqat_lightning.numerics.snr import energies_db
 
 DEFAULT_FORMATS = ("int2", "int3", "int4", "fp4_e2m1", "int6", "int8", "fp8_e4m3")
 
@@ -102,9 +102,6 @@ def advise(
         changes: dict[tuple[str, str], LossChange] = {}
         if sensitivity == "fisher":
             assert loss is not None, "checked above"
-            for parameter in trial.parameters():
-                if parameter.is_floating_point():
-                    parameter.requires_grad_(True)  # so that gradients reach frozen layers, too
             changes = predicted_loss_changes(trial, kept, loss, candidates)
         return Advice(
             tensors_of(trial, candidates, observed.macs, changes, observed.spectra),
@@ -166,7 +163,7 @@ def tensors_of(
             for name, candidate in formats.items():
                 signal, noise, of_output = predicted_energies(candidate, weight, spectrum)
                 change = changes.get((quantizer.name, name))
-                costs[name] = FormatCost(decibels(signal, noise), of_output, change)
+                costs[name] = FormatCost(energies_db(signal, noise), of_output, change)
             group = groups.get(layer.name, layer.name)
             rows.append(
                 TensorAdvice(

@@ -41,7 +41,6 @@ class Allocation:
         uniform: The single format whose cost is nearest to the budget, as it is used without
             allocation: its name, its cost and its predicted loss.
         tensors: The tensors that it is about.
-        uses_losses: Whether changes of the loss were predicted.
     """
 
     recipe: QuantRecipe
@@ -52,7 +51,6 @@ class Allocation:
     bound: float
     uniform: tuple[str, float, float]
     tensors: tuple[TensorAdvice, ...]
-    uses_losses: bool
 
     @property
     def gap(self) -> float:
@@ -80,7 +78,9 @@ class Allocation:
 
     def summary(self) -> str:
         """Cost, predicted loss, gap, and what a single format would lose."""
-        what = "predicted increase of the loss" if self.uses_losses else "sum of relative errors"
+        costs = (cost for tensor in self.tensors for cost in tensor.costs.values())
+        predicted = any(cost.loss_change is not None for cost in costs)
+        what = "predicted increase of the loss" if predicted else "sum of relative errors"
         text = f"{self.budget.text(self.cost)} of {self.budget}; {what} {self.loss:.4g}"
         if self.bound > 0:
             text += f", at most {100 * self.gap / self.bound:.2g} % above the least"
@@ -188,7 +188,6 @@ def allocate(
         solution.bound,
         _uniform(advice.tensors, budget, able, chosen, first_last_bits),
         advice.tensors,
-        advice.has_losses,
     )
 
 

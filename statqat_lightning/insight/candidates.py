@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,6 +19,7 @@ from statqat_lightning.layers.layer_kinds import has_weights
 from statqat_lightning.layers.layer_quantizers import LayerQuantizers
 from statqat_lightning.layers.quantized_layer import kind_of, weight_of
 from statqat_lightning.model.quantized_model import QuantizedLayer, quantized_layers
+from statqat_lightning.numerics.snr import energies_db
 from statqat_lightning.recipes.rule import activation_spec, weight_spec
 
 Candidates = dict[str, dict[str, FakeQuantizer]]
@@ -199,20 +199,13 @@ def predicted_energies(
         if moments is None or not moments.known:
             return signal, noise, None
         of_output = [float(energy) for energy in quantizer.energies(weight, of_output=True)]
-        return signal, noise, decibels(*of_output) if of_output[0] > 0 else None
+        return signal, noise, energies_db(*of_output) if of_output[0] > 0 else None
     assert isinstance(quantizer, ActivationFakeQuantizer)
     if spectrum is None:
         spectrum = statistics_of([quantizer.observer]).spectrum
     assert spectrum is not None, "candidates of inputs choose their scales by the spectrum"
     noise = float(spectrum.mse(quantizer.fmt, quantizer.qparams.scale.reshape(1)))
     return float(spectrum.power), noise, None
-
-
-def decibels(signal: float, noise: float) -> float:
-    """SNR in dB; infinite where nothing is lost, NaN where there is nothing."""
-    if not signal > 0:
-        return math.nan
-    return 10 * math.log10(signal / noise) if noise > 0 else math.inf
 
 
 @contextmanager

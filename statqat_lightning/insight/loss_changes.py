@@ -50,11 +50,6 @@ class LossChange:
         """Both orders."""
         return self.first + self.second
 
-    @property
-    def increase(self) -> float:
-        """Both orders, without credit for a first order that lowers the loss of these batches."""
-        return max(self.first, 0.0) + self.second
-
 
 def predicted_loss_changes(
     model: nn.Module, batches: Iterable[Any], loss: Loss, candidates: Candidates
@@ -66,8 +61,8 @@ def predicted_loss_changes(
     have no entry.
 
     Args:
-        model: A model with quantizers; `candidates` are of its tensors. Gradients reach only
-            layers that parameters which require them come before, or are part of.
+        model: A model with quantizers; `candidates` are of its tensors. Frozen parameters require
+            gradients meanwhile, so that these reach all layers.
         batches: Batches, as `loss` takes them.
         loss: The loss of the model on a batch, the mean over its samples. A loss that is a mean
             over tokens, too, has its second order counted by sequence.
@@ -84,7 +79,13 @@ def predicted_loss_changes(
     found = quantized_layers(model)
     totals: dict[tuple[str, str], tuple[float, float]] = {}
     number = 0
-    with undisturbed(model, found), torch.enable_grad():
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model, found))
+        stack.enter_context(torch.enable_grad())
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+            stack.callback(parameter.requires_grad_, False)
         for layer in found:
             for quantizer in layer.quantizers.present():
                 quantizer.enabled = False

@@ -30,6 +30,7 @@ from statqat_lightning.insight.candidates import (
     layers_with_weights,
     ready_candidates,
 )
+from statqat_lightning.insight.undisturbed import same_random_numbers
 from statqat_lightning.layers.quantized_layer import weight_of
 from statqat_lightning.model.insertion import prepare, remove
 from statqat_lightning.model.isolated_copy import (
@@ -129,14 +130,6 @@ def kept_batches(where: str, model: nn.Module, batches: Iterable[Any]) -> list[A
     if not kept:
         raise ValueError(f"{where}: got no batches; expected at least one, best a few.")
     return kept
-
-
-@contextmanager
-def same_random_numbers(model: nn.Module) -> Iterator[None]:
-    """What is drawn meanwhile, on the CPU or the model's GPUs, is drawn again afterwards."""
-    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[*devices]):
-        yield
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from statqat_lightning.layers.function_results import is_result
 from statqat_lightning.layers.layer_kinds import INPUT_ROLES
 from statqat_lightning.layers.quantized_layer import weight_of
 from statqat_lightning.model.quantized_model import quantized_layers
+from statqat_lightning.numerics.snr import energies_db
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,8 +73,8 @@ def _decibels(names: list[str], energies: list[Tensor]) -> dict[str, float]:
         return {}
     decibels = {}
     for name, (signal, noise) in zip(names, torch.stack(energies).tolist(), strict=True):
-        if 0 < signal < math.inf and noise < math.inf:  # not so for NaN and infinite values
-            decibels[name] = 10 * math.log10(signal / noise) if noise > 0 else math.inf
+        if not math.isnan(value := energies_db(signal, noise)):
+            decibels[name] = value
     return decibels
 
 

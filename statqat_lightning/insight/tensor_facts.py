@@ -20,6 +20,7 @@ from statqat_lightning.insight.run_plots import TensorOnGrid
 from statqat_lightning.insight.snr import output_snr_by_weight, snr_by_tensor
 from statqat_lightning.layers.quantized_layer import base_class, weight_of
 from statqat_lightning.model.quantized_model import QuantizedLayer, quantized_layers
+from statqat_lightning.numerics.snr import energies_db
 
 _MOST_ROWS = 512
 """Rows of a weight that its spectrum holds: a spectrum takes 20 KiB, and more rows tell no more."""
@@ -85,7 +86,8 @@ def tensor_facts(model: nn.Module) -> dict[str, TensorFacts]:
         name, predicted = quantizer.name, None
         spectrum = _spectrum(layer, quantizer)
         if spectrum is not None:
-            predicted = _decibels(*_predicted(spectrum, quantizer))
+            value = energies_db(*_predicted(spectrum, quantizer))
+            predicted = None if math.isnan(value) else value
         if isinstance(quantizer, WeightFakeQuantizer):
             weight = weight_of(layer.module, quantizer.role)
             clipped, used, outer = grid_of_values(weight, quantizer)
@@ -158,8 +160,7 @@ def candidate_snr_db(spectrum: EnergySpectrum, fmt: Format) -> float:
         fmt: The format.
     """
     errors = spectrum.mse(fmt, spectrum.optimal_scale(fmt))
-    decibels = _decibels(float(spectrum.power.sum()), float(errors.sum()))
-    return math.nan if decibels is None else decibels
+    return energies_db(float(spectrum.power.sum()), float(errors.sum()))
 
 
 def mean_scale(quantizer: FakeQuantizer) -> float:
@@ -199,12 +200,6 @@ def _scales_of(quantizer: FakeQuantizer, rows: int) -> Tensor:
     """The scales of the rows that a spectrum holds."""
     scale = quantizer.qparams.scale.flatten()
     return scale[evenly_spread(len(scale), scale.device)].expand(rows)
-
-
-def _decibels(signal: float, noise: float) -> float | None:
-    if not (0 < signal < math.inf and noise < math.inf):  # NaN and infinities tell nothing
-        return None
-    return 10 * math.log10(signal / noise) if noise > 0 else math.inf
 
 
 def grid_of_values(weight: Tensor, quantizer: FakeQuantizer) -> tuple[float, float, float]:

@@ -28,9 +28,9 @@ from statqat_lightning.insight.observed import (
     observed_copy,
     on_the_side,
     own_loss,
-    same_random_numbers,
 )
 from statqat_lightning.insight.plots import new_figure, save_figure
+from statqat_lightning.insight.undisturbed import same_random_numbers
 from statqat_lightning.insight.wide_tables import in_width
 from statqat_lightning.model.quantized_model import QuantizedLayer
 

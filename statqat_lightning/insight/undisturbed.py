@@ -12,6 +12,14 @@ from statqat_lightning.model.quantized_model import QuantizedLayer
 
 
 @contextmanager
+def same_random_numbers(model: nn.Module) -> Iterator[None]:
+    """What is drawn meanwhile, on the CPU or the model's GPUs, is drawn again afterwards."""
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[*devices]):
+        yield
+
+
+@contextmanager
 def undisturbed(model: nn.Module, layers: Sequence[QuantizedLayer]) -> Iterator[None]:
     """Eval mode, nothing observed, and everything put back at the end."""
     modes = [(module, module.training) for module in model.modules()]
@@ -21,11 +29,7 @@ def undisturbed(model: nn.Module, layers: Sequence[QuantizedLayer]) -> Iterator[
     moments = [
         (layer.quantizers, layer.quantizers.weighing, layer.quantizers.ran) for layer in layers
     ]
-    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    with (
-        torch.random.fork_rng(devices=[*devices], enabled=True),
-        torch.compiler.set_stance("force_eager"),
-    ):
+    with same_random_numbers(model), torch.compiler.set_stance("force_eager"):
         try:
             for module, _ in modes:
                 module.training = False

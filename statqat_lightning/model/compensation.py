@@ -31,6 +31,7 @@ from statqat_lightning.layers.layer_quantizers import LayerQuantizers
 from statqat_lightning.layers.quantized_layer import base_class, is_sharded, kind_of
 from statqat_lightning.model.quantized_model import quantized_layers
 from statqat_lightning.model.rounding_in_turn import at_least_float32, round_in_turn
+from statqat_lightning.numerics.snr import energies_db
 from statqat_lightning.numerics.straight_through import fake_quantize
 
 _PATCHES = 1 << 24  # elements of unfolded inputs at once
@@ -250,7 +251,7 @@ class _Target:
         if reduce is not None:
             moved = reduce(moved, "max")  # ranks whose factorizations differ in the last bit agree
         self._weight.copy_(moved.view(shape))
-        return CompensatedWeight(self.name, _decibels(signal, before), _decibels(signal, after))
+        return CompensatedWeight(self.name, energies_db(signal, before), energies_db(signal, after))
 
 
 def _targets(model: nn.Module) -> tuple[list[_Target], dict[str, str]]:
@@ -372,7 +373,3 @@ def _patches(module: Any, x: Tensor, groups: int) -> Iterator[Tensor]:
         split = part.reshape(len(part), groups, channels // groups, *places, *window)
         own = [1, 0, *range(3, 3 + kernel), 2, *range(3 + kernel, 3 + 2 * kernel)]
         yield split.permute(own).reshape(groups, -1, columns)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    return 10 * math.log10(signal / noise) if noise > 0 else math.inf

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from statqat_lightning.numerics.qparams import widened
+
+
+def energies_db(signal: float, noise: float) -> float:
+    """SNR in decibels from the energy of a tensor and of its error.
+
+    Returns:
+        Infinite where nothing was lost; NaN where there is no signal, or an energy is not finite.
+    """
+    if not (0 < signal < math.inf and noise < math.inf):  # NaN fails both
+        return math.nan
+    return 10 * math.log10(signal / noise) if noise > 0 else math.inf
 
 
 def snr_db(x: Tensor, x_hat: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:

@@ -151,7 +151,6 @@ def test_weights_against_the_gradients_of_single_samples(
             assert found.first == pytest.approx(first, rel=1e-3, abs=1e-6)
             assert found.second == pytest.approx(second, rel=1e-3, abs=1e-9)
             assert found.total == found.first + found.second
-            assert found.increase == max(found.first, 0.0) + found.second
 
 
 def test_more_places_than_samples_in_attention_that_is_not_batch_first() -> None:
